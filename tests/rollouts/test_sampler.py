@@ -1,0 +1,283 @@
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import toy
+from educe.rollouts import sampler
+from educe.rollouts.sampler import bucket, sample
+from educe.rollouts.stop_strings import automaton
+
+KEY = jax.random.key(0)
+
+
+def forced_logp(table, prompt, tokens, temperature, scale=1.0, softcap=None):
+  """Float64 log-probs of `tokens` after `prompt`, one step at a time."""
+  out, history = [], list(prompt)
+  for token in tokens:
+    x = toy.logits(table, history) * scale
+    if softcap:
+      x = softcap * np.tanh(x / softcap)
+    out.append(toy.log_softmax(x / temperature)[token])
+    history.append(token)
+  return out
+
+
+@pytest.mark.parametrize('temperature', [0.6, 1.0, 1.3])
+def test_log_probs_are_those_of_the_sampled_tokens(temperature):
+  model, table = toy.model(vocabulary=11)
+  prompts = [[3], [1, 2, 3, 4, 5], [10] * 20]
+  samples = sample(
+    model, table, prompts, KEY, max_new_tokens=9, temperature=temperature
+  )
+  assert samples.length.tolist() == [9, 9, 9]
+  assert samples.stopped.tolist() == [0, 0, 0]
+  assert (samples.kept == 1).all()
+  for row, prompt in enumerate(prompts):
+    expected = forced_logp(table, prompt, samples.tokens[row].tolist(), temperature)
+    np.testing.assert_allclose(samples.logp[row], expected, atol=1e-5)
+
+
+def test_scale_then_softcap_then_temperature():
+  model, table = toy.model(scale=0.5, softcap=1.5)
+  samples = sample(model, table, [[1, 2]], KEY, max_new_tokens=8, temperature=0.7)
+  tokens = samples.tokens[0].tolist()
+  expected = forced_logp(table, [1, 2], tokens, 0.7, scale=0.5, softcap=1.5)
+  np.testing.assert_allclose(samples.logp[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize('options', [dict(temperature=0.7), dict(top_k=2)], ids=str)
+def test_joint_frequencies_of_two_tokens_are_exact(options):
+  vocabulary, rows = 4, 6000
+  model, table = toy.model(vocabulary)
+  samples = sample(model, table, [[2, 3]] * rows, KEY, max_new_tokens=2, **options)
+
+  def probabilities(history):
+    x = toy.logits(table, history) / options.get('temperature', 1.0)
+    kth = np.sort(x)[-options.get('top_k', vocabulary)]
+    return np.exp(toy.log_softmax(np.where(x >= kth, x, -np.inf)))
+
+  counts = np.zeros((vocabulary, vocabulary))
+  np.add.at(counts, tuple(np.asarray(samples.tokens).T), 1)
+  expected = np.zeros_like(counts)
+  for a, b in itertools.product(range(vocabulary), repeat=2):
+    expected[a, b] = probabilities([2, 3])[a] * probabilities([2, 3, a])[b] * rows
+  assert not counts[expected == 0].any()
+  used = expected > 0
+  statistic = ((counts - expected)[used] ** 2 / expected[used]).sum()
+  freedom = used.sum() - 1
+  assert statistic < freedom + 4 * np.sqrt(2 * freedom)
+
+
+def test_truncated_draws_report_full_log_probs_and_the_mass_kept():
+  model, table = toy.model()
+  samples = sample(model, table, [[1]], KEY, max_new_tokens=6, top_k=3)
+  tokens = samples.tokens[0].tolist()
+  np.testing.assert_allclose(
+    samples.logp[0], forced_logp(table, [1], tokens, 1.0), atol=1e-5
+  )
+  for index in range(6):
+    x = toy.logits(table, [1, *tokens[:index]])
+    mass = np.sort(np.exp(toy.log_softmax(x)))[-3:].sum()
+    np.testing.assert_allclose(samples.kept[0, index], mass, rtol=1e-5)
+
+
+def greedy(table, prompt, steps):
+  history = list(prompt)
+  for _ in range(steps):
+    history.append(int(toy.logits(table, history).argmax()))
+  return history[len(prompt) :]
+
+
+def test_temperature_zero_is_greedy_with_log_probs_at_one():
+  model, table = toy.model()
+  samples = sample(model, table, [[4], [5, 6]], KEY, max_new_tokens=7, temperature=0)
+  for row, prompt in enumerate([[4], [5, 6]]):
+    tokens = greedy(table, prompt, 7)
+    assert samples.tokens[row].tolist() == tokens
+    np.testing.assert_allclose(
+      samples.logp[row], forced_logp(table, prompt, tokens, 1.0), atol=1e-5
+    )
+
+
+def test_any_of_several_eos_ids_ends_a_row_and_is_counted():
+  model, table = toy.model()
+  free = sample(model, table, [[1], [2], [3]], KEY, max_new_tokens=12)
+  eos = {int(free.tokens[0, 3]), int(free.tokens[1, 5])}
+  samples = sample(
+    model, table, [[1], [2], [3]], KEY, max_new_tokens=12, eos_ids=sorted(eos)
+  )
+  for row in range(3):
+    tokens = free.tokens[row].tolist()
+    end = next((i for i, token in enumerate(tokens) if token in eos), None)
+    length = 12 if end is None else end + 1
+    assert samples.length[row] == length
+    assert samples.stopped[row] == (end is not None)
+    assert samples.tokens[row].tolist() == tokens[:length] + [0] * (12 - length)
+    np.testing.assert_allclose(
+      samples.logp[row, :length], free.logp[row, :length], atol=1e-6
+    )
+    assert (samples.logp[row, :length] != 0).all()
+    assert not samples.logp[row, length:].any()
+    assert (samples.kept[row, length:] == 1).all()
+
+
+def test_eos_may_be_the_padding_id():
+  model, table = toy.model()
+  prompts = [[0], [0, 3, 0], [5]]  # id 0 in a prompt ends nothing
+  samples = sample(model, table, prompts, KEY, max_new_tokens=40, eos_ids=[0])
+  for row in range(3):
+    tokens = samples.tokens[row].tolist()
+    assert samples.stopped[row] == 1
+    assert tokens.index(0) + 1 == samples.length[row]
+    assert samples.logp[row, samples.length[row] - 1] < 0
+
+
+def test_one_row_stops_at_once_and_another_never():
+  model, table = toy.model()
+  first = greedy(table, [4], 1)[0]
+  other = next(p for p in range(8) if first not in greedy(table, [p], 10))
+  samples = sample(
+    model, table, [[4], [other]], KEY, max_new_tokens=10, temperature=0, eos_ids=[first]
+  )
+  assert samples.length.tolist() == [1, 10]
+  assert samples.stopped.tolist() == [1, 0]
+  assert samples.tokens[1].tolist() == greedy(table, [other], 10)
+
+
+def test_decoding_ends_when_all_rows_have_ended():
+  model, table = toy.model()
+  calls = []
+
+  def counted(*arguments):
+    jax.debug.callback(lambda: calls.append(1))
+    return model.decode(*arguments)
+
+  first = greedy(table, [4], 3)
+  counting = model._replace(decode=counted)
+  samples = sample(
+    counting, table, [[4]], KEY, max_new_tokens=30, temperature=0, eos_ids=first[2:]
+  )
+  jax.block_until_ready(samples)
+  jax.effects_barrier()
+  assert len(calls) == first.index(first[2]) + 1  # prefill included
+
+
+def test_stop_string_inside_the_jit():
+  model, table = toy.model()
+  token_bytes = [b'a', b'b', b'ca', b'd', b'', b'bb', b'xy', b'q']
+  free = sample(model, table, [[1], [6]], KEY, max_new_tokens=20)
+  text = [b''.join(token_bytes[t] for t in row) for row in free.tokens.tolist()]
+  assert len(text[0]) > 9
+  needle = text[0][4:8].decode()
+  samples = sample(
+    model,
+    table,
+    [[1], [6]],
+    KEY,
+    max_new_tokens=20,
+    stop=automaton([needle], token_bytes),
+  )
+  for row in range(2):
+    tokens = free.tokens[row].tolist()
+    ends = [
+      n + 1
+      for n in range(20)
+      if needle.encode() in b''.join(token_bytes[t] for t in tokens[: n + 1])
+    ]
+    length = ends[0] if ends else 20
+    assert samples.length[row] == length
+    assert samples.stopped[row] == bool(ends)
+    assert samples.tokens[row].tolist() == tokens[:length] + [0] * (20 - length)
+
+
+def test_one_new_token():
+  model, table = toy.model()
+  samples = sample(model, table, [[1, 2], [3]], KEY, max_new_tokens=1)
+  assert samples.tokens.shape == (2, 1)
+  assert samples.length.tolist() == [1, 1]
+
+
+def test_a_seed_gives_the_same_sample_in_any_batch_at_any_width():
+  model, table = toy.model(vocabulary=16)
+  prompts = [[i, 15 - i] for i in range(6)]
+  seeds = [7, 1, 900, 3, 2**32 - 1, 0]
+  whole = sample(model, table, prompts, KEY, max_new_tokens=10, seeds=seeds)
+  parts = [
+    sample(model, table, prompts[a:b], KEY, max_new_tokens=10, seeds=seeds[a:b])
+    for a, b in [(0, 2), (2, 3), (3, 6)]
+  ]
+  joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+  np.testing.assert_array_equal(whole.tokens, joined.tokens)
+  np.testing.assert_allclose(whole.logp, joined.logp, atol=1e-6)
+  wide = sample(
+    model, table, [*prompts, [1] * 40], KEY, max_new_tokens=10, seeds=[*seeds, 5]
+  )
+  np.testing.assert_array_equal(whole.tokens, wide.tokens[:6])
+
+
+def test_rows_and_keys_differ():
+  model, table = toy.model(vocabulary=16)
+  rows = sample(model, table, [[1]] * 20, KEY, max_new_tokens=10).tokens.tolist()
+  assert len({tuple(row) for row in rows}) == 20
+  same = sample(model, table, [[1]] * 2, KEY, max_new_tokens=10, seeds=[4, 4]).tokens
+  assert same[0].tolist() == same[1].tolist()
+  other = sample(model, table, [[1]] * 20, jax.random.key(1), max_new_tokens=10)
+  assert other.tokens.tolist() != rows
+
+
+def test_nothing_recompiles_inside_a_bucket():
+  model, table = toy.model()
+  options = dict(max_new_tokens=3, eos_ids=[2], top_p=0.9)
+  sample(model, table, [[1] * 3, [2]], KEY, temperature=0.6, **options)
+  before = sampler._generate._cache_size()
+  options['eos_ids'] = [5]
+  options['top_p'] = 0.5
+  sample(model, table + 1, [[1] * 16, [2]], KEY, temperature=1.3, **options)
+  assert sampler._generate._cache_size() == before
+  sample(model, table, [[1] * 17, [2]], KEY, temperature=1.3, **options)
+  assert sampler._generate._cache_size() == before + 1
+
+
+def test_buckets_are_few_and_waste_little():
+  widths = [bucket(n) for n in range(1, 4097)]
+  assert len(set(widths)) <= 30
+  for length, width in enumerate(widths, 1):
+    assert length <= width < max(length + 16, 1.25 * length)
+
+
+PROMPT = [[1, 2]]
+
+
+@pytest.mark.parametrize(
+  ('prompts', 'options', 'message'),
+  [
+    ([], {}, 'no prompts'),
+    ([[1], []], {}, 'prompt 1 is empty'),
+    ([[1, 8]], {}, r'token id 8; the model knows 0\.\.7'),
+    ([[-1, 3]], {}, 'token id -1'),
+    ([[1] * 61], {}, 'context of 64'),
+    (PROMPT, dict(max_new_tokens=0), 'at least 1'),
+    (PROMPT, dict(temperature=-0.1), 'temperature'),
+    (PROMPT, dict(temperature=float('nan')), 'temperature'),
+    (PROMPT, dict(top_p=0.0), 'top_p'),
+    (PROMPT, dict(top_p=1.1), 'top_p'),
+    (PROMPT, dict(top_k=-1), 'top_k'),
+    (PROMPT, dict(min_p=1.5), 'min_p'),
+    (PROMPT, dict(seeds=[1, 2]), '2 seeds for 1 prompts'),
+    (PROMPT, dict(stop=np.zeros((2, 9), np.int16)), '9 tokens'),
+  ],
+)
+def test_bad_input_is_one_clear_line(prompts, options, message):
+  model, table = toy.model()
+  with pytest.raises(ValueError, match=message) as error:
+    sample(model, table, prompts, KEY, **{'max_new_tokens': 4, **options})
+  assert '\n' not in str(error.value)
+
+
+def test_the_context_may_be_filled_to_the_brim():
+  model, table = toy.model()
+  samples = sample(model, table, [[1] * 60], KEY, max_new_tokens=4)
+  assert samples.length.tolist() == [4]
