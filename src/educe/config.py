@@ -1,0 +1,271 @@
+"""Configs: a file of sections, each section the call of one function.
+
+  config.loss = dict(name='sft', label_smoothing=0.1)
+
+means educe/losses/sft.py:loss(…, label_smoothing=0.1). The function's keyword-only
+arguments are the schema, their defaults the defaults, their annotations the types; what
+comes before the * is supplied by the program. A dotted name is an import path, so an
+experiment brings its own function. All of it is checked before any device is touched.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import pathlib
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+# section → the function that it calls. {name} is the section's own `name`.
+PLACES = {
+  'model': 'educe.models.{name}:load',
+  'tokenizer': 'educe.data.tokenizer:load',
+  'source': 'educe.data.sources:{name}',
+  'data': 'educe.data.pipeline:make',
+  'algorithm': 'educe.algorithms.{name}:make',
+  'loss': 'educe.losses.{name}:loss',
+  'optimizer': 'educe.training.optimizer:make',
+  'environment': 'educe.environments.{name}:make',
+  'evaluation': 'educe.measurement.{name}:evaluate',
+  'mesh': 'educe.sharding:make_mesh',
+}
+
+# What `:debug` makes of a recipe: two steps of a tiny random model, in seconds.
+DEBUG = {
+  'steps': 2,
+  'save_every': 2,
+  'model': {'name': 'random', 'preset': 'debug'},
+  'tokenizer': {'path': 'byte'},
+  'data.batch_size': 2,
+  'data.max_length': 512,
+  'data.overlong': 'truncate',
+  'data.workers': 0,
+  'evaluation.environment.size': 2,
+  'evaluation.max_new_tokens': 4,
+}
+
+
+class ConfigError(ValueError):
+  """The config names something that does not exist, or a value that cannot be."""
+
+
+def load(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+  """`--config=file.py:arg` and `--config.section.key=value` → (config, other args).
+
+  `arg` goes to the file's get_config; the word `debug` in it shrinks the recipe.
+  Raises ConfigError.
+  """
+  argv, debug = _take_debug(list(argv))
+  values = flags.FlagValues()
+  try:
+    config_flags.DEFINE_config_file(
+      'config',
+      flag_values=values,
+      lock_config=False,
+      accept_new_attributes=True,
+      sys_argv=['educe', *argv],
+    )
+    rest = values(['educe', *argv], known_only=True)[1:]
+    config = values.config
+  except (OSError, flags.Error, TypeError, ValueError, KeyError) as error:
+    raise ConfigError(_one_line(error)) from error
+  if config is None:
+    raise ConfigError('--config is missing: name a file, as --config=configs/sft.py:demo')
+  if debug:
+    chosen = config_flags.get_override_values(values['config'])
+    _shrink(config, keep=set(chosen))
+  return config.to_dict(), rest
+
+
+def sweep(argv: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+  """(name, override flags) for each point of the config file's `sweep()`."""
+  file = next((a for a in argv if a.startswith('--config=')), '').partition('=')[2]
+  module = _import_file(file.partition(':')[0])
+  if not hasattr(module, 'sweep'):
+    raise ConfigError(f'{file}: no function sweep(); it should yield dicts of overrides')
+  for point in module.sweep():
+    name = ','.join(f'{key.split(".")[-1]}={value}' for key, value in point.items())
+    yield name, [f'--config.{key}={value}' for key, value in point.items()]
+
+
+def resolve(section: str, name: str | None = None) -> Callable[..., Any]:
+  """The function that a section calls. Raises ConfigError."""
+  place = PLACES[section]
+  module_name, entry = place.split(':')
+  if '{name}' in place:
+    if not name:
+      raise ConfigError(f'config.{section}.name is missing: it says which {section}')
+    if '.' in name or ':' in name:
+      module_name, _, chosen = name.partition(':')
+      entry = chosen or (entry if entry != '{name}' else '')
+    else:
+      module_name, entry = module_name.format(name=name), entry.format(name=name)
+  try:
+    module = importlib.import_module(module_name)
+  except ModuleNotFoundError as error:
+    if error.name and not module_name.startswith(error.name):
+      raise ConfigError(
+        f'config.{section}.name={name!r} needs the Python package {error.name!r}: '
+        "pip install 'educe[demo]' or that package"
+      ) from error
+    raise ConfigError(
+      f'config.{section}.name={name!r}: there is no {module_name.replace(".", "/")}.py'
+      + _near(name or '', _siblings(module_name))
+    ) from error
+  if not callable(getattr(module, entry, None)):
+    public = [n for n, f in vars(module).items() if inspect.isfunction(f)]
+    raise ConfigError(
+      f'config.{section}.name={name!r}: {module_name} has no function {entry!r}'
+      + _near(entry, public)
+    )
+  return getattr(module, entry)
+
+
+def expand(values: Mapping[str, Any], function: Callable, path='config') -> dict:
+  """`values` with every default of `function` filled in, checked, sections included.
+
+  Raises ConfigError naming the key, the value and the mend.
+  """
+  where = f'{function.__module__}.{function.__name__}'
+  parameters = inspect.signature(function).parameters
+  schema = {
+    n: p for n, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY
+  }
+  is_open = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+  hints = typing.get_type_hints(function)
+  for key, value in values.items():
+    if key not in schema and not is_open:
+      raise ConfigError(
+        f'{path}.{key}={value!r}: {where} takes no {key!r}' + _near(key, schema)
+      )
+  full = {}
+  for key, parameter in schema.items():
+    if key not in values and parameter.default is parameter.empty:
+      raise ConfigError(f'{path}.{key} is missing: {where} requires it')
+    value = values.get(key, parameter.default)
+    if key in PLACES and isinstance(value, Mapping):
+      full[key] = expand_section(key, value, f'{path}.{key}')
+    else:
+      full[key] = _checked(value, hints.get(key, Any), f'{path}.{key}')
+  full.update({key: value for key, value in values.items() if key not in schema})
+  return full
+
+
+def expand_section(section: str, values: Mapping[str, Any], path: str) -> dict:
+  """One section, expanded; its `name` is kept."""
+  if '{name}' not in PLACES[section]:
+    return expand(values, resolve(section), path)
+  function = resolve(section, values.get('name'))
+  rest = {key: value for key, value in values.items() if key != 'name'}
+  return {'name': values['name'], **expand(rest, function, path)}
+
+
+def call(section: str, values: Mapping[str, Any], *args: Any) -> Any:
+  """Calls a section's function on what the program supplies and what the config says."""
+  return bound(section, values)(*args)
+
+
+def bound(section: str, values: Mapping[str, Any]) -> Callable[..., Any]:
+  """A section's function with its config already given."""
+  values = dict(values)
+  named = '{name}' in PLACES[section]
+  function = resolve(section, values.pop('name') if named else None)
+
+  def with_config(*args):
+    return function(*args, **values)
+
+  return with_config
+
+
+def _checked(value: Any, hint: Any, path: str) -> Any:
+  """`value` as the annotated type; ints pass for floats, lists for tuples."""
+  options = typing.get_args(hint) if _is_union(hint) else (hint,)
+  for option in options:
+    kind = typing.get_origin(option) or option
+    if kind in (Any, inspect.Parameter.empty) or kind is typing.Literal:
+      return value
+    if kind is type(None):
+      if value is None:
+        return None
+    elif kind is float and isinstance(value, int | float) and value is not True:
+      return value if isinstance(value, bool) else float(value)
+    elif kind is int and isinstance(value, int) and not isinstance(value, bool):
+      return value
+    elif kind in (tuple, Sequence) and isinstance(value, list | tuple):
+      return tuple(value)
+    elif isinstance(kind, type) and kind not in (int, float) and isinstance(value, kind):
+      return value
+  wanted = getattr(hint, '__name__', None) if not _is_union(hint) else None
+  raise ConfigError(f'{path}={value!r} should be {wanted or hint}')
+
+
+def _is_union(hint: Any) -> bool:
+  return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _take_debug(argv: list[str]) -> tuple[list[str], bool]:
+  """Removes the word debug from the config's argument."""
+  for i, arg in enumerate(argv):
+    if arg.startswith('--config=') and ':' in arg:
+      file, _, words = arg.partition(':')
+      rest = [word for word in words.split(',') if word != 'debug']
+      if len(rest) < len(words.split(',')):
+        argv[i] = file + (':' + ','.join(rest) if rest else '')
+        return argv, True
+  return argv, False
+
+
+def _shrink(config: ml_collections.ConfigDict, keep: set[str]) -> None:
+  for path, value in DEBUG.items():
+    *parents, leaf = path.split('.')
+    section: Any = config
+    for parent in parents:
+      section = section.get(parent) if section is not None else None
+    if section is None or any(k == path or k.startswith(path + '.') for k in keep):
+      continue
+    if leaf in section or not parents or parents == ['data']:
+      with section.unlocked():
+        section[leaf] = (
+          ml_collections.ConfigDict(value) if isinstance(value, dict) else value
+        )
+
+
+def _near(word: str, names: Any) -> str:
+  """'; did you mean x?' or what there is to choose from."""
+  names = sorted(names)
+  close = difflib.get_close_matches(word, names, n=1)
+  if close:
+    return f'; did you mean {close[0]!r}?'
+  return f'; choose one of {names}' if names else ''
+
+
+def _siblings(module_name: str) -> list[str]:
+  package = importlib.import_module(module_name.rpartition('.')[0] or 'educe')
+  folders = getattr(package, '__path__', [])
+  files = [f for folder in folders for f in pathlib.Path(folder).glob('*.py')]
+  return [f.stem for f in files if not f.stem.startswith('_')]
+
+
+def _import_file(path: str) -> types.ModuleType:
+  if not pathlib.Path(path).is_file():
+    raise ConfigError(f'--config={path}: no such file')
+  spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
+  assert spec is not None and spec.loader is not None
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def _one_line(error: BaseException) -> str:
+  text = ' '.join(str(error).split())
+  return text or type(error).__name__
+
+

@@ -1,0 +1,112 @@
+"""One mesh, one table of rules, and the arrays placed by them.
+
+A param carries logical axis names ('embed', 'mlp', …); RULES says which mesh axis each
+lies on. Changing the mesh in the config is all that it takes to go from a laptop to a
+pod; the model and the losses do not know.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ('data', 'fsdp', 'tensor')
+BATCH = PartitionSpec(('data', 'fsdp'))
+
+# logical axis → mesh axis. What is not named here is replicated.
+RULES = {
+  'vocab': 'tensor',
+  'embed': 'fsdp',
+  'heads': 'tensor',
+  'kv_heads': 'tensor',
+  'mlp': 'tensor',
+}
+
+
+def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+  """A mesh over every device; one axis may be −1 and takes what the others leave.
+
+  Axes are Auto: the compiler propagates shardings (explicit mode is jax.make_mesh's
+  default and would ask every reshape in the model for its output sharding).
+  """
+  sizes = {'data': data, 'fsdp': fsdp, 'tensor': tensor}
+  devices = jax.device_count()
+  known = math.prod(size for size in sizes.values() if size != -1)
+  free = [name for name, size in sizes.items() if size == -1]
+  if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+    raise ValueError(f'mesh={sizes}: sizes are positive, and at most one is -1')
+  if free:
+    sizes[free[0]] = devices // known
+  if math.prod(sizes.values()) != devices:
+    raise ValueError(
+      f'mesh={sizes} needs {math.prod(sizes.values())} devices; {devices} are here'
+    )
+  return jax.make_mesh(
+    tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES)
+  )
+
+
+def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh):
+  """The PartitionSpec of one array; an axis that does not divide stays whole."""
+  used: set[str] = set()
+  dims: list[str | None] = []
+  for name, size in zip(axes, shape, strict=True):
+    target = RULES.get(name) if name else None
+    fits = target is not None and target not in used and size % mesh.shape[target] == 0
+    dims.append(target if fits else None)
+    if fits and target:
+      used.add(target)
+  return PartitionSpec(*dims)
+
+
+def shardings(shapes: Any, axes: Any, mesh: Mesh) -> Any:
+  """A tree of NamedShardings for params of these shapes and logical axes."""
+  leaves, tree = jax.tree.flatten(shapes)
+  names = tree.flatten_up_to(axes)
+  return tree.unflatten(
+    NamedSharding(mesh, spec(tuple(name), leaf.shape, mesh))
+    for leaf, name in zip(leaves, names, strict=True)
+  )
+
+
+def place(tree: Any, axes: Any, mesh: Mesh) -> Any:
+  """Params onto the mesh, tensor by tensor."""
+  return jax.tree.map(jax.device_put, tree, shardings(tree, axes, mesh))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def place_batch(batch: Any, mesh: Mesh) -> Any:
+  """This process's rows of a batch → global arrays split by row over data × fsdp."""
+  sharding = NamedSharding(mesh, BATCH)
+  return jax.tree.map(
+    lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
+  )
+
+
+def check_batch(rows: int, microbatches: int, mesh: Mesh) -> None:
+  """Rows of the global batch must split evenly over microbatches and devices."""
+  ways = mesh.shape['data'] * mesh.shape['fsdp'] * microbatches
+  if rows % ways:
+    raise ValueError(
+      f'batch of {rows} rows does not divide into {microbatches} microbatches × '
+      f'{ways // microbatches} data-parallel devices; make it a multiple of {ways}'
+    )
+
+
+def describe(mesh: Mesh) -> Mapping[str, Any]:
+  """What a run folder says of the hardware."""
+  first = mesh.devices.flat[0]
+  return {
+    'devices': int(mesh.devices.size),
+    'kind': first.device_kind,
+    'mesh': {name: int(size) for name, size in mesh.shape.items()},
+    'processes': jax.process_count(),
+  }

@@ -1,0 +1,160 @@
+"""Checkpoints: everything a run needs to go on as if nothing had happened.
+
+One folder a step, written by Orbax in the background and committed atomically: the
+TrainState, the data iterator, and the config that made them. A folder without its commit
+mark is never read; older ones are deleted only after a newer one is committed.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+
+from educe.types import TrainState
+
+
+class CheckpointError(RuntimeError):
+  """A checkpoint could not be written or read; the message says which and what to do."""
+
+
+def open_manager(folder: pathlib.Path, *, keep: int = 2) -> ocp.CheckpointManager:
+  """A manager of `folder`, which it makes; the newest `keep` checkpoints stay."""
+  if keep < 1:
+    raise ValueError(f'checkpoint.keep={keep}: at least one has to stay')
+  options = ocp.CheckpointManagerOptions(
+    max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
+  )
+  return ocp.CheckpointManager(folder.resolve(), options=options)
+
+
+def save(manager, state: TrainState, data: Any, config: dict[str, Any]) -> None:
+  """Starts writing the state at its own step; returns once it is safe to go on.
+
+  Raises CheckpointError if this save, or the one before it, could not be written.
+  """
+  step = int(state.step)
+  if step in manager.all_steps():
+    return
+  args = ocp.args.Composite(
+    state=ocp.args.StandardSave(state),
+    data=grain.checkpoint.CheckpointSave(data),
+    config=ocp.args.JsonSave(config),
+  )
+  with _explained(manager, f'checkpoint {step} could not be written'):
+    manager.save(step, args=args)
+
+
+def finish(manager) -> None:
+  """Waits for the write in flight and closes the manager. Raises CheckpointError."""
+  with _explained(manager, 'the last checkpoint could not be written'):
+    manager.wait_until_finished()
+    manager.close()
+
+
+def restore(manager, like: TrainState, data: Any) -> TrainState | None:
+  """The newest checkpoint as a TrainState placed like `like`, or None if there is none.
+
+  `data` is set to where it stood; iterate it only afterwards.
+  Raises CheckpointError when the checkpoint is of another model, or damaged.
+  """
+  step = manager.latest_step()
+  if step is None:
+    return None
+  folder = manager.directory / str(step)
+  abstract = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
+  )
+  others = [s for s in manager.all_steps() if s != step]
+  mend = f'resume from step {max(others)}' if others else 'start afresh'
+  with _explained(
+    manager, f'{folder} is damaged; move it away to {mend}', writing=False
+  ):
+    found = _shapes(manager.item_metadata(step).state)
+  _same_model(folder, found, _shapes(abstract))
+  args = ocp.args.Composite(
+    state=ocp.args.StandardRestore(abstract),
+    data=grain.checkpoint.CheckpointRestore(data),
+  )
+  with _explained(
+    manager, f'{folder} is damaged; move it away to {mend}', writing=False
+  ):
+    return manager.restore(step, args=args).state
+
+
+def saved_params(folder: pathlib.Path, like: Any, step: int | None = None) -> Any:
+  """Only the params of a run's newest checkpoint (or of `step`), placed like `like`."""
+  with ocp.CheckpointManager(folder.resolve()) as manager:
+    step = manager.latest_step() if step is None else step
+    if step is None or step not in manager.all_steps():
+      raise CheckpointError(
+        f'{folder}: no finished checkpoint'
+        + ('' if step is None else f' of step {step}')
+      )
+    where = folder / str(step) / 'state'
+  abstract = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
+  )
+  with ocp.PyTreeCheckpointer() as reader:
+    found = _shapes(reader.metadata(where.resolve()).item_metadata.tree)
+    found = {k.removeprefix('params/'): v for k, v in found.items() if _is_param(k)}
+    _same_model(where, found, _shapes(abstract))
+    restore_args = ocp.checkpoint_utils.construct_restore_args({'params': abstract})
+    args = ocp.args.PyTreeRestore(
+      {'params': abstract}, restore_args=restore_args, partial_restore=True
+    )
+    return reader.restore(where.resolve(), args=args)['params']
+
+
+def _is_param(path: str) -> bool:
+  return path.startswith('params/')
+
+
+def _shapes(tree: Any) -> dict[str, tuple]:
+  """path → shape of every array, whatever the containers are made of."""
+  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+
+  def name(path):
+    return '/'.join(
+      str(getattr(k, 'name', getattr(k, 'key', getattr(k, 'idx', k)))) for k in path
+    )
+
+  return {name(path): tuple(x.shape) for path, x in leaves if hasattr(x, 'shape')}
+
+
+def _same_model(folder, found: dict[str, tuple], wanted: dict[str, tuple]) -> None:
+  for name in sorted(found.keys() | wanted.keys()):
+    if not _is_param(name) and any(map(_is_param, wanted)):
+      continue
+    there, here = found.get(name), wanted.get(name)
+    if there != here:
+      raise CheckpointError(
+        f'{folder} belongs to another model: {name} is {there or "absent"} there and '
+        f'{here or "absent"} here; use its own config, or another --run_dir'
+      )
+
+
+class _explained:
+  """Turns what a storage layer throws into one line that says what to do."""
+
+  def __init__(self, manager, message: str, *, writing: bool = True):
+    self.manager, self.message, self.writing = manager, message, writing
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, kind, error, trace):
+    if error is None or not isinstance(error, Exception):
+      return False
+    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else ''
+    message = f'{self.message} ({type(error).__name__}: {reason})'
+    if self.writing:
+      good = max(self.manager.all_steps(read=True), default=None)
+      message += (
+        f'; free some space under {self.manager.directory} and run the same command: '
+        + (f'step {good} is intact' if good is not None else 'no checkpoint exists yet')
+      )
+    raise CheckpointError(message) from error

@@ -1,0 +1,136 @@
+"""The loop. One, for every algorithm, without hooks: to change the control flow, copy it.
+
+batch → step → metrics, one step late so that the device never waits for the host;
+evaluate, then save, every so often; stop cleanly on SIGTERM; abort on endless NaNs.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from educe.training import checkpoint as ckpt
+from educe.training import metrics as metrics_lib
+from educe.training.step import Step
+from educe.types import Algorithm, Batch, TrainState
+
+Evaluate = Callable[[TrainState], dict[str, Any]]
+
+
+class NonFinite(RuntimeError):
+  """Gradients stayed NaN or infinite; the batch lies beside the metrics."""
+
+
+def run(
+  state: TrainState,
+  step: Step,
+  algorithm: Algorithm,
+  *,
+  steps: int,
+  run_dir: pathlib.Path,
+  manager: Any,
+  config: dict[str, Any],
+  place: Callable[[Batch], Batch],
+  log: metrics_lib.Log,
+  evaluate: Evaluate | None = None,
+  evaluate_every: int = 0,
+  save_every: int = 100,
+  abort_after: int = 10,
+  flops_per_token: float = 0.0,
+) -> tuple[TrainState, bool]:
+  """Trains from `state.step` to `steps`. Returns the state, and whether it got there.
+
+  False means that SIGTERM came: the state was saved at that step boundary, and the same
+  command goes on from it.
+
+  Args:
+    place: a batch of host arrays onto the devices.
+    evaluate_every: steps between calls of `evaluate`, which also runs before the first
+      step and after the last; 0 means only there.
+    abort_after: raise NonFinite after this many skipped updates in a row.
+    flops_per_token: of a training step, for MFU (≈ 6 · params).
+  """
+  stop = catch_sigterm()
+  start = int(state.step)
+  peak = metrics_lib.peak_flops()
+  bar = metrics_lib.progress(steps, start)
+  clock = time.perf_counter()
+  pending: tuple[int, Batch, dict, dict] | None = None
+
+  def flush():
+    """Writes the step in flight, waiting for it if it still runs."""
+    nonlocal pending, clock
+    if pending is None:
+      return
+    number, batch, values, info = pending
+    pending = None
+    values = {name: float(x) for name, x in jax.device_get(values).items()}
+    now = time.perf_counter()
+    seconds, clock = now - clock, now
+    rate = (
+      int(
+        (batch.segments > 0).sum() if batch.segments is not None else batch.tokens.size
+      )
+      * jax.process_count()
+      / seconds
+    )
+    values |= {
+      'timing/step_seconds': seconds,
+      'perf/tokens_per_second': rate,
+      'perf/mfu': rate * flops_per_token / peak,
+    }
+    log.write(number, values | info)
+    bar.update()
+    bar.set_postfix_str(
+      f'loss {values["loss"]:.4f}, {rate:.0f} tok/s, mfu {values["perf/mfu"]:.0%}'
+    )
+    if values['skipped_in_a_row'] >= abort_after:
+      dump = run_dir / f'nonfinite_{number}.npz'
+      np.savez(dump, **{k: v for k, v in batch._asdict().items() if v is not None})
+      raise NonFinite(
+        f'gradients were not finite for {abort_after} steps in a row, up to step '
+        f'{number}; its batch is in {dump}. Lower optimizer.learning_rate, or look there'
+      )
+
+  def report():
+    nonlocal clock
+    if evaluate is not None:
+      log.write(int(state.step), evaluate(state))
+      clock = time.perf_counter()
+
+  try:
+    if start == 0:
+      report()
+    for number in range(start + 1, steps + 1):
+      batch, info = algorithm.next_batch(state)
+      state, values = step(state, place(batch))
+      flush()
+      pending = (number, batch, values, info)
+      last, stopping = number == steps, stop.is_set()
+      due = last or (evaluate_every and number % evaluate_every == 0)
+      if due or last or stopping or number % save_every == 0:
+        flush()
+        if due and not stopping:
+          report()
+        ckpt.save(manager, state, algorithm.data, config)
+        clock = time.perf_counter()
+      if stopping and not last:
+        return state, False
+    return state, True
+  finally:
+    bar.close()
+
+
+def catch_sigterm() -> threading.Event:
+  """Set once this process is asked to stop. Signals reach only the main thread."""
+  stop = threading.Event()
+  if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+  return stop

@@ -1,0 +1,88 @@
+"""One update: score, lose, differentiate, step. Pure, jitted, donated.
+
+A loss is a sum and a count, so the gradient of any batch is
+
+  ∇L = Σ_i ∇total_i / Σ_i count_i
+
+over its microbatches i, however it is cut; only the division waits for the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from educe.losses.logprobs import score
+from educe.training.optimizer import Optimizer
+from educe.types import Batch, LossFn, Model, Params, TrainState
+
+Metrics = dict[str, Any]
+Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def init_state(params: Params, optimizer: Optimizer, key: jax.Array) -> TrainState:
+  """Step 0. The state owns `params` from here on: the first step donates them."""
+  return TrainState(jnp.int32(0), params, optimizer.init(params), key)
+
+
+def make_step(
+  model: Model, loss: LossFn, optimizer: Optimizer, *, microbatches: int = 1
+) -> Step:
+  """The jitted `step(state, batch) -> (state, metrics)`; it consumes `state`.
+
+  Args:
+    microbatches: parts that the rows are cut into, one in memory at a time.
+
+  metrics: scalars on the device: `loss` and the loss's own metrics, `grad_norm` (before
+  clipping), `learning_rate`, `num_tokens` (trained), `skipped_updates` (so far) and
+  `skipped_in_a_row`. An update whose gradients are not finite leaves params and
+  optimizer as they were.
+  """
+
+  def total(params, batch):
+    params = optimizer.freeze(params)
+    mean, metrics = loss(score(model, params, batch), batch)
+    return mean.total, {'loss': mean, **metrics}
+
+  gradient = jax.grad(total, has_aux=True)
+
+  def step(state, batch):
+    grads, means = accumulate(gradient, state.params, batch, microbatches)
+    count = jnp.where(means['loss'].count > 0, means['loss'].count, 1)
+    grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {name: mean.value for name, mean in means.items()}
+    metrics |= {
+      'grad_norm': opt_state.grad_norm,
+      'learning_rate': optimizer.learning_rate(state.step - opt_state.skipped),
+      'num_tokens': batch.mask.sum(),
+      'skipped_updates': opt_state.skipped,
+      'skipped_in_a_row': opt_state.skipped_in_a_row,
+    }
+    return TrainState(state.step + 1, params, opt_state, state.key), metrics
+
+  return jax.jit(step, donate_argnums=0)
+
+
+def accumulate(gradient, params, batch: Batch, microbatches: int):
+  """Σ over microbatches of (gradient, Means). Sums are float32."""
+  if microbatches == 1:
+    return gradient(params, batch)
+  parts = jax.tree.map(
+    lambda x: x.reshape(microbatches, x.shape[0] // microbatches, *x.shape[1:]), batch
+  )
+
+  def add(sums, part):
+    grads, means = gradient(params, part)
+    return jax.tree.map(lambda s, x: s + x.astype(s.dtype), sums, (grads, means)), None
+
+  first = jax.tree.map(lambda x: x[0], parts)
+  shapes = jax.eval_shape(gradient, params, first)
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+  sums, _ = jax.lax.scan(add, zeros, parts)
+  return sums
