@@ -1,0 +1,65 @@
+"""An architecture as a `types.Model`: pure functions of plain params.
+
+Flax stays behind this file: what comes out are functions of dicts of arrays.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from educe.models import transformer
+from educe.models.transformer import Architecture
+from educe.types import Head, Model, Params
+
+unstack = transformer.unstack
+
+
+def build(architecture: Architecture) -> Model:
+  """The decoder that `architecture` describes. Allocates nothing."""
+  module = transformer.Transformer(architecture)
+
+  def init_boxed(key):
+    # One token is enough: no parameter's shape depends on the length.
+    return module.init(key, jnp.zeros((1, 1), jnp.int32))['params']
+
+  def init(key) -> Params:
+    return nn.unbox(init_boxed(key))
+
+  def hidden(params, tokens, positions=None, segments=None):
+    states = module.apply({'params': params}, tokens, positions, segments)
+    return states, {}
+
+  def head(params) -> Head:
+    matrix = params['embedding'].T if architecture.tied else params['head']
+    return Head(matrix.astype(architecture.compute_dtype))
+
+  boxed = jax.eval_shape(init_boxed, jax.random.key(0))
+  axes = jax.tree.map(
+    lambda box: tuple(box.names),
+    boxed,
+    is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned),
+  )
+  return Model(
+    init=init,
+    hidden=hidden,
+    head=head,
+    init_cache=functools.partial(transformer.init_cache, architecture),
+    decode=functools.partial(transformer.decode, architecture),
+    axes=axes,
+    architecture=architecture,
+  )
+
+
+def shapes(architecture: Architecture) -> Params:
+  """The params' tree of `jax.ShapeDtypeStruct`."""
+  return jax.eval_shape(build(architecture).init, jax.random.key(0))
+
+
+def count(params: Params) -> int:
+  """How many numbers a tree holds; works on arrays and on `shapes`."""
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))

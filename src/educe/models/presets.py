@@ -1,0 +1,90 @@
+"""Architectures by name, with the published sizes."""
+
+from __future__ import annotations
+
+from educe.models.transformer import Architecture
+
+# For tests and `:debug` runs: every feature on (grouped queries, untied head), no size.
+debug = Architecture(
+  vocab_size=256,
+  dim=32,
+  layers=2,
+  heads=4,
+  kv_heads=2,
+  head_dim=8,
+  ffn=64,
+  max_length=256,
+)
+
+# TinyStories (Eldan & Li 2023, arXiv:2305.07759), trained by llama2.c: 260,032.
+stories260k = Architecture(
+  vocab_size=512,
+  dim=64,
+  layers=5,
+  heads=8,
+  kv_heads=4,
+  head_dim=8,
+  ffn=172,
+  max_length=512,
+  tied=True,
+)
+
+# SmolLM2 (Allal et al. 2025, arXiv:2502.02737): 134,515,008 and 1,711,376,384.
+smollm2_135m = Architecture(
+  vocab_size=49_152,
+  dim=576,
+  layers=30,
+  heads=9,
+  kv_heads=3,
+  head_dim=64,
+  ffn=1536,
+  max_length=8192,
+  rope_theta=100_000.0,
+  tied=True,
+)
+smollm2_1_7b = Architecture(
+  vocab_size=49_152,
+  dim=2048,
+  layers=24,
+  heads=32,
+  kv_heads=32,
+  head_dim=64,
+  ffn=8192,
+  max_length=8192,
+  rope_theta=130_000.0,
+  tied=True,
+)
+
+# Llama 2 7B (Touvron et al. 2023, arXiv:2307.09288): 6,738,415,616.
+llama2_7b = Architecture(
+  vocab_size=32_000,
+  dim=4096,
+  layers=32,
+  heads=32,
+  kv_heads=32,
+  head_dim=128,
+  ffn=11_008,
+  max_length=4096,
+)
+
+# Llama 3 8B (Dubey et al. 2024, arXiv:2407.21783): 8,030,261,248. The 3.1 and 3.2
+# models rescale their rotary frequencies and are not this architecture.
+llama3_8b = Architecture(
+  vocab_size=128_256,
+  dim=4096,
+  layers=32,
+  heads=32,
+  kv_heads=8,
+  head_dim=128,
+  ffn=14_336,
+  max_length=8192,
+  rope_theta=500_000.0,
+)
+
+
+def get(name: str) -> Architecture:
+  """The preset called `name`; raises ValueError that lists them."""
+  known = {key: x for key, x in globals().items() if isinstance(x, Architecture)}
+  if name not in known:
+    raise ValueError(f'no architecture is called {name!r}; there are {sorted(known)}')
+  return known[name]

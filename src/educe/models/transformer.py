@@ -1,0 +1,307 @@
+"""The decoder: RMSNorm, rotary positions, grouped-query attention, gated SiLU MLP.
+
+Llama (Touvron et al. 2023, arXiv:2302.13971) with grouped queries (Ainslie et al. 2023,
+arXiv:2305.13245), rotate-half RoPE (Su et al. 2021, arXiv:2104.09864), RMSNorm (Zhang &
+Sennrich 2019, arXiv:1910.07467) and SwiGLU (Shazeer 2020, arXiv:2002.05202).
+
+One block serves training (`nn.scan` over stacked layers) and sampling (a Python loop
+with a cache per layer): a stacked cache would be copied whole at every step.
+
+Dimensions: B rows · T queries · S keys · D width · H heads · K kv heads · G = H/K
+queries a kv head · h head width · F hidden width of the MLP · L layers · V vocabulary.
+Norms, rotations and the softmax are float32 whatever the dtypes of params and compute.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+DTYPES = ('float32', 'bfloat16', 'float16')
+REMAT = {
+  'none': None,
+  'full': jax.checkpoint_policies.nothing_saveable,
+  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+# Finite, so that a row of masked scores has a softmax; float32's lowest would overflow
+# when two of them are added.
+MASKED = -1e30
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+  """A decoder, described by plain values that go through JSON unchanged."""
+
+  vocab_size: int
+  dim: int
+  layers: int
+  heads: int
+  kv_heads: int
+  head_dim: int
+  ffn: int
+  max_length: int
+  rope_theta: float = 10_000.0
+  norm_eps: float = 1e-5
+  tied: bool = False
+  param_dtype: str = 'float32'
+  compute_dtype: str = 'float32'
+  remat: str = 'none'  # none | full (recompute all) | dots (keep matmul outputs)
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      if field.type == 'int' and value < 1:
+        raise ValueError(f'architecture.{field.name} = {value} must be positive')
+    if self.heads % self.kv_heads:
+      raise ValueError(
+        f'architecture.heads = {self.heads} must be a multiple of '
+        f'kv_heads = {self.kv_heads}'
+      )
+    if self.head_dim % 2:
+      raise ValueError(f'architecture.head_dim = {self.head_dim} must be even (RoPE)')
+    for name in ('param_dtype', 'compute_dtype'):
+      if getattr(self, name) not in DTYPES:
+        raise ValueError(f'{name} = {getattr(self, name)!r} is none of {DTYPES}')
+    if self.remat not in REMAT:
+      raise ValueError(f'remat = {self.remat!r} is none of {tuple(REMAT)}')
+
+
+class LayerCache(NamedTuple):
+  """What one layer remembers. Heads come before slots: a step reads along slots."""
+
+  keys: Float[Array, 'B K S h']
+  values: Float[Array, 'B K S h']
+
+
+class Cache(NamedTuple):
+  """`positions` is shared by all layers; -1 marks a slot that holds nothing."""
+
+  layers: list[LayerCache]
+  positions: Int[Array, 'B S']
+
+
+def rotary(
+  architecture: Architecture, positions: Int[Array, 'B T']
+) -> tuple[Float[Array, 'B T half'], Float[Array, 'B T half']]:
+  """Cosine and sine of position · theta^(-2i/h), float32, half = h/2."""
+  h = architecture.head_dim
+  frequency = 1 / architecture.rope_theta ** (jnp.arange(0, h, 2, jnp.float32) / h)
+  angle = positions[..., None].astype(jnp.float32) * frequency
+  return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: Float[Array, 'B T N h'], cos, sin) -> Float[Array, 'B T N h']:
+  """Rotates the pairs (x[i], x[i + h/2]) by their position's angle; float32 out."""
+  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  cos, sin = cos[:, :, None], sin[:, :, None]
+  return jnp.concatenate(
+    [first * cos - second * sin, second * cos + first * sin], axis=-1
+  )
+
+
+def attend(
+  q: Float[Array, 'B T H h'],
+  k: Float[Array, 'B K S h'],
+  v: Float[Array, 'B K S h'],
+  visible: Bool[Array, '#B T S'],
+) -> Float[Array, 'B T H h']:
+  """Softmax attention; H/K queries share a kv head, without repeating k and v.
+
+  q comes scaled by 1/√h. A query that sees no key gets zeros, and zero gradient.
+  """
+  B, T, H, h = q.shape
+  K = k.shape[1]
+  q = q.reshape(B, T, K, H // K, h)
+  scores = jnp.einsum('btkgh,bksh->bkgts', q, k, preferred_element_type=jnp.float32)
+  visible = visible[:, None, None]
+  weights = jax.nn.softmax(jnp.where(visible, scores, MASKED), axis=-1)
+  # Where nothing is visible the softmax above is uniform, not zero.
+  weights = jnp.where(visible, weights, 0).astype(v.dtype)
+  return jnp.einsum('bkgts,bksh->btkgh', weights, v).reshape(B, T, H, h)
+
+
+def _normal(scale: float, *axes: str):
+  return nn.with_logical_partitioning(nn.initializers.normal(scale), axes)
+
+
+def _residual(architecture: Architecture, *axes: str):
+  """Writes to the residual stream shrink with depth (GPT-2, Radford et al. 2019)."""
+  return _normal(0.02 / (2 * architecture.layers) ** 0.5, *axes)
+
+
+class RMSNorm(nn.Module):
+  architecture: Architecture
+
+  @nn.compact
+  def __call__(self, x: Float[Array, '*n D']) -> Float[Array, '*n D']:
+    a = self.architecture
+    init = nn.with_logical_partitioning(nn.initializers.ones, ('embed',))
+    scale = self.param('scale', init, (a.dim,), a.param_dtype)
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + a.norm_eps)
+    return (y * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+class Attention(nn.Module):
+  architecture: Architecture
+
+  @nn.compact
+  def __call__(self, x, angles, visible, cache: LayerCache | None, slot):
+    a = self.architecture
+
+    def weight(name, init, *shape):
+      return self.param(name, init, shape, a.param_dtype).astype(x.dtype)
+
+    into = ('embed', 'heads', 'head_dim'), ('embed', 'kv', 'head_dim')
+    query = weight('query', _normal(0.02, *into[0]), a.dim, a.heads, a.head_dim)
+    key = weight('key', _normal(0.02, *into[1]), a.dim, a.kv_heads, a.head_dim)
+    value = weight('value', _normal(0.02, *into[1]), a.dim, a.kv_heads, a.head_dim)
+    out = weight(
+      'out', _residual(a, 'heads', 'head_dim', 'embed'), a.heads, a.head_dim, a.dim
+    )
+    q = rotate(jnp.einsum('btd,dnh->btnh', x, query), *angles) * a.head_dim**-0.5
+    k = rotate(jnp.einsum('btd,dnh->btnh', x, key), *angles)
+    v = jnp.einsum('btd,dnh->btnh', x, value)
+    k, v = (jnp.swapaxes(y.astype(x.dtype), 1, 2) for y in (k, v))
+    if cache is not None:
+      start = (0, 0, slot, 0)
+      k = jax.lax.dynamic_update_slice(cache.keys, k, start)
+      v = jax.lax.dynamic_update_slice(cache.values, v, start)
+      cache = LayerCache(k, v)
+    mixed = attend(q.astype(x.dtype), k, v, visible)
+    return jnp.einsum('btnh,nhd->btd', mixed, out), cache
+
+
+class MLP(nn.Module):
+  architecture: Architecture
+
+  @nn.compact
+  def __call__(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
+    a = self.architecture
+
+    def weight(name, init, *shape):
+      return self.param(name, init, shape, a.param_dtype).astype(x.dtype)
+
+    gate = weight('gate', _normal(0.02, 'embed', 'mlp'), a.dim, a.ffn)
+    up = weight('up', _normal(0.02, 'embed', 'mlp'), a.dim, a.ffn)
+    down = weight('down', _residual(a, 'mlp', 'embed'), a.ffn, a.dim)
+    return (jax.nn.silu(x @ gate) * (x @ up)) @ down
+
+
+class Block(nn.Module):
+  """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+  architecture: Architecture
+
+  @nn.compact
+  def __call__(self, x, angles, visible, cache: LayerCache | None = None, slot=None):
+    a = self.architecture
+    y = RMSNorm(a, name='attention_norm')(x)
+    y, cache = Attention(a, name='attention')(y, angles, visible, cache, slot)
+    x = x + y
+    x = x + MLP(a, name='mlp')(RMSNorm(a, name='mlp_norm')(x))
+    return x, cache
+
+
+class Transformer(nn.Module):
+  """Tokens to final hidden states, layers scanned; `policy` makes a `Model` of it."""
+
+  architecture: Architecture
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens: Int[Array, 'B T'],
+    positions: Int[Array, 'B T'] | None = None,
+    segments: Int[Array, 'B T'] | None = None,
+  ) -> Float[Array, 'B T D']:
+    a = self.architecture
+    T = tokens.shape[1]
+    embedding = self.param(
+      'embedding', _normal(0.02, 'vocab', 'embed'), (a.vocab_size, a.dim), a.param_dtype
+    )
+    if not a.tied:  # read by policy.head, which multiplies outside of this module
+      init = _normal(0.02, 'embed', 'vocab')
+      self.param('head', init, (a.dim, a.vocab_size), a.param_dtype)
+    if positions is None:
+      positions = jnp.arange(T)[None]
+    # By index, not by position: positions restart in every packed segment.
+    visible = jnp.tril(jnp.ones((T, T), bool))[None]
+    if segments is not None:
+      same = segments[:, :, None] == segments[:, None, :]
+      visible = visible & same & (segments > 0)[:, None, :]
+    block = Block
+    if REMAT[a.remat] is not None:
+      block = nn.remat(Block, prevent_cse=False, policy=REMAT[a.remat])
+    x = embedding[tokens].astype(a.compute_dtype)
+    x, _ = nn.scan(
+      block,
+      length=a.layers,
+      variable_axes={'params': 0},
+      split_rngs={'params': True},
+      in_axes=nn.broadcast,
+      metadata_params={nn.PARTITION_NAME: 'layers'},
+    )(a, name='layers')(x, rotary(a, positions), visible)
+    return RMSNorm(a, name='norm')(x)
+
+
+def init_cache(architecture: Architecture, batch_size: int, length: int) -> Cache:
+  a = architecture
+  shape = (batch_size, a.kv_heads, length, a.head_dim)
+  layers = [
+    LayerCache(jnp.zeros(shape, a.compute_dtype), jnp.zeros(shape, a.compute_dtype))
+    for _ in range(a.layers)
+  ]
+  return Cache(layers, jnp.full((batch_size, length), -1, jnp.int32))
+
+
+def unstack(params):
+  """Params whose layers are a list, one tree a layer, instead of stacked arrays.
+
+  `decode` takes both. A loop of decode steps should unstack before it starts: from
+  stacked params every step would copy each layer's weights out of the stack.
+  """
+  layers = params['layers']
+  if isinstance(layers, list):
+    return params
+  count = jax.tree.leaves(layers)[0].shape[0]
+  split = [jax.tree.map(lambda x, i=i: x[i], layers) for i in range(count)]
+  return {**params, 'layers': split}
+
+
+def decode(
+  architecture: Architecture,
+  params,
+  cache: Cache,
+  tokens: Int[Array, 'B T'],
+  positions: Int[Array, 'B T'],
+  slot: Int[Array, ''] | int,
+) -> tuple[Float[Array, 'B T D'], Cache]:
+  """Appends T tokens to every row's cache at `slot` and returns their hidden states.
+
+  The same function prefills (T > 1) and steps (T = 1). A key is seen by the queries at
+  its position and later; position -1 (padding) is never seen, and sees nothing.
+  slot + T must not exceed the cache's length: a traced slot cannot be checked, and XLA
+  would move the write back over the last slots.
+  """
+  a = architecture
+  params = unstack(params)
+  positions = positions.astype(jnp.int32)
+  stored = jax.lax.dynamic_update_slice(cache.positions, positions, (0, slot))
+  visible = (stored >= 0)[:, None, :] & (stored[:, None, :] <= positions[:, :, None])
+  angles = rotary(a, positions)
+  block = Block(a)
+  x = params['embedding'][tokens].astype(a.compute_dtype)
+  layers = []
+  for weights, remembered in zip(params['layers'], cache.layers, strict=True):
+    x, remembered = block.apply(
+      {'params': weights}, x, angles, visible, remembered, slot
+    )
+    layers.append(remembered)
+  x = RMSNorm(a).apply({'params': params['norm']}, x)
+  return x, Cache(layers, stored)
