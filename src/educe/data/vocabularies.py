@@ -20,7 +20,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 BYTE_TEMPLATE = (
   '{{ bos_token }}{% for message in messages %}'
   "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
-  "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+  '{% endfor %}{% if add_generation_prompt %}'
+  "{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
 
