@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 import toy
+
 from educe.rollouts import sampler
 from educe.rollouts.sampler import bucket, sample
 from educe.rollouts.stop_strings import automaton

@@ -54,12 +54,12 @@ def draw(
   uniforms: two independent numbers in [0, 1) a row, unused when greedy
   """
   logits = logits.astype(jnp.float32)
-  greedy = settings.temperature is None
-  scaled = logits if greedy else logits / settings.temperature
+  temperature = settings.temperature
+  scaled = logits if temperature is None else logits / temperature
   peak = scaled.max(-1)
   weights = jnp.exp(scaled - peak[:, None])  # in [0, 1]; the largest is exactly 1
   total = weights.sum(-1)
-  if greedy:
+  if temperature is None:
     token, kept = jnp.argmax(logits, -1), jnp.ones_like(peak)
   else:
     keep = standing(weights, settings)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from educe.models.policy import unstack
 from educe.rollouts.draw import Draw, Settings, draw
 from educe.types import Cache, Head, Model, Params, Samples
 
@@ -108,7 +109,7 @@ class _Functions(NamedTuple):
 
 
 class _Carry(NamedTuple):
-  index: Array  # [] tokens generated so far
+  drawn: Array  # [] tokens generated so far
   cache: Cache
   token: Array  # [B] the last one drawn
   matched: Array  # [B] state of the stop-string automaton
@@ -121,6 +122,8 @@ def _generate(
   params, tokens, lengths, key, seeds, settings, eos_ids, stop, *, model, room
 ) -> Samples:
   rows, width = tokens.shape
+  if isinstance(params, dict) and 'layers' in params:
+    params = unstack(params)  # once, here: inside the loop every step would copy them
   head = model.head(params)
   keys = jax.vmap(jax.random.fold_in, (None, 0))(key, seeds)
 
@@ -131,35 +134,35 @@ def _generate(
 
   def record(carry: _Carry, new: Draw) -> _Carry:
     """Append `new` to the rows that are still going."""
-    going, samples, index = ~carry.done, carry.samples, carry.index
+    going, samples, at = ~carry.done, carry.samples, carry.drawn
     token = jnp.where(going, new.token, 0)
-    matched, ends = carry.matched, (token[:, None] == eos_ids).any(-1)
+    matched, ends = carry.matched, (token[:, None] == eos_ids[None]).any(-1)
     if stop is not None:
       matched = stop[matched, token].astype(jnp.int32)
       ends |= matched == stop.shape[0] - 1
     ends &= going
     samples = Samples(
-      tokens=samples.tokens.at[:, index].set(token),
-      logp=samples.logp.at[:, index].set(jnp.where(going, new.logp, 0)),
-      kept=samples.kept.at[:, index].set(jnp.where(going, new.kept, 1)),
+      tokens=samples.tokens.at[:, at].set(token),
+      logp=samples.logp.at[:, at].set(jnp.where(going, new.logp, 0)),
+      kept=samples.kept.at[:, at].set(jnp.where(going, new.kept, 1)),
       length=samples.length + going,
       stopped=samples.stopped + ends,
     )
-    return _Carry(index + 1, carry.cache, token, matched, carry.done | ends, samples)
+    return _Carry(at + 1, carry.cache, token, matched, carry.done | ends, samples)
 
   def more(carry: _Carry):
-    return (carry.index < room) & ~carry.done.all()
+    return (carry.drawn < room) & ~carry.done.all()
 
   def step(carry: _Carry) -> _Carry:
-    at = carry.index - 1  # the token drawn last is the at-th generated one
+    at = carry.drawn - 1  # the token drawn last is the at-th generated one
     position = jnp.where(carry.done, -1, lengths + at)
     states, cache = model.decode(
       params, carry.cache, carry.token[:, None], position[:, None], width + at
     )
-    new = next_token(states[:, 0], carry.index)
+    new = next_token(states[:, 0], carry.drawn)
     return record(carry._replace(cache=cache), new)
 
-  column = jnp.arange(width, dtype=jnp.int32)
+  column = jnp.arange(width, dtype=jnp.int32)[None]
   positions = jnp.where(column < lengths[:, None], column, -1)
   # The last token drawn is never read, hence room − 1 slots for generated ones.
   cache = model.init_cache(rows, width + room - 1)
@@ -186,10 +189,10 @@ def _settings(temperature, top_k, top_p, min_p) -> Settings:
   if temperature == 0:  # the most likely token survives any truncation
     return Settings(temperature=None)
   return Settings(
-    np.float32(temperature),
-    np.int32(top_k) if top_k else None,
-    np.float32(top_p) if top_p < 1 else None,
-    np.float32(min_p) if min_p else None,
+    temperature,
+    top_k or None,
+    top_p if top_p < 1 else None,
+    min_p or None,
   )
 
 

@@ -35,7 +35,7 @@ def automaton(stop: Sequence[str], token_bytes: Sequence[bytes]) -> np.ndarray:
   lengths = np.array([len(text) for text in token_bytes])
   for index in range(lengths.max(initial=0)):
     ids = np.flatnonzero(lengths > index)
-    byte = np.array([token_bytes[i][index] for i in ids])
+    byte = np.array([token_bytes[int(i)][index] for i in ids])
     table[:, ids] = step[table[:, ids], byte]
   assert (table[seen] == seen).all()
   return table
