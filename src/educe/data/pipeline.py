@@ -212,7 +212,7 @@ class _RecordsIterator(grain.DatasetIterator):
   def __init__(self, dataset: _Records):
     super().__init__()
     self._dataset = dataset
-    self._open = None
+    self._open: Any = None
     self.counts = dict(records=0, truncated=0, dropped_overlong=0, dropped_masked=0)
 
   def __next__(self):
@@ -320,7 +320,8 @@ def _start_worker(index: int, count: int) -> None:
 
   def follow() -> None:
     # A killed parent cannot close its workers; they would wait on it for ever.
-    parent.join()
+    if parent is not None:
+      parent.join()
     os._exit(1)
 
   threading.Thread(target=follow, daemon=True).start()

@@ -17,6 +17,7 @@ import difflib
 import functools
 import gzip
 import hashlib
+import importlib
 import json
 import pathlib
 import re
@@ -137,15 +138,21 @@ def tfds(
   import tensorflow_datasets as library
 
   folder = None if data_dir is None else str(pathlib.Path(data_dir).expanduser())
+  plain_name = re.split('[/:]', name)[0]
+  catalogue = _tfds_catalogue(library)
+  if plain_name in catalogue:
+    importlib.import_module(catalogue[plain_name])  # registers it
   try:
     rows = library.data_source(name, split=split, data_dir=folder)
   except library.core.DatasetNotFoundError:
-    known = list(library.list_builders())
+    known = list(catalogue)
     if folder and pathlib.Path(folder).is_dir():
       known += [p.name for p in pathlib.Path(folder).iterdir() if p.is_dir()]
-    near = difflib.get_close_matches(re.split('[/:]', name)[0], known)
+    near = ', '.join(difflib.get_close_matches(plain_name, known)) or 'none'
+    where = folder or 'the default data_dir'
     raise ValueError(
-      f'tfds name={name!r}: no such data set; near names: {", ".join(near) or "none"}'
+      f'tfds name={name!r}: no such data set in {where} or the TFDS catalogue; '
+      f'near names: {near}'
     ) from None
   except ValueError as error:
     if 'split' in str(error).lower():
@@ -154,6 +161,29 @@ def tfds(
   source = Source(_Tfds(rows), f'{name}[{split}]', columns, chat, system)
   _check(Source([source.rows[0]], source.name, columns, chat, system), [source.name])
   return source
+
+
+def _tfds_catalogue(library) -> dict[str, str]:
+  """Name of each data set of the installed TFDS: the module that registers it.
+
+  By file names, since TFDS lists its own catalogue only where TensorFlow is installed.
+  """
+  root = pathlib.Path(library.__file__).parent
+  found = {}
+  for file in root.glob('*/*.py'):
+    found[file.stem] = f'{library.__name__}.{file.parent.name}.{file.stem}'
+  for file in root.glob('*/*/__init__.py'):
+    package = f'{library.__name__}.{file.parent.parent.name}.{file.parent.name}'
+    found[file.parent.name] = package
+  for file in root.glob('datasets/*/*_dataset_builder.py'):
+    package = f'{library.__name__}.datasets.{file.parent.name}'
+    found[file.parent.name] = f'{package}.{file.stem}'
+  internal = ('core', 'scripts', 'testing', 'proto')
+  return {
+    name: module
+    for name, module in found.items()
+    if module.split('.')[1] not in internal and not name.endswith(('_test', '__init__'))
+  }
 
 
 @dataclasses.dataclass(frozen=True)

@@ -95,7 +95,8 @@ def llama2c(path: pathlib.Path) -> dict[str, Any]:
   such piece), then the best-scoring adjacent pair is merged until none is left.
   """
   data = path.read_bytes()
-  pieces, scores = [], []
+  pieces: list[str] = []
+  scores: list[float] = []
   try:
     (longest,) = struct.unpack_from('<i', data, 0)
     at = 4
