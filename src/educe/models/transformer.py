@@ -15,6 +15,7 @@ Norms, rotations and the softmax are float32 whatever the dtypes of params and c
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -157,7 +158,7 @@ class Attention(nn.Module):
     def weight(name, init, *shape):
       return self.param(name, init, shape, a.param_dtype).astype(x.dtype)
 
-    into = ('embed', 'heads', 'head_dim'), ('embed', 'kv', 'head_dim')
+    into = ('embed', 'heads', 'head_dim'), ('embed', 'kv_heads', 'head_dim')
     query = weight('query', _normal(0.02, *into[0]), a.dim, a.heads, a.head_dim)
     key = weight('key', _normal(0.02, *into[1]), a.dim, a.kv_heads, a.head_dim)
     value = weight('value', _normal(0.02, *into[1]), a.dim, a.kv_heads, a.head_dim)
@@ -264,10 +265,11 @@ def unstack(params):
   """Params whose layers are a list, one tree a layer, instead of stacked arrays.
 
   `decode` takes both. A loop of decode steps should unstack before it starts: from
-  stacked params every step would copy each layer's weights out of the stack.
+  stacked params every step would copy each layer's weights out of the stack. Params
+  without stacked layers come back as they are.
   """
-  layers = params['layers']
-  if isinstance(layers, list):
+  layers = params.get('layers') if isinstance(params, Mapping) else None
+  if not isinstance(layers, Mapping):
     return params
   count = jax.tree.leaves(layers)[0].shape[0]
   split = [jax.tree.map(lambda x, i=i: x[i], layers) for i in range(count)]

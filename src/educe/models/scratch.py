@@ -1,0 +1,32 @@
+"""Random weights: a preset, from scratch."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from educe.models import policy, presets
+from educe.types import Model, Params
+
+
+def load(
+  *,
+  preset: str = 'debug',
+  seed: int = 0,
+  param_dtype: str = 'float32',
+  compute_dtype: str = 'float32',
+  remat: str = 'none',
+) -> tuple[Model, Params]:
+  """The architecture called `preset` with random params, as jax arrays.
+
+  Raises ValueError if there is no such preset.
+  """
+  architecture = dataclasses.replace(
+    presets.get(preset),
+    param_dtype=param_dtype,
+    compute_dtype=compute_dtype,
+    remat=remat,
+  )
+  model = policy.build(architecture)
+  return model, jax.jit(model.init)(jax.random.key(seed))

@@ -1,0 +1,229 @@
+"""Whose tensor is which of our params: the one table that every file format shares.
+
+Files keep a layer's matrix as [out, in]; we keep [in, out], heads split from the width
+and layers stacked in front: `blk.3.attn_q.weight` [H·h, D] is
+`layers/attention/query`[3] [D, H, h].
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from educe.models import policy
+from educe.models.transformer import Architecture
+from educe.types import Params
+
+# ours · Hugging Face · GGUF · llama2.c ({} is the layer)
+TABLE = [
+  ('embedding', 'model.embed_tokens.weight', 'token_embd.weight', 'token_embedding'),
+  (
+    'layers/attention_norm/scale',
+    'model.layers.{}.input_layernorm.weight',
+    'blk.{}.attn_norm.weight',
+    'rms_att.{}',
+  ),
+  (
+    'layers/attention/query',
+    'model.layers.{}.self_attn.q_proj.weight',
+    'blk.{}.attn_q.weight',
+    'wq.{}',
+  ),
+  (
+    'layers/attention/key',
+    'model.layers.{}.self_attn.k_proj.weight',
+    'blk.{}.attn_k.weight',
+    'wk.{}',
+  ),
+  (
+    'layers/attention/value',
+    'model.layers.{}.self_attn.v_proj.weight',
+    'blk.{}.attn_v.weight',
+    'wv.{}',
+  ),
+  (
+    'layers/attention/out',
+    'model.layers.{}.self_attn.o_proj.weight',
+    'blk.{}.attn_output.weight',
+    'wo.{}',
+  ),
+  (
+    'layers/mlp_norm/scale',
+    'model.layers.{}.post_attention_layernorm.weight',
+    'blk.{}.ffn_norm.weight',
+    'rms_ffn.{}',
+  ),
+  (
+    'layers/mlp/gate',
+    'model.layers.{}.mlp.gate_proj.weight',
+    'blk.{}.ffn_gate.weight',
+    'w1.{}',
+  ),
+  (
+    'layers/mlp/up',
+    'model.layers.{}.mlp.up_proj.weight',
+    'blk.{}.ffn_up.weight',
+    'w3.{}',
+  ),
+  (
+    'layers/mlp/down',
+    'model.layers.{}.mlp.down_proj.weight',
+    'blk.{}.ffn_down.weight',
+    'w2.{}',
+  ),
+  ('norm/scale', 'model.norm.weight', 'output_norm.weight', 'rms_final'),
+  ('head', 'lm_head.weight', 'output.weight', 'wcls'),
+]
+COLUMNS = {'huggingface': 1, 'gguf': 2, 'llama2c': 3}
+# Formats whose RoPE turns neighbours (2i, 2i+1) instead of halves (i, i + h/2): the rows
+# of q and k are dealt out again. GGUF permutes what was rotate-half to begin with.
+INTERLEAVED = {'gguf', 'llama2c'}
+
+
+class Found(NamedTuple):
+  """A tensor in a file, before it is read: shape as [out, in]."""
+
+  shape: tuple[int, ...]
+  dtype: str
+
+
+class Mapped(NamedTuple):
+  """One tensor of a file and the slice of our params that it fills."""
+
+  source: str
+  source_shape: tuple[int, ...]
+  source_dtype: str
+  name: str  # e.g. 'layers/attention/query'
+  layer: int | None
+  shape: tuple[int, ...]  # of the slice
+
+
+def leaves(tree: Params) -> dict[str, object]:
+  """A tree of dicts as {'layers/mlp/up': leaf, …}."""
+  paths, _ = jax.tree.flatten_with_path(tree)
+  return {'/'.join(entry.key for entry in path): leaf for path, leaf in paths}
+
+
+def expected(architecture: Architecture, form: str) -> Iterator[Mapped]:
+  """What a complete file of `form` (a key of COLUMNS) holds, in our table's order."""
+  ours = leaves(policy.shapes(architecture))
+  for row in TABLE:
+    name, source = row[0], row[COLUMNS[form]]
+    if name not in ours:
+      continue  # tied: no head
+    shape, stacked = tuple(ours[name].shape), name.startswith('layers/')
+    for layer in range(architecture.layers) if stacked else [None]:
+      part = shape[1:] if stacked else shape
+      yield Mapped(source.format(layer), _file_shape(name, part), '', name, layer, part)
+
+
+def _file_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+  """[out, in] of a matrix that we keep as `shape`; vectors and embeddings are equal."""
+  if len(shape) == 1 or name == 'embedding':
+    return shape
+  split = len(shape) - 1 if name == 'layers/attention/out' else 1
+  return math.prod(shape[split:]), math.prod(shape[:split])
+
+
+def plan(
+  architecture: Architecture, form: str, found: Mapping[str, Found], *, file: object
+) -> list[Mapped]:
+  """Which tensor of a file goes where: the report, and the order of reading.
+
+  Raises ValueError that names the file and the tensor if one is missing, left over or
+  of another shape than the architecture says.
+  """
+  rows = []
+  for want in expected(architecture, form):
+    got = found.get(want.source)
+    if got is None:
+      raise ValueError(
+        f'{file}: no tensor {want.source!r} of shape {list(want.source_shape)}; '
+        'the file is incomplete or of another architecture'
+      )
+    if tuple(got.shape) != want.source_shape:
+      raise ValueError(
+        f'{file}: {want.source!r} has shape {list(got.shape)}, but its own description '
+        f'of the model makes it {list(want.source_shape)}; use the file that belongs '
+        'to this description'
+      )
+    rows.append(want._replace(source_dtype=got.dtype))
+  if extra := sorted(found.keys() - {row.source for row in rows}):
+    raise ValueError(
+      f'{file}: {extra[0]!r} and {len(extra) - 1} more tensors have no place in this '
+      'architecture; the model is of a family that is not supported'
+    )
+  return rows
+
+
+def to_ours(
+  row: Mapped, array: np.ndarray, architecture: Architecture, form: str
+) -> np.ndarray:
+  """A file's [out, in] array as our slice; a view wherever that is possible."""
+  if form in INTERLEAVED and row.name in (
+    'layers/attention/query',
+    'layers/attention/key',
+  ):
+    pairs = architecture.head_dim // 2
+    array = array.reshape(-1, pairs, 2, array.shape[-1]).swapaxes(1, 2)
+    array = array.reshape(row.source_shape)
+  if len(row.source_shape) == 2 and row.name != 'embedding':
+    array = array.T
+  return array.reshape(row.shape)
+
+
+def to_file(row: Mapped, array: np.ndarray) -> np.ndarray:
+  """Our slice as the [out, in] array of a rotate-half file, contiguous."""
+  if len(row.source_shape) == 2 and row.name != 'embedding':
+    array = array.reshape(row.source_shape[::-1]).T
+  return np.ascontiguousarray(array)
+
+
+def read(
+  architecture: Architecture,
+  form: str,
+  rows: list[Mapped],
+  tensor: Callable[[str], np.ndarray],
+) -> Params:
+  """Fills new host (NumPy) params of `architecture.param_dtype` tensor by tensor.
+
+  The whole model is held once, plus a tensor a thread. `tensor(source)` is called from
+  several threads.
+  """
+  tree = policy.shapes(architecture)
+  dtype = np.dtype(
+    getattr(ml_dtypes, architecture.param_dtype, None) or architecture.param_dtype
+  )
+  tree = jax.tree.map(lambda leaf: np.empty(leaf.shape, dtype), tree)
+  ours = leaves(tree)
+
+  def fill(row: Mapped):
+    into = ours[row.name] if row.layer is None else ours[row.name][row.layer]
+    into[...] = to_ours(row, tensor(row.source), architecture, form)
+
+  workers = min(8, os.cpu_count() or 1)
+  with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+    for _ in pool.map(fill, rows):  # pool.map raises what a worker raised
+      pass
+  return tree
+
+
+def describe(rows: list[Mapped], architecture: Architecture) -> str:
+  """The report as text: one line a tensor, and the number of parameters."""
+  width = max(len(row.source) for row in rows)
+  lines = []
+  for row in rows:
+    ours = row.name if row.layer is None else f'{row.name}[{row.layer}]'
+    lines.append(
+      f'{row.source:{width}} {row.source_dtype:>9} {list(row.source_shape)!s:>16} -> '
+      f'{ours} {list(row.shape)} {architecture.param_dtype}'
+    )
+  total = sum(math.prod(row.shape) for row in rows)
+  return '\n'.join([*lines, f'{len(rows)} tensors, {total:,} parameters'])
