@@ -58,7 +58,7 @@ def sample(
   Raises ValueError for bad input, before any device work.
   """
   settings = _settings(temperature, top_k, top_p, min_p)
-  vocabulary = jax.eval_shape(model.head, params).matrix.shape[-1]
+  vocabulary = vocabulary_size(model, params)
   limit = model.architecture.max_length
   _check(prompts, max_new_tokens, vocabulary, limit)
   if stop is not None and stop.shape[-1] != vocabulary:
@@ -91,6 +91,11 @@ def bucket(length: int) -> int:
   tokens, and there are only four widths an octave, so few programs are compiled."""
   grain = max(16, 2 ** (int(length - 1).bit_length() - 3))
   return -(-int(length) // grain) * grain
+
+
+def vocabulary_size(model: Model, params: Params) -> int:
+  """How many tokens the model tells apart; its tokenizer may know fewer."""
+  return jax.eval_shape(model.head, params).matrix.shape[-1]
 
 
 def logits(head: Head, states: Float[Array, '... D']) -> Float[Array, '... V']:
