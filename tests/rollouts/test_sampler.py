@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import toy
 
+from educe.losses.logprobs import score
+from educe.models import policy, presets
 from educe.rollouts import sampler
 from educe.rollouts.sampler import bucket, sample
 from educe.rollouts.stop_strings import automaton
+from educe.types import Batch
 
 KEY = jax.random.key(0)
 
@@ -281,3 +284,51 @@ def test_the_context_may_be_filled_to_the_brim():
   model, table = toy.model()
   samples = sample(model, table, [[1] * 60], KEY, max_new_tokens=4)
   assert samples.length.tolist() == [4]
+
+
+@pytest.fixture(scope='module')
+def decoder():
+  model = policy.build(presets.debug)
+  params = jax.jit(model.init)(jax.random.key(5))
+  # A fresh model is nearly uniform, where a wrong temperature would hardly show.
+  return model, {**params, 'head': params['head'] * 40}
+
+
+@pytest.mark.parametrize('temperature', [0.6, 1.0, 1.3])
+def test_on_policy_log_probs_equal_score(decoder, temperature):
+  model, params = decoder
+  rng = np.random.default_rng(0)
+  prompts = [rng.integers(0, 256, size).tolist() for size in (1, 5, 16, 30)]
+  samples = sample(
+    model, params, prompts, KEY, max_new_tokens=12, temperature=temperature
+  )
+  whole = np.zeros((4, 42), np.int32)  # right-padded: causal, so it changes nothing
+  for row, prompt in enumerate(prompts):
+    whole[row, : len(prompt) + 12] = prompt + samples.tokens[row].tolist()
+  batch = Batch(jnp.asarray(whole), jnp.ones(whole.shape))
+  scores = score(model, params, batch, temperature=temperature)
+  wrong = score(model, params, batch, temperature=temperature * 1.1)
+  for row, prompt in enumerate(prompts):
+    span = slice(len(prompt), len(prompt) + 12)
+    np.testing.assert_allclose(samples.logp[row], scores.logp[row, span], atol=1e-4)
+    assert np.abs(samples.logp[row] - wrong.logp[row, span]).max() > 1e-2
+
+
+def test_a_decoder_gives_the_same_sample_in_any_batch_at_any_width(decoder):
+  model, params = decoder
+  prompts = [[7, 8, 9], [1], [200] * 12, [3] * 16]
+  options = dict(max_new_tokens=8, top_k=50, min_p=0.01)
+  whole = sample(model, params, prompts, KEY, **options)
+  for row in (0, 3):
+    others = [prompts[row], [4] * 50]  # fewer rows and a wider bucket
+    split = sample(model, params, others, KEY, seeds=[row, 99], **options)
+    assert split.tokens[0].tolist() == whole.tokens[row].tolist()
+    np.testing.assert_allclose(split.logp[0], whole.logp[row], atol=1e-5)
+
+
+def test_stacked_and_unstacked_layers_sample_alike(decoder):
+  model, params = decoder
+  stacked = sample(model, params, [[1, 2]], KEY, max_new_tokens=6)
+  split = sample(model, policy.unstack(params), [[1, 2]], KEY, max_new_tokens=6)
+  assert stacked.tokens.tolist() == split.tokens.tolist()
+  assert stacked.logp.tolist() == split.logp.tolist()
