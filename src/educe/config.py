@@ -11,6 +11,7 @@ experiment brings its own function. All of it is checked before any device is to
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -34,7 +35,7 @@ PLACES = {
   'loss': 'educe.losses.{name}:loss',
   'optimizer': 'educe.training.optimizer:make',
   'environment': 'educe.environments.{name}:make',
-  'evaluation': 'educe.measurement.{name}:evaluate',
+  'evaluation': 'educe.cli:measure',
   'mesh': 'educe.sharding:make_mesh',
 }
 
@@ -42,12 +43,13 @@ PLACES = {
 DEBUG = {
   'steps': 2,
   'save_every': 2,
-  'model': {'name': 'random', 'preset': 'debug'},
+  'model': {'name': 'scratch', 'preset': 'debug'},
   'tokenizer': {'path': 'byte'},
   'data.batch_size': 2,
   'data.max_length': 512,
   'data.overlong': 'truncate',
   'data.workers': 0,
+  'optimizer.warmup_steps': 0,
   'evaluation.environment.size': 2,
   'evaluation.max_new_tokens': 4,
 }
@@ -78,7 +80,9 @@ def load(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
   except (OSError, flags.Error, TypeError, ValueError, KeyError) as error:
     raise ConfigError(_one_line(error)) from error
   if config is None:
-    raise ConfigError('--config is missing: name a file, as --config=configs/sft.py:demo')
+    raise ConfigError(
+      '--config is missing: name a file, as --config=configs/sft.py:demo'
+    )
   if debug:
     chosen = config_flags.get_override_values(values['config'])
     _shrink(config, keep=set(chosen))
@@ -90,7 +94,9 @@ def sweep(argv: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
   file = next((a for a in argv if a.startswith('--config=')), '').partition('=')[2]
   module = _import_file(file.partition(':')[0])
   if not hasattr(module, 'sweep'):
-    raise ConfigError(f'{file}: no function sweep(); it should yield dicts of overrides')
+    raise ConfigError(
+      f'{file}: no function sweep(); it should yield dicts of overrides'
+    )
   for point in module.sweep():
     name = ','.join(f'{key.split(".")[-1]}={value}' for key, value in point.items())
     yield name, [f'--config.{key}={value}' for key, value in point.items()]
@@ -168,21 +174,26 @@ def expand_section(section: str, values: Mapping[str, Any], path: str) -> dict:
   return {'name': values['name'], **expand(rest, function, path)}
 
 
-def call(section: str, values: Mapping[str, Any], *args: Any) -> Any:
-  """Calls a section's function on what the program supplies and what the config says."""
-  return bound(section, values)(*args)
+def call(section: str, values: Mapping[str, Any], **supply: Any) -> Any:
+  """Calls a section's function: its config, and by name what it takes before the *.
+
+  Raises ConfigError when it takes something that this program does not have.
+  """
+  function = bound(section, values)
+  parameters = inspect.signature(function.func).parameters.values()
+  wanted = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+  for name in wanted:
+    if supply.get(name) is None:
+      raise ConfigError(f'config.{section} needs a section config.{name}')
+  return function(*(supply[name] for name in wanted))
 
 
-def bound(section: str, values: Mapping[str, Any]) -> Callable[..., Any]:
+def bound(section: str, values: Mapping[str, Any]) -> functools.partial:
   """A section's function with its config already given."""
   values = dict(values)
   named = '{name}' in PLACES[section]
   function = resolve(section, values.pop('name') if named else None)
-
-  def with_config(*args):
-    return function(*args, **values)
-
-  return with_config
+  return functools.partial(function, **values)
 
 
 def _checked(value: Any, hint: Any, path: str) -> Any:
@@ -201,7 +212,9 @@ def _checked(value: Any, hint: Any, path: str) -> Any:
       return value
     elif kind in (tuple, Sequence) and isinstance(value, list | tuple):
       return tuple(value)
-    elif isinstance(kind, type) and kind not in (int, float) and isinstance(value, kind):
+    elif (
+      isinstance(kind, type) and kind not in (int, float) and isinstance(value, kind)
+    ):
       return value
   wanted = getattr(hint, '__name__', None) if not _is_union(hint) else None
   raise ConfigError(f'{path}={value!r} should be {wanted or hint}')
@@ -267,5 +280,3 @@ def _import_file(path: str) -> types.ModuleType:
 def _one_line(error: BaseException) -> str:
   text = ' '.join(str(error).split())
   return text or type(error).__name__
-
-

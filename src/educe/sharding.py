@@ -8,7 +8,6 @@ pod; the model and the losses do not know.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -79,8 +78,15 @@ def place(tree: Any, axes: Any, mesh: Mesh) -> Any:
   return jax.tree.map(jax.device_put, tree, shardings(tree, axes, mesh))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-  return NamedSharding(mesh, PartitionSpec())
+def replicate_rest(tree: Any, mesh: Mesh) -> Any:
+  """What does not lie on the mesh yet (counters, keys) goes to every device of it."""
+  everywhere = NamedSharding(mesh, PartitionSpec())
+
+  def put(x):
+    on_mesh = isinstance(x.sharding, NamedSharding) and x.sharding.mesh == mesh
+    return x if on_mesh else jax.device_put(x, everywhere)
+
+  return jax.tree.map(put, tree)
 
 
 def place_batch(batch: Any, mesh: Mesh) -> Any:
@@ -101,12 +107,3 @@ def check_batch(rows: int, microbatches: int, mesh: Mesh) -> None:
     )
 
 
-def describe(mesh: Mesh) -> Mapping[str, Any]:
-  """What a run folder says of the hardware."""
-  first = mesh.devices.flat[0]
-  return {
-    'devices': int(mesh.devices.size),
-    'kind': first.device_kind,
-    'mesh': {name: int(size) for name, size in mesh.shape.items()},
-    'processes': jax.process_count(),
-  }

@@ -5,27 +5,35 @@ from __future__ import annotations
 import zlib
 from typing import Any
 
+import jax
 import numpy as np
 
-from educe.types import Algorithm, Batch, LossFn, TrainState
+from educe.types import Algorithm, Batch, LossFn, Scores, TrainState
 
 
-def make(data: Any, loss: LossFn, *, packing: bool = False) -> Algorithm:
+def make(data: Any, packed: bool, loss: LossFn) -> Algorithm:
   """Algorithm over an iterator of host arrays (data/pipeline.py).
 
   info: `data/ids_crc32`, a fingerprint of which examples the batch held, in order, so
-  that two runs can be seen to have read the same data.
+  that two runs can be seen to have read the same data; and the pipeline's own counts.
 
   Args:
-    packing: rows hold several documents; positions and segments go to the model.
+    packed: rows hold several documents; positions and segments go to the model.
+
+  Raises ValueError, before any device is touched, if the loss refuses such batches.
   """
+  shape = (2, 2)
+  floats, ints = np.zeros(shape, np.float32), np.zeros(shape, np.int32)
+  extra = {'positions': ints, 'segments': ints} if packed else {}
+  scores = Scores(floats, floats, mean_logp=floats)
+  jax.eval_shape(lambda: loss(scores, Batch(ints, floats, **extra))[0])
 
   def next_batch(_: TrainState) -> tuple[Batch, dict[str, Any]]:
     rows = next(data)
-    batch = Batch(rows['tokens'], rows['mask'])
-    if packing:
-      batch = batch._replace(positions=rows['positions'], segments=rows['segments'])
+    extra = {name: rows[name] for name in ('positions', 'segments') if packed}
     ids = np.ascontiguousarray(rows['ids'])
-    return batch, {'data/ids_crc32': zlib.crc32(ids.tobytes())}
+    info = {'data/ids_crc32': zlib.crc32(ids.tobytes())}
+    info |= {f'data/{name}': count for name, count in data.counts().items()}
+    return Batch(rows['tokens'], rows['mask'], **extra), info
 
   return Algorithm(next_batch, loss, data)

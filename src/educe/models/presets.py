@@ -6,7 +6,7 @@ from educe.models.transformer import Architecture
 
 # For tests and `:debug` runs: every feature on (grouped queries, untied head), no size.
 debug = Architecture(
-  vocab_size=256,
+  vocab_size=264,
   dim=32,
   layers=2,
   heads=4,

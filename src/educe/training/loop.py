@@ -109,7 +109,13 @@ def run(
     if start == 0:
       report()
     for number in range(start + 1, steps + 1):
-      batch, info = algorithm.next_batch(state)
+      try:
+        batch, info = algorithm.next_batch(state)
+      except StopIteration:
+        raise ValueError(
+          f'the data ended before step {number} of {steps}; raise data.epochs, or '
+          'lower steps'
+        ) from None
       state, values = step(state, place(batch))
       flush()
       pending = (number, batch, values, info)

@@ -40,8 +40,8 @@ class OptState(NamedTuple):
 
 
 def make(
-  *,
   steps: int,
+  *,
   name: str = 'adamw',
   learning_rate: float,
   schedule: str = 'cosine',
@@ -95,11 +95,11 @@ def make(
     if freeze and (all(labels) or not any(labels)):
       count = 'every param' if all(labels) else 'no param'
       raise ValueError(f'optimizer.freeze={freeze} matches {count}')
-    zero = jnp.int32(0)
-    return OptState(inner.init(params), zero, zero, jnp.float32(0))
+    # Separate buffers: the step donates each of them.
+    return OptState(inner.init(params), jnp.int32(0), jnp.int32(0), jnp.float32(0))
 
   def update(grads, state, params):
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm)
     updates, new = inner.update(grads, state.inner, params)
     updates = jax.tree.map(lambda u: jnp.where(finite, u, jnp.zeros_like(u)), updates)

@@ -30,12 +30,19 @@ def init_state(params: Params, optimizer: Optimizer, key: jax.Array) -> TrainSta
 
 
 def make_step(
-  model: Model, loss: LossFn, optimizer: Optimizer, *, microbatches: int = 1
+  model: Model,
+  loss: LossFn,
+  optimizer: Optimizer,
+  *,
+  microbatches: int = 1,
+  state_shardings: Any = None,
 ) -> Step:
   """The jitted `step(state, batch) -> (state, metrics)`; it consumes `state`.
 
   Args:
     microbatches: parts that the rows are cut into, one in memory at a time.
+    state_shardings: a TrainState of shardings, when on a mesh: what comes out lies where
+      what went in lay.
 
   metrics: scalars on the device: `loss` and the loss's own metrics, `grad_norm` (before
   clipping), `learning_rate`, `num_tokens` (trained), `skipped_updates` (so far) and
@@ -66,7 +73,8 @@ def make_step(
     }
     return TrainState(state.step + 1, params, opt_state, state.key), metrics
 
-  return jax.jit(step, donate_argnums=0)
+  out = None if state_shardings is None else (state_shardings, None)
+  return jax.jit(step, donate_argnums=0, out_shardings=out)
 
 
 def accumulate(gradient, params, batch: Batch, microbatches: int):

@@ -50,7 +50,7 @@ def _tile(temperature, softcap, hidden, head, targets):
   if softcap is not None:
     t = jnp.tanh(s / softcap)
     s, slope = softcap * t, (1 - t * t) / temperature
-  hit = jnp.arange(head.shape[1], dtype=targets.dtype) == targets[:, None]
+  hit = jax.lax.broadcasted_iota(targets.dtype, s.shape, 1) == targets[:, None]
   return s / temperature, slope, hit
 
 
@@ -90,6 +90,8 @@ def _backward(temperature, softcap, chunk, residuals, cotangents):
   def tile(d_head, xs):
     h, y, lse, entropy, g, e, m = xs
     z, slope, hit = _tile(temperature, softcap, h, head, y)
+    # A trained target outside the vocabulary poisons the gradient as it did the value.
+    g = jnp.where((y >= 0) & (y < vocab) | (g == 0), g, jnp.nan)
     log_p = z - lse[:, None]
     p = jnp.exp(log_p)
     dz = jnp.where(hit, g[:, None], 0) + m[:, None] / vocab

@@ -1,0 +1,175 @@
+"""Every implementation of logprob against float64 NumPy written from the definition."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from educe.kernels.logprob import IMPLEMENTATIONS, chunked, logprob
+
+# Real models' ratios, small: vocabularies that divide by nothing, rows fewer than chunks.
+SHAPES = {'ragged': (37, 16, 101), 'one_row': (1, 8, 5), 'wide': (24, 32, 1000)}
+SETTINGS = [(1.0, None), (0.6, None), (1.3, 5.0)]
+
+
+def draw(shape, dtype=np.float32, scale=1.0):
+  rows, width, vocab = SHAPES[shape]
+  rng = np.random.default_rng(0)
+  hidden = jnp.asarray(rng.normal(size=(rows, width)) * scale, dtype)
+  head = jnp.asarray(rng.normal(size=(width, vocab)), dtype)
+  targets = jnp.asarray(rng.integers(0, vocab, rows), jnp.int32)
+  return hidden, head, targets, rng.normal(size=(3, rows))
+
+
+def in_float64(hidden, head, targets, cotangents, temperature, softcap):
+  """Values, and gradients of Σ g·logp + e·entropy + m·mean_logp, one row at a time."""
+  hidden, head = np.float64(hidden), np.float64(head)
+  out, d_hidden, d_head = [], np.zeros_like(hidden), np.zeros_like(head)
+  for i, (h, y) in enumerate(zip(hidden, np.asarray(targets), strict=True)):
+    s = h @ head
+    z = (softcap * np.tanh(s / softcap) if softcap else s) / temperature
+    slope = (1 - np.tanh(s / softcap) ** 2 if softcap else 1.0) / temperature
+    log_p = z - z.max() - np.log(np.exp(z - z.max()).sum())
+    p = np.exp(log_p)
+    out.append((log_p[y], -(p * log_p).sum(), log_p.mean()))
+    g, e, m = cotangents[:, i]
+    # ∂/∂z of each output by the chain rule through the softmax's Jacobian.
+    jacobian = np.eye(len(z)) - p[None, :]  # ∂log_p_v/∂z_u
+    d_log_p = -e * p * (log_p + 1) + m / len(z)
+    d_log_p[y] += g
+    ds = (d_log_p @ jacobian) * slope
+    d_hidden[i] = head @ ds
+    d_head += np.outer(h, ds)
+  return np.array(out).T, d_hidden, d_head
+
+
+@pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
+@pytest.mark.parametrize('shape', SHAPES)
+@pytest.mark.parametrize(('temperature', 'softcap'), SETTINGS)
+def test_values_and_gradients_equal_float64(
+  implementation, shape, temperature, softcap
+):
+  hidden, head, targets, cotangents = draw(shape)
+
+  def weighted(hidden, head):
+    s = logprob(
+      hidden,
+      head,
+      targets,
+      temperature=temperature,
+      softcap=softcap,
+      implementation=implementation,
+    )
+    parts = jnp.stack([s.logp, s.entropy, s.mean_logp])
+    return (jnp.float32(cotangents) * parts).sum(), parts
+
+  gradient = jax.jit(jax.grad(weighted, (0, 1), has_aux=True))
+  (d_hidden, d_head), values = gradient(hidden, head)
+  want, want_h, want_w = in_float64(
+    hidden, head, targets, cotangents, temperature, softcap
+  )
+  # float32 rounds at 6e-8; logits reach ~25, sums run over ≤ 1000 terms.
+  np.testing.assert_allclose(values, want, rtol=2e-6, atol=5e-6)
+  scale = np.abs(want_w).max()
+  np.testing.assert_allclose(d_hidden, want_h, rtol=1e-5, atol=2e-6 * scale)
+  np.testing.assert_allclose(d_head, want_w, rtol=1e-5, atol=2e-6 * scale)
+
+
+def test_bfloat16_inputs_keep_float32_sums():
+  hidden, head, targets, cotangents = draw('wide', jnp.bfloat16)
+  want, want_h, want_w = in_float64(hidden, head, targets, cotangents, 1.0, None)
+  s = logprob(hidden, head, targets, implementation='chunked')
+  assert s.logp.dtype == jnp.float32
+  # The inputs are already rounded; a bf16 log-sum-exp would be off by 3e-2 here.
+  np.testing.assert_allclose(s.logp, want[0], rtol=2e-6, atol=5e-6)
+  np.testing.assert_allclose(s.entropy, want[1], rtol=2e-6, atol=5e-6)
+
+  def weighted(hidden, head):
+    s = logprob(hidden, head, targets, implementation='chunked')
+    parts = jnp.stack([s.logp, s.entropy, s.mean_logp])
+    return (jnp.float32(cotangents) * parts).sum()
+
+  d_hidden, d_head = jax.grad(weighted, (0, 1))(hidden, head)
+  assert d_hidden.dtype == d_head.dtype == jnp.bfloat16
+  # bf16 carries 8 bits: 2^-8 relative for the rounding of dlogits and of the result.
+  for got, want in ((d_hidden, want_h), (d_head, want_w)):
+    error = np.abs(np.float64(got) - want).max() / np.abs(want).max()
+    assert error < 2**-7
+
+
+def test_large_logits_stay_finite_and_exact():
+  """Logits of ±1000: exp overflows unless the maximum is taken out first."""
+  hidden, head, targets, cotangents = draw('ragged', scale=250.0)
+  want, *_ = in_float64(hidden, head, targets, cotangents, 1.0, None)
+  s = logprob(hidden, head, targets, implementation='chunked')
+  np.testing.assert_allclose(s.logp, want[0], rtol=1e-5, atol=1e-3)
+  np.testing.assert_allclose(s.entropy, want[1], atol=1e-3)
+  gradient = jax.grad(
+    lambda h: logprob(h, head, targets, implementation='chunked').logp.sum()
+  )
+  assert np.isfinite(gradient(hidden)).all()
+
+
+@pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
+def test_a_target_outside_the_vocabulary_is_nan_and_nothing_else(implementation):
+  hidden, head, _, _ = draw('ragged')
+  targets = jnp.arange(37, dtype=jnp.int32).at[3].set(101)
+  logp = logprob(hidden, head, targets, implementation=implementation).logp
+  assert np.flatnonzero(np.isnan(logp)).tolist() == [3]
+
+
+def test_a_trained_target_outside_the_vocabulary_poisons_the_gradient():
+  hidden, head, _, _ = draw('ragged')
+  targets = jnp.arange(37, dtype=jnp.int32).at[3].set(-1)
+
+  def total(hidden, weight):
+    return (weight * logprob(hidden, head, targets).logp)[weight != 0].sum()
+
+  trained = jax.grad(total)(hidden, np.ones(37))
+  assert np.isnan(trained[3]).all()
+  # … and one that is masked out leaves no trace.
+  masked = jax.grad(total)(hidden, np.ones(37) - np.eye(37)[3])
+  assert np.isfinite(masked).all()
+
+
+def test_chunks_cover_all_rows_and_bound_the_tile():
+  for rows, vocab in [(1, 7), (3, 50), (504, 49152), (16384, 128256), (5, 10**9)]:
+    chunk = chunked.chunk_rows(rows, vocab)
+    assert 1 <= chunk <= rows
+    assert chunk == 1 or chunk * vocab * 4 <= chunked.TILE_BYTES
+    assert chunk == 1 or rows / chunk > chunked.MIN_CHUNKS - 1
+
+
+def test_temporaries_do_not_hold_the_logits():
+  rows, width, vocab = 2048, 64, 8192
+  shapes = (
+    jax.ShapeDtypeStruct((rows, width), jnp.float32),
+    jax.ShapeDtypeStruct((width, vocab), jnp.float32),
+    jax.ShapeDtypeStruct((rows,), jnp.int32),
+  )
+
+  def temporaries(implementation):
+    def total(hidden, head, targets):
+      return logprob(hidden, head, targets, implementation=implementation).logp.sum()
+
+    compiled = jax.jit(jax.grad(total, (0, 1))).lower(*shapes).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  logits = rows * vocab * 4
+  assert temporaries('reference') >= logits  # the measure does see logits
+  assert temporaries('chunked') < logits
+
+
+@pytest.mark.parametrize(
+  ('bad', 'message'),
+  [
+    ({'temperature': 0.0}, 'temperature=0.0 must be > 0'),
+    ({'temperature': float('nan')}, 'temperature=nan must be > 0'),
+    ({'softcap': -1.0}, 'softcap=-1.0 must be > 0'),
+    ({'implementation': 'palas'}, "implementation='palas' does not exist"),
+  ],
+)
+def test_bad_settings_are_refused(bad, message):
+  hidden, head, targets, _ = draw('one_row')
+  with pytest.raises(ValueError, match=message):
+    logprob(hidden, head, targets, **bad)

@@ -1,0 +1,78 @@
+"""score against a float64 forward pass: alignment, padding, scale, temperature."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from educe.losses.logprobs import score
+from educe.types import Batch, Head, Model
+
+
+def bigram(vocab=7, scale=1.0, softcap=None):
+  """The smallest language model: states are rows of a table, the head is a matrix."""
+
+  def hidden(params, tokens, positions=None, segments=None):
+    return params['table'][tokens], {}
+
+  def head(params):
+    return Head(params['head'], scale, softcap)
+
+  return Model(None, hidden, head, None, None, None, None)
+
+
+def draw(vocab=7, width=5):
+  rng = np.random.default_rng(0)
+  params = {
+    'table': jnp.float32(rng.normal(size=(vocab, width))),
+    'head': jnp.float32(rng.normal(size=(width, vocab))),
+  }
+  tokens = jnp.int32(rng.integers(0, vocab, (3, 6)))
+  return params, Batch(tokens, jnp.ones((3, 6)))
+
+
+@pytest.mark.parametrize(('scale', 'softcap'), [(1.0, None), (0.5, 2.0)])
+@pytest.mark.parametrize('temperature', [1.0, 0.6])
+def test_logp_is_aligned_to_the_token_it_scores(scale, softcap, temperature):
+  params, batch = draw()
+  scores = score(bigram(7, scale, softcap), params, batch, temperature=temperature)
+  table, head = np.float64(params['table']), np.float64(params['head'])
+  for b, row in enumerate(np.asarray(batch.tokens)):
+    assert scores.logp[b, 0] == scores.entropy[b, 0] == 0
+    for t in range(1, 6):
+      z = scale * table[row[t - 1]] @ head  # the state *before* token t scores it
+      z = (softcap * np.tanh(z / softcap) if softcap else z) / temperature
+      log_p = z - np.log(np.exp(z).sum())
+      entropy = -(np.exp(log_p) * log_p).sum()
+      np.testing.assert_allclose(scores.logp[b, t], log_p[row[t]], atol=2e-6)
+      np.testing.assert_allclose(scores.entropy[b, t], entropy, atol=2e-6)
+      np.testing.assert_allclose(scores.mean_logp[b, t], log_p.mean(), atol=2e-6)
+
+
+def test_right_padding_changes_nothing():
+  params, batch = draw()
+  wide = Batch(*(jnp.pad(x, ((0, 0), (0, 5))) for x in batch[:2]))
+  a, b = (score(bigram(), params, x).logp for x in (batch, wide))
+  np.testing.assert_allclose(a, b[:, :6], atol=1e-6)
+
+
+def test_a_token_outside_the_vocabulary_scores_nan():
+  params, batch = draw()
+  bad = batch._replace(tokens=batch.tokens.at[1, 3].set(7))
+  logp = score(bigram(), params, bad).logp
+  assert np.isnan(logp[1, 3])
+  assert np.isfinite(logp[jnp.array([0, 2])]).all()
+
+
+def test_an_auxiliary_loss_is_not_dropped_in_silence():
+  params, batch = draw()
+  model = bigram()
+  router = model._replace(hidden=lambda *a: (model.hidden(*a)[0], {'router': 1.0}))
+  with pytest.raises(ValueError, match='router'):
+    score(router, params, batch)
+
+
+def test_gradient_reaches_table_and_head():
+  params, batch = draw()
+  gradient = jax.grad(lambda p: score(bigram(), p, batch).logp.sum())(params)
+  assert all(np.abs(g).max() > 0 for g in gradient.values())

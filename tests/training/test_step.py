@@ -1,0 +1,197 @@
+"""One update of a real (tiny) transformer: exact under every cut of the batch."""
+
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from educe import sharding
+from educe.losses import sft
+from educe.losses.logprobs import score
+from educe.models import policy, presets
+from educe.training import optimizer
+from educe.training.step import accumulate, init_state, make_step
+from educe.types import Batch
+
+GOLDEN = pathlib.Path(__file__).parents[1] / 'golden' / 'step.json'
+MODEL = policy.build(presets.debug)
+
+
+def params():
+  return MODEL.init(jax.random.key(0))
+
+
+def draw(rows=8, length=12, seed=0):
+  rng = np.random.default_rng(seed)
+  tokens = rng.integers(0, 256, (rows, length)).astype(np.int32)
+  # Uneven rows: a mean of means would weigh them wrongly.
+  trained = np.arange(length)[None] < rng.integers(2, length + 1, (rows, 1))
+  mask = trained.astype(np.float32)
+  mask[:, 0] = 0
+  mask[2] = 0
+  return Batch(tokens, mask)
+
+
+def gradient(batch, microbatches, aggregate='token_mean'):
+  loss = functools.partial(sft.loss, aggregate=aggregate)
+  batch = jax.tree.map(jnp.asarray, batch)
+
+  def total(p, part):
+    mean, metrics = loss(score(MODEL, p, part), part)
+    return mean.total, {'loss': mean, **metrics}
+
+  grads, means = accumulate(
+    jax.grad(total, has_aux=True), params(), batch, microbatches
+  )
+  return jax.tree.map(lambda g: g / means['loss'].count, grads), means['loss'].value
+
+
+def close(a, b, tolerance):
+  scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(b))
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * scale), a, b
+  )
+
+
+@pytest.mark.parametrize('aggregate', ['token_mean', 'sequence_mean'])
+def test_loss_and_gradient_are_the_same_for_1_2_and_4_microbatches(aggregate):
+  batch = draw()
+  whole, loss = gradient(batch, 1, aggregate)
+  for parts in (2, 4):
+    cut, cut_loss = gradient(batch, parts, aggregate)
+    np.testing.assert_allclose(cut_loss, loss, rtol=1e-6)
+    close(cut, whole, 1e-6)
+
+
+def test_packed_equals_the_sum_of_unpacked():
+  """Three documents in one row: same loss, same gradient as three rows."""
+  rng = np.random.default_rng(1)
+  documents = [rng.integers(0, 256, n).astype(np.int32) for n in (5, 9, 4)]
+  rows = Batch(np.zeros((3, 9), np.int32), np.zeros((3, 9), np.float32))
+  packed = Batch(
+    *(np.zeros((1, 20), d) for d in ('int32', 'float32', 'int32', 'int32'))
+  )
+  at = 0
+  for i, tokens in enumerate(documents):
+    n = len(tokens)
+    rows.tokens[i, :n], rows.mask[i, 1:n] = tokens, 1
+    packed.tokens[0, at : at + n], packed.mask[0, at + 1 : at + n] = tokens, 1
+    packed.positions[0, at : at + n] = np.arange(n)
+    packed.segments[0, at : at + n] = i + 1
+    at += n
+  want, want_loss = gradient(rows, 1)
+  got, got_loss = gradient(packed, 1)
+  np.testing.assert_allclose(got_loss, want_loss, rtol=1e-6)
+  close(got, want, 1e-6)
+
+
+def run(batch, steps=3, microbatches=1, mesh=None, **options):
+  tx = optimizer.make(
+    steps=10, name='sgd', learning_rate=0.5, schedule='constant', **options
+  )
+  p, place, shardings = params(), lambda x: x, None
+  if mesh is not None:
+    p = sharding.place(p, MODEL.axes, mesh)
+    place = functools.partial(sharding.place_batch, mesh=mesh)
+  state = init_state(p, tx, jax.random.key(0))
+  if mesh is not None:
+    state = sharding.replicate_rest(state, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+  step = make_step(
+    MODEL, sft.loss, tx, microbatches=microbatches, state_shardings=shardings
+  )
+  history = []
+  for _ in range(steps):
+    state, metrics = step(state, place(batch))
+    history.append(jax.device_get(metrics))
+  return state, history
+
+
+@pytest.mark.parametrize('shape', [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)])
+def test_eight_devices_equal_one(mesh_of, shape):
+  batch = draw()
+  want, want_history = run(batch)
+  got, history = run(batch, mesh=mesh_of(*shape))
+  for a, b in zip(history, want_history, strict=True):
+    np.testing.assert_allclose(a['loss'], b['loss'], rtol=1e-6)
+    np.testing.assert_allclose(a['grad_norm'], b['grad_norm'], rtol=1e-5)
+  close(jax.device_get(got.params), jax.device_get(want.params), 1e-6)
+  specs = {str(x.sharding.spec) for x in jax.tree.leaves(got.params)}
+  assert shape == (8, 1, 1) or len(specs) > 1  # something really is split
+
+
+def test_microbatches_on_a_mesh_equal_one_device(mesh_of):
+  batch = draw(rows=16)
+  want, _ = run(batch)
+  got, _ = run(batch, microbatches=2, mesh=mesh_of(4, 2))
+  close(jax.device_get(got.params), jax.device_get(want.params), 1e-6)
+
+
+def test_one_step_is_the_update_written_out():
+  """params − η·clip(∇L): no optimizer library, no jit, no donation."""
+  batch = draw()
+  grads, loss = gradient(batch, 1)
+  norm = optax.tree.norm(grads)
+  want = jax.tree.map(lambda p, g: p - 0.5 * g / jnp.maximum(norm, 1), params(), grads)
+  state, (metrics,) = run(batch, steps=1, clip_norm=1.0)
+  close(state.params, want, 1e-6)
+  np.testing.assert_allclose(metrics['loss'], loss, rtol=1e-6)
+  np.testing.assert_allclose(metrics['grad_norm'], norm, rtol=1e-6)
+  assert metrics['num_tokens'] == batch.mask.sum()
+  assert state.step == 1
+
+
+def test_a_poisoned_batch_skips_the_update():
+  batch = draw()
+  bad = batch._replace(tokens=batch.tokens.copy())
+  bad.tokens[0, 1] = 999  # outside the vocabulary: NaN loss
+  bad.mask[0, 1] = 1
+  before, _ = run(batch, steps=0)
+  before = jax.device_get(before.params)
+  state, history = run(bad, steps=2)
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), before)
+  assert [m['skipped_in_a_row'] for m in history] == [1, 2]
+  assert state.step == 2
+
+
+def test_a_batch_without_trained_tokens_is_harmless():
+  batch = draw()
+  state, (metrics,) = run(batch._replace(mask=np.zeros_like(batch.mask)), steps=1)
+  assert metrics['skipped_updates'] == 0
+  assert metrics['grad_norm'] == 0
+  assert np.isfinite(jax.tree.leaves(state.params)[0]).all()
+
+
+def test_the_step_never_allocates_the_logits():
+  """Issue's own measure: temporaries of the compiled step stay under [B, T, V]."""
+  architecture = presets.debug.__class__(
+    vocab_size=32_768, dim=32, layers=1, heads=4, kv_heads=2, head_dim=8, ffn=64,
+    max_length=256,
+  )  # fmt: skip
+  model = policy.build(architecture)
+  tx = optimizer.make(steps=10, name='sgd', learning_rate=0.1)
+  rows, length = 16, 128
+  state = jax.eval_shape(
+    lambda key: init_state(model.init(key), tx, key), jax.random.key(0)
+  )
+  shape = (rows, length)
+  batch = Batch(
+    jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32)
+  )
+  compiled = make_step(model, sft.loss, tx).lower(state, batch).compile()
+  logits = rows * length * architecture.vocab_size * 4
+  assert compiled.memory_analysis().temp_size_in_bytes < logits
+
+
+def test_golden_metrics_after_three_steps():
+  """Any change to init, model, loss, clip or schedule moves these numbers."""
+  _, history = run(draw(), clip_norm=1.0)
+  golden = json.loads(GOLDEN.read_text())
+  for metrics, want in zip(history, golden, strict=True):
+    for name, value in want.items():
+      np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
