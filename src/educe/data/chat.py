@@ -222,7 +222,9 @@ def _prefix_span(tokenizer, messages, turn, tools, whole, last=False):
   before = render(
     messages[:turn], tokenizer=tokenizer, add_generation_prompt=True, tools=tools
   ).text
-  after = render(messages[: turn + 1], tokenizer=tokenizer, tools=tools).text
+  after = whole
+  if turn + 1 < len(messages):
+    after = render(messages[: turn + 1], tokenizer=tokenizer, tools=tools).text
   for longer, shorter, what in (
     (after, before, 'the prompt that the sampler would see'),
     (whole, before if last else after, 'the text up to this turn'),
