@@ -2,7 +2,7 @@
 
 import setuptools
 
-DEMO = ['gguf>=0.19', 'matplotlib>=3.9', 'reasoning-gym>=0.1.25']
+DEMO = ['matplotlib>=3.9', 'reasoning-gym>=0.1.25']
 
 setuptools.setup(
   name='educe',
@@ -19,8 +19,10 @@ setuptools.setup(
     'orbax-checkpoint>=0.12.8',
     'grain>=0.2.18',
     'tensorflow-datasets>=4.9.10',
+    'importlib-resources>=6.0',  # tensorflow-datasets imports it without declaring it
     'ml-collections>=1.1.0',
     'absl-py>=2.1',
+    'gguf>=0.19',
     'jaxtyping>=0.3.7',
     'jinja2>=3.1.6',
     'numpy>=2.0',

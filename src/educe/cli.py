@@ -375,6 +375,6 @@ def run_configs(arguments: argparse.Namespace, argv: list[str]) -> None:
     raise ValueError(f'unknown argument {unknown[0]!r}; see --help')
   points = config_lib.sweep(flags) if arguments.sweep else [('', [])]
   for name, overrides in points:
-    values, _ = config_lib.load([*flags, *overrides])
+    values = config_lib.load([*flags, *overrides])
     if not train(arguments.run_dir / name, **config_lib.expand(values, train)):
       return

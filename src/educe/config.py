@@ -59,40 +59,41 @@ class ConfigError(ValueError):
   """The config names something that does not exist, or a value that cannot be."""
 
 
-def load(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-  """`--config=file.py:arg` and `--config.section.key=value` → (config, other args).
+def load(argv: Sequence[str]) -> dict[str, Any]:
+  """`--config=file.py:arg` and any `--config.section.key=value` as one nested dict.
 
   `arg` goes to the file's get_config; the word `debug` in it shrinks the recipe.
   Raises ConfigError.
   """
-  argv, debug = _take_debug(list(argv))
+  file, _, words = _spec(argv).partition(':')
+  module = _import_file(file)
+  arg = [word for word in words.split(',') if word and word != 'debug']
+  overrides = [a for a in argv if not a.startswith('--config=')]
   values = flags.FlagValues()
   try:
-    config_flags.DEFINE_config_file(
+    config = module.get_config(','.join(arg)) if arg else module.get_config()
+    config_flags.DEFINE_config_dict(
       'config',
+      config,
       flag_values=values,
       lock_config=False,
       accept_new_attributes=True,
-      sys_argv=['educe', *argv],
+      sys_argv=['educe', *overrides],
     )
-    rest = values(['educe', *argv], known_only=True)[1:]
+    values(['educe', *overrides])
     config = values.config
-  except (OSError, flags.Error, TypeError, ValueError, KeyError) as error:
-    raise ConfigError(_one_line(error)) from error
-  if config is None:
-    raise ConfigError(
-      '--config is missing: name a file, as --config=configs/sft.py:demo'
-    )
-  if debug:
+  except (flags.Error, TypeError, ValueError, KeyError, AttributeError) as error:
+    raise ConfigError(f'--config={_spec(argv)}: {_one_line(error)}') from error
+  if 'debug' in words.split(','):
     chosen = config_flags.get_override_values(values['config'])
     _shrink(config, keep=set(chosen))
-  return config.to_dict(), rest
+  return config.to_dict()
 
 
 def sweep(argv: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
   """(name, override flags) for each point of the config file's `sweep()`."""
-  file = next((a for a in argv if a.startswith('--config=')), '').partition('=')[2]
-  module = _import_file(file.partition(':')[0])
+  file = _spec(argv).partition(':')[0]
+  module = _import_file(file)
   if not hasattr(module, 'sweep'):
     raise ConfigError(
       f'{file}: no function sweep(); it should yield dicts of overrides'
@@ -224,16 +225,11 @@ def _is_union(hint: Any) -> bool:
   return typing.get_origin(hint) in (typing.Union, types.UnionType)
 
 
-def _take_debug(argv: list[str]) -> tuple[list[str], bool]:
-  """Removes the word debug from the config's argument."""
-  for i, arg in enumerate(argv):
-    if arg.startswith('--config=') and ':' in arg:
-      file, _, words = arg.partition(':')
-      rest = [word for word in words.split(',') if word != 'debug']
-      if len(rest) < len(words.split(',')):
-        argv[i] = file + (':' + ','.join(rest) if rest else '')
-        return argv, True
-  return argv, False
+def _spec(argv: Sequence[str]) -> str:
+  for arg in argv:
+    if arg.startswith('--config='):
+      return arg.partition('=')[2]
+  raise ConfigError('--config is missing: name a file, as --config=configs/sft.py:demo')
 
 
 def _shrink(config: ml_collections.ConfigDict, keep: set[str]) -> None:
@@ -261,7 +257,10 @@ def _near(word: str, names: Any) -> str:
 
 
 def _siblings(module_name: str) -> list[str]:
-  package = importlib.import_module(module_name.rpartition('.')[0] or 'educe')
+  try:
+    package = importlib.import_module(module_name.rpartition('.')[0] or 'educe')
+  except ModuleNotFoundError:
+    return []
   folders = getattr(package, '__path__', [])
   files = [f for folder in folders for f in pathlib.Path(folder).glob('*.py')]
   return [f.stem for f in files if not f.stem.startswith('_')]

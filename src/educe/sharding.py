@@ -105,5 +105,3 @@ def check_batch(rows: int, microbatches: int, mesh: Mesh) -> None:
       f'batch of {rows} rows does not divide into {microbatches} microbatches × '
       f'{ways // microbatches} data-parallel devices; make it a multiple of {ways}'
     )
-
-

@@ -73,7 +73,7 @@ def restore(manager, like: TrainState, data: Any) -> TrainState | None:
   with _explained(
     manager, f'{folder} is damaged; move it away to {mend}', writing=False
   ):
-    found = _shapes(manager.item_metadata(step).state)
+    found = _saved_shapes(folder / 'state')
   _same_model(folder, found, _shapes(abstract))
   args = ocp.args.Composite(
     state=ocp.args.StandardRestore(abstract),
@@ -98,15 +98,22 @@ def saved_params(folder: pathlib.Path, like: Any, step: int | None = None) -> An
   abstract = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
   )
+  found = {n: x for n, x in _saved_shapes(where).items() if _is_param(n)}
+  wanted = _shapes({'params': abstract})
+  _same_model(where, found, wanted)
   with ocp.PyTreeCheckpointer() as reader:
-    found = _shapes(reader.metadata(where.resolve()).item_metadata.tree)
-    found = {k.removeprefix('params/'): v for k, v in found.items() if _is_param(k)}
-    _same_model(where, found, _shapes(abstract))
-    restore_args = ocp.checkpoint_utils.construct_restore_args({'params': abstract})
     args = ocp.args.PyTreeRestore(
-      {'params': abstract}, restore_args=restore_args, partial_restore=True
+      {'params': abstract},
+      restore_args=ocp.checkpoint_utils.construct_restore_args({'params': abstract}),
+      partial_restore=True,
     )
     return reader.restore(where.resolve(), args=args)['params']
+
+
+def _saved_shapes(folder: pathlib.Path) -> dict[str, tuple]:
+  """path → shape of every array in a checkpoint; reads no array."""
+  with ocp.PyTreeCheckpointer() as reader:
+    return _shapes(reader.metadata(folder.resolve()).item_metadata.tree)
 
 
 def _is_param(path: str) -> bool:
@@ -114,7 +121,7 @@ def _is_param(path: str) -> bool:
 
 
 def _shapes(tree: Any) -> dict[str, tuple]:
-  """path → shape of every array, whatever the containers are made of."""
+  """path → shape of every param and optimizer array, whatever the containers are."""
   leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
 
   def name(path):
@@ -122,18 +129,20 @@ def _shapes(tree: Any) -> dict[str, tuple]:
       str(getattr(k, 'name', getattr(k, 'key', getattr(k, 'idx', k)))) for k in path
     )
 
-  return {name(path): tuple(x.shape) for path, x in leaves if hasattr(x, 'shape')}
+  shapes = {name(path): tuple(x.shape) for path, x in leaves if hasattr(x, 'shape')}
+  return {n: shape for n, shape in shapes.items() if n.startswith(('params/', 'opt'))}
 
 
 def _same_model(folder, found: dict[str, tuple], wanted: dict[str, tuple]) -> None:
-  for name in sorted(found.keys() | wanted.keys()):
-    if not _is_param(name) and any(map(_is_param, wanted)):
-      continue
+  names = sorted(found.keys() | wanted.keys(), key=lambda n: (not _is_param(n), n))
+  for name in names:
     there, here = found.get(name), wanted.get(name)
     if there != here:
+      what = 'model' if _is_param(name) else 'optimizer'
+      there, here = ('absent' if x is None else x for x in (there, here))
       raise CheckpointError(
-        f'{folder} belongs to another model: {name} is {there or "absent"} there and '
-        f'{here or "absent"} here; use its own config, or another --run_dir'
+        f'{folder} belongs to another {what}: {name} is {there} there and {here} here; '
+        'use its own config, or another --run_dir'
       )
 
 

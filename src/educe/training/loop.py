@@ -57,7 +57,7 @@ def run(
     abort_after: raise NonFinite after this many skipped updates in a row.
     flops_per_token: of a training step, for MFU (≈ 6 · params).
   """
-  stop = catch_sigterm()
+  stop, before = catch_sigterm()
   start = int(state.step)
   peak = metrics_lib.peak_flops()
   bar = metrics_lib.progress(steps, start)
@@ -74,13 +74,7 @@ def run(
     values = {name: float(x) for name, x in jax.device_get(values).items()}
     now = time.perf_counter()
     seconds, clock = now - clock, now
-    rate = (
-      int(
-        (batch.segments > 0).sum() if batch.segments is not None else batch.tokens.size
-      )
-      * jax.process_count()
-      / seconds
-    )
+    rate = batch.tokens.size * jax.process_count() / seconds  # padding counts as work
     values |= {
       'timing/step_seconds': seconds,
       'perf/tokens_per_second': rate,
@@ -112,6 +106,7 @@ def run(
       try:
         batch, info = algorithm.next_batch(state)
       except StopIteration:
+        flush()
         raise ValueError(
           f'the data ended before step {number} of {steps}; raise data.epochs, or '
           'lower steps'
@@ -132,11 +127,16 @@ def run(
     return state, True
   finally:
     bar.close()
+    if before is not None:
+      signal.signal(signal.SIGTERM, before)
 
 
-def catch_sigterm() -> threading.Event:
-  """Set once this process is asked to stop. Signals reach only the main thread."""
+def catch_sigterm() -> tuple[threading.Event, Any]:
+  """An event set once this process is asked to stop, and the handler to put back.
+
+  Python delivers signals to the main thread alone; elsewhere the event is never set.
+  """
   stop = threading.Event()
-  if threading.current_thread() is threading.main_thread():
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
-  return stop
+  if threading.current_thread() is not threading.main_thread():
+    return stop, None
+  return stop, signal.signal(signal.SIGTERM, lambda *_: stop.set())

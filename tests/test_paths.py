@@ -1,0 +1,37 @@
+import pytest
+
+from educe import paths
+
+
+def test_package_paths_point_into_an_installed_package():
+  found = paths.resolve('package://educe/types.py')
+  assert found.name == 'types.py'
+  assert found.is_file()
+
+
+def test_data_paths_follow_the_environment(tmp_path, monkeypatch):
+  (tmp_path / 'x.jsonl').write_text('{}')
+  monkeypatch.setenv(paths.DATA, str(tmp_path))
+  assert paths.resolve('data://x.jsonl') == tmp_path / 'x.jsonl'
+
+
+@pytest.mark.parametrize(
+  ('path', 'message'),
+  [
+    ('package://no_such_package/x', 'pip install --no-deps no-such-package'),
+    ('package://educe/no.gguf', r'package://educe/no.gguf: no such file'),
+    ('data://no.jsonl', 'data://no.jsonl'),
+    ('/no/such/file', '/no/such/file: no such file or folder'),
+  ],
+)
+def test_what_is_not_there_is_named(path, message, tmp_path, monkeypatch):
+  monkeypatch.setenv(paths.DATA, str(tmp_path))
+  with pytest.raises(FileNotFoundError, match=message):
+    paths.resolve(path)
+
+
+def test_without_a_data_folder_the_variable_is_named(tmp_path, monkeypatch):
+  monkeypatch.setenv(paths.DATA, str(tmp_path / 'absent'))
+  assert paths.data_root() is None
+  with pytest.raises(FileNotFoundError, match='set EDUCE_DATA'):
+    paths.resolve('data://x')

@@ -1,0 +1,65 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from educe import sharding
+
+
+def test_minus_one_takes_what_is_left():
+  mesh = sharding.make_mesh(data=-1, fsdp=2, tensor=2)
+  assert dict(mesh.shape) == {'data': 2, 'fsdp': 2, 'tensor': 2}
+
+
+@pytest.mark.parametrize(
+  ('sizes', 'message'),
+  [
+    ({'data': 3}, 'needs 3 devices; 8 are here'),
+    ({'data': -1, 'fsdp': -1}, 'at most one is -1'),
+    ({'data': -1, 'fsdp': 3}, 'needs 6 devices; 8 are here'),
+    ({'data': 0}, 'sizes are positive'),
+  ],
+)
+def test_a_mesh_that_cannot_be_is_refused(sizes, message):
+  with pytest.raises(ValueError, match=message):
+    sharding.make_mesh(**sizes)
+
+
+def test_rules_place_axes_and_leave_whole_what_does_not_divide(mesh_of):
+  mesh = mesh_of(2, 2, 2)
+  assert sharding.spec(('embed', 'mlp'), (4, 6), mesh) == P('fsdp', 'tensor')
+  assert sharding.spec(('embed', 'mlp'), (4, 7), mesh) == P('fsdp', None)
+  assert sharding.spec(('layers', None), (4, 6), mesh) == P(None, None)
+  # One mesh axis splits at most one dimension of an array.
+  assert sharding.spec(('vocab', 'mlp'), (4, 6), mesh) == P('tensor', None)
+
+
+def test_place_splits_params_and_keeps_their_values(mesh_of):
+  tree = {'w': np.arange(32.0).reshape(4, 8), 'norm': np.ones(3)}
+  axes = {'w': ('embed', 'mlp'), 'norm': ('embed',)}
+  placed = sharding.place(tree, axes, mesh_of(1, 4, 2))
+  assert placed['w'].sharding.spec == P('fsdp', 'tensor')
+  assert placed['w'].addressable_shards[0].data.shape == (1, 4)
+  jax.tree.map(np.testing.assert_array_equal, placed, tree)
+
+
+def test_a_batch_is_split_by_rows_over_data_and_fsdp(mesh_of):
+  batch = sharding.place_batch({'tokens': np.arange(16).reshape(8, 2)}, mesh_of(2, 4))
+  shards = batch['tokens'].addressable_shards
+  assert sorted(int(s.data[0, 0]) for s in shards) == list(range(0, 16, 2))
+
+
+def test_the_rest_goes_everywhere_and_the_placed_stays(mesh_of):
+  mesh = mesh_of(2, 4)
+  split = sharding.place({'w': np.ones((4, 4))}, {'w': ('embed', None)}, mesh)['w']
+  tree = sharding.replicate_rest({'w': split, 'step': jnp.int32(3)}, mesh)
+  assert tree['w'] is split
+  assert tree['step'].sharding.is_fully_replicated
+  assert len(tree['step'].sharding.device_set) == 8
+
+
+def test_a_batch_that_does_not_divide_says_what_would(mesh_of):
+  sharding.check_batch(16, 2, mesh_of(2, 4))
+  with pytest.raises(ValueError, match='make it a multiple of 16'):
+    sharding.check_batch(12, 2, mesh_of(2, 4))

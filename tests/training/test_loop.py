@@ -1,0 +1,161 @@
+"""The loop on a counting algorithm: what is called when, what is written, what stops."""
+
+import functools
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from educe.training import checkpoint, loop, metrics
+from educe.types import Algorithm, Batch, TrainState
+
+
+class Counter:
+  """A data iterator whose state is how many batches it gave. JSON, as Grain's are."""
+
+  def __init__(self):
+    self.given = 0
+
+  def get_state(self):
+    return str(self.given).encode()
+
+  def set_state(self, state):
+    self.given = int(state)
+
+  def start_prefetch(self):
+    pass
+
+
+def algorithm(data, end=10**9):
+  def next_batch(state):
+    if data.given >= end:
+      raise StopIteration
+    data.given += 1
+    batch = Batch(np.full((2, 3), data.given, np.int32), np.ones((2, 3), np.float32))
+    return batch, {'data/given': data.given}
+
+  return Algorithm(next_batch, None, data)
+
+
+def step(state, batch, bad=()):
+  """Params collect the batches seen, so that order and repetition show."""
+  number = int(batch.tokens[0, 0])
+  values = {'loss': jnp.float32(number), 'skipped_in_a_row': jnp.int32(0)}
+  if number in bad:
+    values['skipped_in_a_row'] = jnp.int32(sum(n <= number for n in bad))
+  params = state.params * 10 + number
+  return TrainState(state.step + 1, params, state.opt_state, state.key), values
+
+
+def run(tmp_path, steps, *, data=None, end=10**9, bad=(), **options):
+  data = data or Counter()
+  like = TrainState(jnp.int32(0), jnp.float32(0), (), jax.random.key(0))
+  manager = checkpoint.open_manager(tmp_path / 'checkpoints', keep=9)
+  state = checkpoint.restore(manager, like, data) or like
+  out = loop.run(
+    state,
+    functools.partial(step, bad=bad),
+    algorithm(data, end),
+    steps=steps,
+    run_dir=tmp_path,
+    manager=manager,
+    config={},
+    place=lambda batch: batch,
+    log=metrics.Log(tmp_path, step=int(state.step)),
+    **options,
+  )
+  checkpoint.finish(manager)
+  return out
+
+
+def records(tmp_path):
+  return metrics.read(tmp_path / 'metrics.jsonl')
+
+
+def saved(tmp_path):
+  return sorted(int(p.name) for p in (tmp_path / 'checkpoints').iterdir())
+
+
+def test_every_step_is_written_once_and_the_last_is_saved(tmp_path):
+  state, finished = run(tmp_path, 5, save_every=2)
+  assert finished
+  assert state.params == 12345
+  assert [(r['step'], r['loss'], r['data/given']) for r in records(tmp_path)] == [
+    (i, i, i) for i in range(1, 6)
+  ]
+  assert saved(tmp_path) == [2, 4, 5]
+
+
+def test_evaluation_runs_before_during_and_after(tmp_path):
+  def evaluate(state):
+    return {'accuracy': float(state.params)}
+
+  run(tmp_path, 5, evaluate=evaluate, evaluate_every=2)
+  seen = [(r['step'], r['accuracy']) for r in records(tmp_path) if 'accuracy' in r]
+  assert seen == [(0, 0), (2, 12), (4, 1234), (5, 12345)]
+
+
+def test_a_run_goes_on_where_it_was_saved(tmp_path):
+  run(tmp_path, 3)
+  state, _ = run(tmp_path, 6)
+  assert state.params == 123456
+  assert [r['step'] for r in records(tmp_path)] == [1, 2, 3, 4, 5, 6]
+  # A run that is already there does nothing, and evaluates nothing anew.
+  again, finished = run(tmp_path, 6, evaluate=lambda state: {'accuracy': 1.0})
+  assert finished
+  assert again.params == 123456
+  assert len(records(tmp_path)) == 6
+
+
+def test_sigterm_saves_at_the_next_boundary_and_says_so(tmp_path):
+  class Stopper(Counter):
+    def get_state(self):
+      return super().get_state()
+
+  data = Stopper()
+
+  def place(batch):
+    if batch.tokens[0, 0] == 3:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return batch
+
+  before = signal.getsignal(signal.SIGTERM)
+  like = TrainState(jnp.int32(0), jnp.float32(0), (), jax.random.key(0))
+  manager = checkpoint.open_manager(tmp_path / 'checkpoints')
+  state, finished = loop.run(
+    like,
+    step,
+    algorithm(data),
+    steps=9,
+    run_dir=tmp_path,
+    manager=manager,
+    config={},
+    place=place,
+    log=metrics.Log(tmp_path),
+    save_every=100,
+  )
+  checkpoint.finish(manager)
+  assert not finished
+  assert saved(tmp_path) == [3]
+  assert [r['step'] for r in records(tmp_path)] == [1, 2, 3]
+  assert signal.getsignal(signal.SIGTERM) == before  # the caller's handler is back
+  state, finished = run(tmp_path, 5)
+  assert finished
+  assert state.params == 12345
+
+
+def test_endless_nonfinite_gradients_abort_and_leave_the_batch(tmp_path):
+  with pytest.raises(loop.NonFinite, match=r'3 steps in a row, up to step 4.*npz'):
+    run(tmp_path, 9, bad=(2, 3, 4), abort_after=3)
+  dumped = np.load(tmp_path / 'nonfinite_4.npz', allow_pickle=False)
+  np.testing.assert_array_equal(dumped['tokens'], np.full((2, 3), 4))
+  assert records(tmp_path)[-1]['step'] == 4  # the evidence is in the metrics too
+
+
+def test_data_that_end_too_early_say_where(tmp_path):
+  with pytest.raises(ValueError, match=r'ended before step 4 of 9; raise data.epochs'):
+    run(tmp_path, 9, end=3)
+  assert records(tmp_path)[-1]['step'] == 3
