@@ -107,21 +107,24 @@ def _architecture(reader, file: pathlib.Path, options: dict) -> Architecture:
       f'{file}: llama.rope.dimension_count = {turned} of a head of {head_dim}: '
       'partial rotation is not supported'
     )
-  return Architecture(
-    vocab_size=int(names['token_embd.weight'].shape[1]),
-    dim=dim,
-    layers=value('block_count'),
-    heads=heads,
-    kv_heads=value('attention.head_count_kv', heads),
-    head_dim=head_dim,
-    ffn=value('feed_forward_length'),
-    max_length=value('context_length'),
-    rope_theta=float(value('rope.freq_base', 10_000.0)),
-    # A float32 in the file: the shortest decimal that rounds to it is what was meant.
-    norm_eps=float(str(np.float32(value('attention.layer_norm_rms_epsilon')))),
-    tied='output.weight' not in names,
-    **options,
-  )
+  try:
+    return Architecture(
+      vocab_size=int(names['token_embd.weight'].shape[1]),
+      dim=dim,
+      layers=value('block_count'),
+      heads=heads,
+      kv_heads=value('attention.head_count_kv', heads),
+      head_dim=head_dim,
+      ffn=value('feed_forward_length'),
+      max_length=value('context_length'),
+      rope_theta=float(value('rope.freq_base', 10_000.0)),
+      # A float32 in the file: the shortest decimal that rounds to it is what was meant.
+      norm_eps=float(str(np.float32(value('attention.layer_norm_rms_epsilon')))),
+      tied='output.weight' not in names,
+      **options,
+    )
+  except ValueError as error:
+    raise ValueError(f'{file}: {error}') from error
 
 
 def _field(reader, file: pathlib.Path, name: str, default=None):

@@ -99,7 +99,8 @@ def _tensors(a: Architecture, file: pathlib.Path, size: int) -> dict[str, np.nda
       'the file is truncated or not a llama2.c checkpoint'
     )
   data = np.memmap(file, '<f4', 'r', 4 * len(HEADER))
-  tensors, start = {}, 0
+  tensors: dict[str, np.ndarray] = {}
+  start = 0
   for name, shape in layout.items():
     stop = start + math.prod(shape)
     array = data[start:stop].reshape(shape)

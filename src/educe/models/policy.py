@@ -27,6 +27,7 @@ def build(architecture: Architecture) -> Model:
     # One token is enough: no parameter's shape depends on the length.
     return module.init(key, jnp.zeros((1, 1), jnp.int32))['params']
 
+  @jax.jit
   def init(key) -> Params:
     return nn.unbox(init_boxed(key))
 

@@ -5,11 +5,13 @@ https://huggingface.co/docs/safetensors and `transformers`' LlamaForCausalLM.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -119,9 +121,7 @@ def export(
       )
       arrays[row.source] = weights.to_file(row, array)
       where[row.source] = name
-    temporary = folder / f'.{name}.partial'
-    safetensors.numpy.save_file(arrays, temporary, {'format': 'pt'})
-    os.replace(temporary, folder / name)
+    _atomic(folder / name, functools.partial(_save, arrays))
   if len(shards) > 1:
     total = dtype.itemsize * sum(math.prod(row.shape) for row in rows)
     _write(folder / INDEX, {'metadata': {'total_size': total}, 'weight_map': where})
@@ -145,13 +145,29 @@ def export(
   return rows
 
 
+def _save(arrays: dict[str, np.ndarray], file: pathlib.Path) -> None:
+  safetensors.numpy.save_file(arrays, file, {'format': 'pt'})
+
+
 def _write(file: pathlib.Path, value: dict) -> None:
-  temporary = file.with_name(f'.{file.name}.partial')
   text = json.dumps(
     {key: x for key, x in value.items() if x is not None}, indent=2, sort_keys=True
   )
-  temporary.write_text(text + '\n')
-  os.replace(temporary, file)
+  _atomic(file, lambda temporary: temporary.write_text(text + '\n'))
+
+
+def _atomic(file: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
+  """Writes beside `file` and renames; a failure leaves nothing behind."""
+  temporary = file.with_name(f'.{file.name}.partial')
+  try:
+    write(temporary)
+    os.replace(temporary, file)
+  except (OSError, safetensors.SafetensorError) as error:
+    temporary.unlink(missing_ok=True)
+    raise OSError(
+      f'{file}: could not be written ({error}); is the disk full, or the folder '
+      'read-only?'
+    ) from error
 
 
 def _json(file: pathlib.Path) -> dict:
@@ -177,7 +193,7 @@ def _open(path: str, **options):
     names = sorted(set(index.values()))
   else:
     index, names = None, [SINGLE]
-  files = {}
+  files: dict[str, Any] = {}
   for name in names:
     try:
       opened = safetensors.safe_open(folder / name, framework='np')
@@ -189,10 +205,9 @@ def _open(path: str, **options):
       raise ValueError(
         f'{folder / name}: truncated or no safetensors file ({error}); fetch it again'
       ) from error
+    names_inside = opened.keys()
     files |= {
-      key: opened
-      for key in opened.keys()
-      if index is None or index.get(key) == name  # noqa: SIM118
+      key: opened for key in names_inside if index is None or index.get(key) == name
     }
   if index is not None and (lost := sorted(index.keys() - files.keys())):
     raise ValueError(

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -145,7 +145,7 @@ class RMSNorm(nn.Module):
     scale = self.param('scale', init, (a.dim,), a.param_dtype)
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + a.norm_eps)
-    return (y * scale.astype(jnp.float32)).astype(x.dtype)
+    return (y * jnp.asarray(scale, jnp.float32)).astype(x.dtype)
 
 
 class Attention(nn.Module):
@@ -300,10 +300,9 @@ def decode(
   block = Block(a)
   x = params['embedding'][tokens].astype(a.compute_dtype)
   layers = []
-  for weights, remembered in zip(params['layers'], cache.layers, strict=True):
-    x, remembered = block.apply(
-      {'params': weights}, x, angles, visible, remembered, slot
-    )
-    layers.append(remembered)
-  x = RMSNorm(a).apply({'params': params['norm']}, x)
-  return x, Cache(layers, stored)
+  for weights, layer in zip(params['layers'], cache.layers, strict=True):
+    applied: Any = block.apply({'params': weights}, x, angles, visible, layer, slot)
+    x, layer = applied
+    layers.append(layer)
+  states: Any = RMSNorm(a).apply({'params': params['norm']}, x)
+  return states, Cache(layers, stored)

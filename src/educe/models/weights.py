@@ -11,7 +11,7 @@ import concurrent.futures
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import ml_dtypes
@@ -82,8 +82,8 @@ TABLE = [
   ('head', 'lm_head.weight', 'output.weight', 'wcls'),
 ]
 COLUMNS = {'huggingface': 1, 'gguf': 2, 'llama2c': 3}
-# Formats whose RoPE turns neighbours (2i, 2i+1) instead of halves (i, i + h/2): the rows
-# of q and k are dealt out again. GGUF permutes what was rotate-half to begin with.
+# Formats whose RoPE turns neighbours (2i, 2i+1), not halves (i, i + h/2): the rows of q
+# and k are dealt out again. (GGUF's were rotate-half; llama.cpp's conversion permutes.)
 INTERLEAVED = {'gguf', 'llama2c'}
 
 
@@ -105,7 +105,7 @@ class Mapped(NamedTuple):
   shape: tuple[int, ...]  # of the slice
 
 
-def leaves(tree: Params) -> dict[str, object]:
+def leaves(tree: Params) -> dict[str, Any]:
   """A tree of dicts as {'layers/mlp/up': leaf, …}."""
   paths, _ = jax.tree.flatten_with_path(tree)
   return {'/'.join(entry.key for entry in path): leaf for path, leaf in paths}
