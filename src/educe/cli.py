@@ -305,17 +305,21 @@ def say(text: str) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-  top = argparse.ArgumentParser(prog='python -m educe', description=__doc__)
+  top = argparse.ArgumentParser(
+    prog='python -m educe', description=__doc__, allow_abbrev=False
+  )
   commands = top.add_subparsers(dest='command', required=True)
 
-  add = commands.add_parser('train', help='run a config, or go on with it')
+  add = commands.add_parser(
+    'train', help='run a config, or go on with it', allow_abbrev=False
+  )
   add.add_argument('--config', required=True, help='file.py, or file.py:recipe,debug')
   add.add_argument('--run_dir', required=True, type=pathlib.Path)
   add.add_argument('--sweep', action='store_true', help='every point of its sweep()')
   add.epilog = 'Any key: --config.optimizer.learning_rate=1e-5'
 
   def with_policy(name, text):
-    add = commands.add_parser(name, help=text)
+    add = commands.add_parser(name, help=text, allow_abbrev=False)
     add.add_argument(
       '--model', default=SMOLLM2, help='.gguf, .bin, Hugging Face folder or run folder'
     )

@@ -26,7 +26,7 @@ def make(data: Any, packed: bool, loss: LossFn) -> Algorithm:
   floats, ints = np.zeros(shape, np.float32), np.zeros(shape, np.int32)
   extra = {'positions': ints, 'segments': ints} if packed else {}
   scores = Scores(floats, floats, mean_logp=floats)
-  jax.eval_shape(lambda: loss(scores, Batch(ints, floats, **extra))[0])
+  jax.eval_shape(loss, scores, Batch(ints, floats, **extra))
 
   def next_batch(_: TrainState) -> tuple[Batch, dict[str, Any]]:
     rows = next(data)
