@@ -8,6 +8,7 @@ inside the step. Weights are random: speed does not know the difference.
 """
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -61,9 +62,9 @@ def main():
     return score(model, params, batch).logp.sum()
 
   parts = {
-    'forward to states': seconds(lambda f=jax.jit(states): f(params), 3),
-    'forward to log-probs': seconds(lambda f=jax.jit(total): f(params), 3),
-    'gradient': seconds(lambda f=jax.jit(jax.grad(total)): f(params), 3),
+    'forward to states': seconds(functools.partial(jax.jit(states), params), 3),
+    'forward to log-probs': seconds(functools.partial(jax.jit(total), params), 3),
+    'gradient': seconds(functools.partial(jax.jit(jax.grad(total)), params), 3),
   }
   rates.append(measured_matmul_flops(repeats=9))
 

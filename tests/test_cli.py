@@ -63,7 +63,7 @@ def test_train_then_sample_then_convert(config, tmp_path, capsys):
   to = tmp_path / 'exported'
   assert cli.main(['convert', f'--model={run}', f'--to={to}']) == 0
   assert 'lm_head.weight' in capsys.readouterr().out  # the report of every name
-  model, params = safetensors.load(path=str(to))
+  _, params = safetensors.load(path=str(to))
   _, fresh = scratch.load(preset='debug')
   trained = cli.open_policy(str(run))[1]
   assert policy.count(params) == policy.count(fresh)

@@ -113,7 +113,7 @@ def test_a_dotted_name_is_an_import_path(tmp_path, monkeypatch):
   full = load('--config.loss.name=mine.own:f', '--config.loss.tau=3.5')
   assert full['loss']['tau'] == 3.5
   assert config.bound('loss', full['loss']).func.__name__ == 'f'
-  with pytest.raises(ConfigError, match="mine.own has no function 'g'"):
+  with pytest.raises(ConfigError, match=r"mine.own has no function 'g'"):
     config.resolve('loss', 'mine.own:g')
 
 
@@ -121,7 +121,7 @@ def test_call_supplies_by_name_and_says_what_is_missing():
   steps = {'learning_rate': 0.1}
   assert config.call('optimizer', steps, steps=3, unused=1).learning_rate(0) > 0
   with pytest.raises(
-    ConfigError, match='config.optimizer needs a section config.steps'
+    ConfigError, match=r'config.optimizer needs a section config.steps'
   ):
     config.call('optimizer', steps)
 

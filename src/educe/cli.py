@@ -125,7 +125,7 @@ def train(
     step = int(state.step)
     score = call(
       'evaluation',
-      evaluation,
+      evaluation or {},
       model=net,
       params=state.params,
       tokenizer=words,

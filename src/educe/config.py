@@ -270,7 +270,8 @@ def _import_file(path: str) -> types.ModuleType:
   if not pathlib.Path(path).is_file():
     raise ConfigError(f'--config={path}: no such file')
   spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
-  assert spec is not None and spec.loader is not None
+  assert spec is not None
+  assert spec.loader is not None
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   return module

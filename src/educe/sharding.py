@@ -65,11 +65,8 @@ def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh):
 
 def shardings(shapes: Any, axes: Any, mesh: Mesh) -> Any:
   """A tree of NamedShardings for params of these shapes and logical axes."""
-  leaves, tree = jax.tree.flatten(shapes)
-  names = tree.flatten_up_to(axes)
-  return tree.unflatten(
-    NamedSharding(mesh, spec(tuple(name), leaf.shape, mesh))
-    for leaf, name in zip(leaves, names, strict=True)
+  return jax.tree.map(
+    lambda leaf, names: NamedSharding(mesh, spec(names, leaf.shape, mesh)), shapes, axes
   )
 
 

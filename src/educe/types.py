@@ -40,7 +40,7 @@ class Scores(NamedTuple):
   logp: Float[Array, 'B T']  # log p(tokens[b, t] | tokens[b, :t]) (nats)
   entropy: Float[Array, 'B T']  # of the distribution that tokens[b, t] came from (nats)
   values: Float[Array, 'B T'] | None = None
-  mean_logp: Float[Array, 'B T'] | None = None  # Σ_v log p(v)/V (nats); label smoothing
+  mean_logp: Any = None  # [B, T], Σ_v log p(v) / V (nats); for label smoothing
 
 
 class Mean(NamedTuple):

@@ -39,7 +39,7 @@ def by_loop(logits, tokens, mask, smoothing, aggregate):
         values.append(-(target * log_p).sum())
     rows.append(values)
   if aggregate == 'token_mean':
-    return np.mean(sum(rows, []))
+    return np.mean([x for values in rows for x in values])
   return np.mean([np.mean(values) for values in rows if values])
 
 
@@ -108,5 +108,5 @@ def test_bad_settings_are_refused():
   with pytest.raises(ValueError, match="aggregate='tokenmean' is not one of"):
     sft.loss(zeros, batch, aggregate='tokenmean')
   packed = batch._replace(segments=jnp.ones_like(batch.tokens))
-  with pytest.raises(ValueError, match='sequence_mean.*packing=False'):
+  with pytest.raises(ValueError, match=r'sequence_mean.*packing=False'):
     sft.loss(zeros, packed, aggregate='sequence_mean')

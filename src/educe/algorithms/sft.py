@@ -23,10 +23,11 @@ def make(data: Any, packed: bool, loss: LossFn) -> Algorithm:
   Raises ValueError, before any device is touched, if the loss refuses such batches.
   """
   shape = (2, 2)
-  floats, ints = np.zeros(shape, np.float32), np.zeros(shape, np.int32)
-  extra = {'positions': ints, 'segments': ints} if packed else {}
-  scores = Scores(floats, floats, mean_logp=floats)
-  jax.eval_shape(loss, scores, Batch(ints, floats, **extra))
+  floats = jax.ShapeDtypeStruct(shape, np.float32)
+  ints = jax.ShapeDtypeStruct(shape, np.int32)
+  packing: Any = {'positions': ints, 'segments': ints} if packed else {}
+  scores: Any = Scores(floats, floats, mean_logp=floats)  # type: ignore[arg-type]
+  jax.eval_shape(loss, scores, Batch(ints, floats, **packing))  # type: ignore[arg-type]
 
   def next_batch(_: TrainState) -> tuple[Batch, dict[str, Any]]:
     rows = next(data)

@@ -139,9 +139,9 @@ def _same_model(folder, found: dict[str, tuple], wanted: dict[str, tuple]) -> No
     there, here = found.get(name), wanted.get(name)
     if there != here:
       what = 'model' if _is_param(name) else 'optimizer'
-      there, here = ('absent' if x is None else x for x in (there, here))
+      a, b = ('absent' if x is None else x for x in (there, here))
       raise CheckpointError(
-        f'{folder} belongs to another {what}: {name} is {there} there and {here} here; '
+        f'{folder} belongs to another {what}: {name} is {a} there and {b} here; '
         'use its own config, or another --run_dir'
       )
 
