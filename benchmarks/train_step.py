@@ -8,6 +8,7 @@ inside the step. Weights are random: speed does not know the difference.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import os
@@ -42,27 +43,32 @@ def main():
   parser.add_argument('--rows', type=int, default=8)
   parser.add_argument('--length', type=int, default=64)
   parser.add_argument('--steps', type=int, default=8)
+  parser.add_argument('--remat', default='dots', choices=['none', 'dots', 'full'])
   args = parser.parse_args()
   tokens = args.rows * args.length
 
-  model = policy.build(presets.smollm2_135m)
+  architecture = dataclasses.replace(presets.smollm2_135m, remat=args.remat)
+  model = policy.build(architecture)
   params = model.init(jax.random.key(0))
   count = policy.count(params)
   shape = (args.rows, args.length)
-  ids = jax.random.randint(jax.random.key(1), shape, 0, presets.smollm2_135m.vocab_size)
+  ids = jax.random.randint(jax.random.key(1), shape, 0, architecture.vocab_size)
   batch = Batch(ids, jnp.ones(shape).at[:, 0].set(0))
 
   rates = [measured_matmul_flops(repeats=9)]
 
   # The parts, each timed alone.
   def states(params):
-    return model.hidden(params, ids)[0]
+    return model.hidden(params, ids)[0].sum()
 
   def total(params):
     return score(model, params, batch).logp.sum()
 
   parts = {
     'forward to states': seconds(functools.partial(jax.jit(states), params), 3),
+    'gradient of states': seconds(
+      functools.partial(jax.jit(jax.grad(states)), params), 3
+    ),
     'forward to log-probs': seconds(functools.partial(jax.jit(total), params), 3),
     'gradient': seconds(functools.partial(jax.jit(jax.grad(total)), params), 3),
   }
@@ -96,6 +102,7 @@ def main():
     'model': 'smollm2_135m',
     'rows': args.rows,
     'length': args.length,
+    'remat': args.remat,
     'params': count,
     'tokens_per_second': tokens / best,
     'tokens_per_second_median': tokens / statistics.median(parts['step (with AdamW)']),

