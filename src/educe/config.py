@@ -35,7 +35,7 @@ PLACES = {
   'loss': 'educe.losses.{name}:loss',
   'optimizer': 'educe.training.optimizer:make',
   'environment': 'educe.environments.{name}:make',
-  'evaluation': 'educe.cli:measure',
+  'evaluation': 'educe.measurement.{name}:evaluate',
   'mesh': 'educe.sharding:make_mesh',
 }
 
@@ -190,8 +190,11 @@ def call(section: str, values: Mapping[str, Any], **supply: Any) -> Any:
 
 
 def bound(section: str, values: Mapping[str, Any]) -> functools.partial:
-  """A section's function with its config already given."""
-  values = dict(values)
+  """A section's function with its config already given; sections inside it are called."""
+  values = {
+    key: call(key, value) if key in PLACES and isinstance(value, Mapping) else value
+    for key, value in values.items()
+  }
   named = '{name}' in PLACES[section]
   function = resolve(section, values.pop('name') if named else None)
   return functools.partial(function, **values)
@@ -202,13 +205,13 @@ def _checked(value: Any, hint: Any, path: str) -> Any:
   options = typing.get_args(hint) if _is_union(hint) else (hint,)
   for option in options:
     kind = typing.get_origin(option) or option
-    if kind in (Any, inspect.Parameter.empty) or kind is typing.Literal:
+    if kind is Any:
       return value
     if kind is type(None):
       if value is None:
         return None
-    elif kind is float and isinstance(value, int | float) and value is not True:
-      return value if isinstance(value, bool) else float(value)
+    elif kind is float and isinstance(value, int | float) and type(value) is not bool:
+      return float(value)
     elif kind is int and isinstance(value, int) and not isinstance(value, bool):
       return value
     elif kind in (tuple, Sequence) and isinstance(value, list | tuple):

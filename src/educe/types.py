@@ -49,6 +49,9 @@ class Mean(NamedTuple):
   total: Any
   count: Any
 
+  def __add__(self, other):  # a tuple's own + would concatenate
+    return Mean(self.total + other.total, self.count + other.count)
+
   @property
   def value(self):
     return self.total / self.count

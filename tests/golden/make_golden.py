@@ -260,7 +260,7 @@ def exported():
       'max_logit_difference': float(np.abs(logits - other).max()),
     }
     print(name, figures[name])
-  (HERE / 'export.json').write_text(json.dumps(figures, indent=2) + '\n')
+  print(json.dumps(figures, indent=2))
 
 
 if __name__ == '__main__':

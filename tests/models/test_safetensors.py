@@ -89,17 +89,6 @@ def test_what_transformers_saved_comes_back_from_us_byte_for_byte(
   assert generation == {'bos_token_id': 1, 'eos_token_id': [2, 5]}
 
 
-def test_transformers_read_our_export_when_the_goldens_were_made(golden):
-  figures = json.loads((golden / 'export.json').read_text())
-  for name, limit in [
-    ('tiny_llama', 1e-5),
-    ('tiny_llama_bfloat16', 1e-5),
-    ('smollm2', 2e-4),  # two float32 runs, each within 1e-4 of float64
-  ]:
-    assert figures[name]['max_logit_difference'] <= limit
-    assert figures[name]['missing_keys'] == figures[name]['unexpected_keys'] == []
-
-
 def test_export_does_not_overwrite_a_model(tiny, tmp_path):
   model, params = tiny
   ours.export(tmp_path, model.architecture, params)

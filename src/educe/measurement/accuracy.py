@@ -6,6 +6,7 @@ it stays inside [0, 1] and is honest at 0 and at n.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -13,7 +14,11 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from educe.types import Environment
+import jax
+
+from educe.data.tokenizer import Tokenizer
+from educe.rollouts.texts import complete
+from educe.types import Environment, Model, Params
 
 Z = 1.959964  # two-sided 95 %
 OUTCOMES = ('verified', 'wrong', 'unparsable', 'error')
@@ -38,11 +43,11 @@ class Accuracy(NamedTuple):
 
 
 def accuracy(
-  complete: Callable[[Sequence[Any]], Sequence[Any]], environment: Environment
+  policy: Callable[[Sequence[Any]], Sequence[Any]], environment: Environment
 ) -> Accuracy:
   """The share of single-turn problems solved, one completion each.
 
-  complete: prompts -> completions with `.text`, `.tokens` and `.stopped`, such as
+  policy: prompts -> completions with `.text`, `.tokens` and `.stopped`, such as
     `functools.partial(rollouts.texts.complete, model, params, tokenizer, …)`
   environment: whose `info['outcome']` is one of OUTCOMES; without it a reward of 1 or
     more counts as verified, less as wrong, and None as unparsable
@@ -55,7 +60,7 @@ def accuracy(
   records = environment.prompts
   if not len(records):
     raise ValueError('accuracy: the environment has no prompts')
-  completions = complete([record['prompt'] for record in records])
+  completions = policy([record['prompt'] for record in records])
   counts = dict.fromkeys(OUTCOMES, 0)
   transcripts = []
   for index, (record, done) in enumerate(zip(records, completions, strict=True)):
@@ -79,6 +84,30 @@ def accuracy(
   low, high = wilson(counts['verified'], len(records))
   rate = counts['verified'] / len(records)
   return Accuracy(rate, low, high, len(records), counts, transcripts)
+
+
+def evaluate(
+  model: Model,
+  params: Params,
+  tokenizer: Tokenizer,
+  *,
+  environment: Environment,
+  max_new_tokens: int,
+  batch_size: int = 64,
+) -> Accuracy:
+  """Greedy accuracy of a policy: what the config section `evaluation` runs."""
+  policy = functools.partial(
+    complete,
+    model,
+    params,
+    tokenizer,
+    key=jax.random.key(0),  # greedy: never used
+    max_new_tokens=max_new_tokens,
+    batch_size=batch_size,
+    temperature=0.0,
+    show='evaluating',
+  )
+  return accuracy(policy, environment)
 
 
 def _outcome(reward: float | None) -> str:

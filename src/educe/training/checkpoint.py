@@ -24,7 +24,7 @@ class CheckpointError(RuntimeError):
 def open_manager(folder: pathlib.Path, *, keep: int = 2) -> ocp.CheckpointManager:
   """A manager of `folder`, which it makes; the newest `keep` checkpoints stay."""
   if keep < 1:
-    raise ValueError(f'checkpoint.keep={keep}: at least one has to stay')
+    raise ValueError(f'keep={keep}: at least one checkpoint has to stay')
   options = ocp.CheckpointManagerOptions(
     max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
   )
@@ -65,9 +65,7 @@ def restore(manager, like: TrainState, data: Any) -> TrainState | None:
   if step is None:
     return None
   folder = manager.directory / str(step)
-  abstract = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
-  )
+  abstract = abstract_of(like)
   others = [s for s in manager.all_steps() if s != step]
   mend = f'resume from step {max(others)}' if others else 'start afresh'
   with _explained(
@@ -75,14 +73,25 @@ def restore(manager, like: TrainState, data: Any) -> TrainState | None:
   ):
     found = _saved_shapes(folder / 'state')
   _same_model(folder, found, _shapes(abstract))
-  args = ocp.args.Composite(
-    state=ocp.args.StandardRestore(abstract),
-    data=grain.checkpoint.CheckpointRestore(data),
-  )
   with _explained(
     manager, f'{folder} is damaged; move it away to {mend}', writing=False
   ):
-    return manager.restore(step, args=args).state
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+    state = manager.restore(step, args=args).state
+  # Outside: an iterator that refuses its state says itself why.
+  args = ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(data))
+  manager.restore(step, args=args)
+  return state
+
+
+def abstract_of(tree: Any) -> Any:
+  """Shapes, dtypes and places of arrays; what comes from the host goes to device 0."""
+  host = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+  def describe(x):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, 'sharding', host))
+
+  return jax.tree.map(describe, tree)
 
 
 def saved_params(folder: pathlib.Path, like: Any, step: int | None = None) -> Any:
@@ -95,9 +104,7 @@ def saved_params(folder: pathlib.Path, like: Any, step: int | None = None) -> An
         + ('' if step is None else f' of step {step}')
       )
     where = folder / str(step) / 'state'
-  abstract = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
-  )
+  abstract = abstract_of(like)
   found = {n: x for n, x in _saved_shapes(where).items() if _is_param(n)}
   wanted = _shapes({'params': abstract})
   _same_model(where, found, wanted)

@@ -93,15 +93,18 @@ def run(
         f'{number}; its batch is in {dump}. Lower optimizer.learning_rate, or look there'
       )
 
-  def report():
+  def due(number: int) -> bool:
+    every = bool(evaluate_every) and number % evaluate_every == 0
+    return evaluate is not None and (every or number in (0, steps))
+
+  def report(number: int):
     nonlocal clock
-    if evaluate is not None:
-      log.write(int(state.step), evaluate(state))
-      clock = time.perf_counter()
+    if evaluate is not None and due(number) and number not in log.evaluated:
+      log.write(number, evaluate(state))
+    clock = time.perf_counter()
 
   try:
-    if start == 0:
-      report()
+    report(start)  # of a fresh start, or what a stop came in the way of
     for number in range(start + 1, steps + 1):
       try:
         batch, info = algorithm.next_batch(state)
@@ -114,16 +117,13 @@ def run(
       state, values = step(state, place(batch))
       flush()
       pending = (number, batch, values, info)
-      last, stopping = number == steps, stop.is_set()
-      due = last or (evaluate_every and number % evaluate_every == 0)
-      if due or last or stopping or number % save_every == 0:
+      stopping = stop.is_set()
+      if number == steps or stopping or due(number) or number % save_every == 0:
         flush()
-        if due and not stopping:
-          report()
         ckpt.save(manager, state, algorithm.data, config)
-        clock = time.perf_counter()
-      if stopping and not last:
-        return state, False
+        if stopping:
+          return state, False
+        report(number)
     return state, True
   finally:
     bar.close()

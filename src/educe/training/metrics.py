@@ -60,9 +60,11 @@ class Log:
     self.path = run_dir / 'metrics.jsonl'
     self.writer = None
     self.on = jax.process_index() == 0
+    self.evaluated: set[int] = set()  # steps whose evaluation is already written
     if not self.on:
       return
     kept = [line for line in read(self.path) if line['step'] <= step and step > 0]
+    self.evaluated |= {line['step'] for line in kept if 'loss' not in line}
     temporary = self.path.with_suffix('.tmp')
     temporary.write_text(''.join(_line(record) for record in kept))
     os.replace(temporary, self.path)
@@ -71,9 +73,11 @@ class Log:
         import tensorboardX
       except ImportError:
         raise ValueError(
-          'log.tensorboard=True needs the package tensorboardX: pip install tensorboardX'
+          'tensorboard=True needs the package tensorboardX: pip install tensorboardX'
         ) from None
-      self.writer = tensorboardX.SummaryWriter(str(run_dir / 'tensorboard'))
+      self.writer = tensorboardX.SummaryWriter(
+        str(run_dir / 'tensorboard'), purge_step=step + 1
+      )
 
   def write(self, step: int, values: dict[str, Any]) -> None:
     if not self.on:

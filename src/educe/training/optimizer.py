@@ -79,8 +79,8 @@ def make(
   if warmup_steps > steps:
     raise ValueError(f'optimizer.warmup_steps={warmup_steps} exceeds steps={steps}')
   rate = make_schedule(schedule, learning_rate, steps, warmup_steps, final_fraction)
-  if 'mask' in accepted:
-    options['mask'] = lambda params: paths(params, lambda path: not hit(no_decay, path))
+  for mask in {'mask', 'weight_decay_mask'} & set(accepted):
+    options[mask] = lambda params: paths(params, lambda path: not hit(no_decay, path))
   inner = factory(learning_rate=rate, **options)
   if clip_norm is not None:
     inner = optax.chain(optax.clip_by_global_norm(clip_norm), inner)
@@ -96,9 +96,11 @@ def make(
       count = 'every param' if all(labels) else 'no param'
       raise ValueError(f'optimizer.freeze={freeze} matches {count}')
     # Separate buffers: the step donates each of them.
-    return OptState(inner.init(params), jnp.int32(0), jnp.int32(0), jnp.float32(0))
+    state = inner.init(wide(params))
+    return OptState(state, jnp.int32(0), jnp.int32(0), jnp.float32(0))
 
   def update(grads, state, params):
+    grads, params = wide(grads), wide(params)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm)
     updates, new = inner.update(grads, state.inner, params)
@@ -135,6 +137,12 @@ def make_schedule(schedule, learning_rate, steps, warmup_steps, final_fraction):
   first = learning_rate / (warmup_steps + 1)
   warmup = optax.linear_schedule(first, learning_rate, warmup_steps)
   return optax.join_schedules([warmup, body], [warmup_steps])
+
+
+def wide(tree: Params) -> Params:
+  """Moments and updates are float32 whatever the params: a bf16 second moment with
+  b2 = 0.999 rounds its own decay away."""
+  return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
 
 
 def paths(params: Params, function: Callable[[str], Any]) -> Any:

@@ -66,7 +66,7 @@ def make_step(
     metrics = {name: mean.value for name, mean in means.items()}
     metrics |= {
       'grad_norm': opt_state.grad_norm,
-      'learning_rate': optimizer.learning_rate(state.step - opt_state.skipped),
+      'learning_rate': optimizer.learning_rate(state.step - state.opt_state.skipped),
       'num_tokens': batch.mask.sum(),
       'skipped_updates': opt_state.skipped,
       'skipped_in_a_row': opt_state.skipped_in_a_row,
