@@ -22,7 +22,7 @@ import numpy as np
 from educe.types import Scores
 
 TILE_BYTES = 64 << 20  # of one float32 [C, V] tile; larger gains nothing on CPU or GPU
-MIN_CHUNKS = 4  # so that a tile stays well under [N, V] even when [N, V] is small
+MIN_CHUNKS = 4  # so that two live tiles stay under [N, V], however small that is
 
 
 def logprob(hidden, head, targets, *, temperature=1.0, softcap=None):
