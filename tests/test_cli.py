@@ -72,6 +72,23 @@ def test_train_then_sample_then_convert(config, tmp_path, capsys):
   assert cli.main(['sample', f'--model={to}', *ask[2:]]) == 0
 
 
+def test_a_run_that_began_from_a_file_is_sampled_with_its_own_weights(
+  config, tmp_path, capsys
+):
+  """Loaders of files give host arrays; a run folder must not come back as its base."""
+  base = tmp_path / 'base'
+  model, params = scratch.load(preset='debug')
+  safetensors.export(base, model.architecture, params)
+  run = tmp_path / 'run'
+  files = ['--config.model.name=safetensors', f'--config.model.path={base}']
+  text = (tmp_path / 'config.py').read_text()
+  (tmp_path / 'config.py').write_text(text.replace(", preset='debug'", ", path=''"))
+  assert cli.main(['train', config, f'--run_dir={run}', *files]) == 0
+  assert cli.main(['sample', f'--model={run}', '--prompt=1+1=', '--raw']) == 0
+  trained = cli.open_policy(str(run))[1]
+  assert not np.array_equal(trained['head'], params['head'])
+
+
 def test_bfloat16_export_says_so(tmp_path, config, capsys):
   run = tmp_path / 'run'
   cli.main(['train', config, f'--run_dir={run}'])
