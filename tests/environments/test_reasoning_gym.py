@@ -210,3 +210,12 @@ def test_records_need_references_and_a_place_for_them():
     records(**SUM, size=1, completion='{reply}')
   with pytest.raises(ValueError, match='no reference answers'):
     records(task='graph_color', size=1)
+
+
+def test_problems_that_differ_in_white_space_are_one_problem():
+  """Otherwise a copy of a held-out problem could stand in the training part."""
+  one, two = ({'question': text} for text in ('What is 1 + 2?', ' What  is 1\n+ 2? '))
+  assert reasoning_gym._digest(one) == reasoning_gym._digest(two)
+  assert reasoning_gym._digest(one) != reasoning_gym._digest(
+    {'question': 'What is 1 + 3?'}
+  )

@@ -174,6 +174,11 @@ def test_params_alone_come_back_for_sampling(tmp_path):
   like = state_of(seed=7).params
   got = checkpoint.saved_params(tmp_path, like)
   jax.tree.map(np.testing.assert_array_equal, got, state.params)
+  save(tmp_path, state_of(step=4, seed=4))
+  older = checkpoint.saved_params(tmp_path, like, step=3)
+  jax.tree.map(np.testing.assert_array_equal, older, state.params)
+  with pytest.raises(CheckpointError, match='no finished checkpoint of step 5'):
+    checkpoint.saved_params(tmp_path, like, step=5)
   with pytest.raises(CheckpointError, match='no finished checkpoint'):
     checkpoint.saved_params(tmp_path / 'empty', like)
   with pytest.raises(CheckpointError, match='another model'):

@@ -98,6 +98,12 @@ def test_evaluation_runs_before_during_and_after(tmp_path):
   assert seen == [(0, 0), (2, 12), (4, 1234), (5, 12345)]
 
 
+def test_evaluate_every_0_means_only_before_and_after(tmp_path):
+  run(tmp_path, 3, evaluate=lambda state: {'accuracy': float(state.params)})
+  seen = [(r['step'], r['accuracy']) for r in records(tmp_path) if 'accuracy' in r]
+  assert seen == [(0, 0), (3, 123)]
+
+
 def test_a_run_goes_on_where_it_was_saved(tmp_path):
   run(tmp_path, 3)
   state, _ = run(tmp_path, 6)
