@@ -258,3 +258,10 @@ def test_bad_input(byte, tmp_path):
   (tmp_path / 'b' / 'tokenizer.json').write_text('{')
   with pytest.raises(ValueError, match=r'tokenizer\.json'):
     tokenizer.load(path=str(tmp_path / 'b'))
+
+
+def test_an_id_beyond_the_vocabulary_is_nothing_rather_than_a_crash():
+  """A model whose embedding is padded may sample one."""
+  words = tokenizer.load(path='byte')
+  assert words.token_bytes(words.vocab_size + 3) == b''
+  assert words.decode([104, words.vocab_size, 105]) == 'hi'

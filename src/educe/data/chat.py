@@ -259,7 +259,7 @@ def _stop(tokenizer, ids, first, last) -> int:
   # Marks that end just before the stop token: it is the model's to say all the same.
   if last and last < len(ids) and ids[last] in tokenizer.eos_ids:
     return last
-  names = [tokenizer.token_bytes(i).decode() for i in tokenizer.eos_ids]
+  names = [tokenizer.token_bytes(i).decode() or i for i in tokenizer.eos_ids]
   raise ValueError(
     f"chat template closes the assistant's turn with none of the stop tokens {names}, "
     'so the model would never learn to stop; add the token that does close it to '

@@ -77,14 +77,18 @@ class Tokenizer:
     ids = [int(i) for i in ids]
     if skip_special:
       ids = [i for i in ids if i not in self.special_ids]
-    data = b''.join(self._bytes[i] for i in ids)
+    data = b''.join(map(self.token_bytes, ids))
     if self._dummy_prefix and not continuation:
       data = data.removeprefix(b' ')
     return data.decode('utf-8', errors='replace')
 
   def token_bytes(self, token: int) -> bytes:
-    """The exact bytes of one token. Many tokens are not UTF-8 by themselves."""
-    return self._bytes[token]
+    """The exact bytes of one token. Many tokens are not UTF-8 by themselves.
+
+    An id beyond the vocabulary has none: embeddings are often padded with such rows,
+    and a model may well sample one.
+    """
+    return self._bytes[token] if token < len(self._bytes) else b''
 
   @functools.cached_property
   def vocab_size(self) -> int:
