@@ -270,3 +270,36 @@ def test_an_architecture_goes_through_json_unchanged():
     architecture = presets.get(name)
     text = json.dumps(dataclasses.asdict(architecture))
     assert Architecture(**json.loads(text)) == architecture
+
+
+def primitives(jaxpr):
+  """(name, input dtypes) of every operation, those inside scans included."""
+  for equation in jaxpr.eqns:
+    yield (
+      equation.primitive.name,
+      {getattr(v.aval, 'dtype', None) for v in equation.invars},
+    )
+    for value in equation.params.values():
+      for inner in value if isinstance(value, tuple | list) else (value,):
+        inner = getattr(inner, 'jaxpr', inner)
+        if hasattr(inner, 'eqns'):
+          yield from primitives(inner)
+
+
+def test_in_bfloat16_softmax_norms_and_rotation_stay_float32():
+  """exp is the softmax's, rsqrt the norms', cos and sin the rotation's."""
+  architecture = dataclasses.replace(
+    presets.debug, param_dtype='bfloat16', compute_dtype='bfloat16'
+  )
+  model = policy.build(architecture)
+  params = policy.shapes(architecture)
+  jaxpr = jax.make_jaxpr(model.hidden)(params, np.zeros((2, 5), np.int32)).jaxpr
+  seen = {name: set() for name in ('exp', 'rsqrt', 'cos', 'sin', 'reduce_sum')}
+  for name, dtypes in primitives(jaxpr):
+    if name in seen:
+      seen[name] |= dtypes
+    # The rotation itself: every product with a cosine or sine.
+    if name == 'mul' and jnp.dtype('float32') in dtypes:
+      assert dtypes <= {jnp.dtype('float32')}
+  for name, dtypes in seen.items():
+    assert dtypes == {jnp.dtype('float32')}, name
