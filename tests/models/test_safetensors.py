@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from educe.models import policy, presets, weights
+from educe.models import policy, presets, scratch, weights
 from educe.models import safetensors as ours
 
 
@@ -192,3 +192,14 @@ def test_an_index_that_promises_a_missing_tensor_or_shard_is_refused(tmp_path):
   (tmp_path / shard).unlink()
   with pytest.raises(ValueError, match=f'no {shard}; the folder is incomplete'):
     ours.load(path=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+  'content', ['{}', '{"weight_map": ["a"]}', '{"weight_map": {}}']
+)
+def test_an_index_without_a_map_is_refused(tmp_path, content):
+  model, params = scratch.load(preset='debug')
+  safetensors.export(tmp_path / 'm', model.architecture, params)
+  (tmp_path / 'm' / safetensors.INDEX).write_text(content)
+  with pytest.raises(ValueError, match=r'index.json: no weight_map; fetch it again'):
+    safetensors.load(path=str(tmp_path / 'm'))

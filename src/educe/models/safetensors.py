@@ -189,7 +189,9 @@ def _open(path: str, **options):
   folder = paths.resolve(path)
   architecture = _architecture(folder / 'config.json', options)
   if (folder / INDEX).exists():
-    index = _json(folder / INDEX).get('weight_map', {})
+    index = _json(folder / INDEX).get('weight_map')
+    if not isinstance(index, dict) or not index:
+      raise ValueError(f'{folder / INDEX}: no weight_map; fetch it again')
     names = sorted(set(index.values()))
   else:
     index, names = None, [SINGLE]
