@@ -199,7 +199,7 @@ def test_an_index_that_promises_a_missing_tensor_or_shard_is_refused(tmp_path):
 )
 def test_an_index_without_a_map_is_refused(tmp_path, content):
   model, params = scratch.load(preset='debug')
-  safetensors.export(tmp_path / 'm', model.architecture, params)
-  (tmp_path / 'm' / safetensors.INDEX).write_text(content)
+  ours.export(tmp_path / 'm', model.architecture, params)
+  (tmp_path / 'm' / ours.INDEX).write_text(content)
   with pytest.raises(ValueError, match=r'index.json: no weight_map; fetch it again'):
-    safetensors.load(path=str(tmp_path / 'm'))
+    ours.load(path=str(tmp_path / 'm'))
