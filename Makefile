@@ -1,4 +1,4 @@
-# make demo   fine-tune a real model and see what changed (≈ 8 minutes on 2 CPU cores)
+# make demo   fine-tune a real model and see what changed (6 to 10 minutes on 2 CPU cores)
 # make test   lint, types and the whole test-suite
 # Each makes its own virtual environment in .venv on first use.
 

@@ -127,3 +127,23 @@ def test_the_repository_speaks_of_the_project_alone():
   for path in mine:
     if path != pathlib.Path(__file__) and 'site-packages' not in path.parts:
       assert not machine.search(path.read_text()), path
+
+
+def test_no_section_function_takes_the_name_that_chooses_it():
+  """`name` picks the function and is not passed on: an argument of that name is lost."""
+  from educe.config import PLACES
+
+  for place in PLACES.values():
+    if '{name}' in place:
+      folder = SOURCE / place.split(':')[0].removeprefix('educe.').replace('.', '/')
+      files = [folder.with_suffix('.py')] if '{name}' not in folder.name else list(
+        folder.parent.glob('*.py')
+      )  # fmt: skip
+      entry = place.split(':')[1]
+      for path in files:
+        for node in ast.parse(path.read_text()).body:
+          if isinstance(node, ast.FunctionDef) and entry in (node.name, '{name}'):
+            assert 'name' not in {a.arg for a in node.args.kwonlyargs}, (
+              path,
+              node.name,
+            )

@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import pathlib
+import re
 
 import jax
 import numpy as np
 import pytest
 
 from educe import cli
+from educe.data import tfds_builder
 from educe.models import policy, safetensors, scratch
 from educe.training import metrics
 
@@ -130,6 +132,7 @@ def test_going_on_with_another_config_says_what_changed(config, tmp_path, capsys
     (['--configg=3'], "unknown argument '--configg=3'"),
     (['--config.aggregate=3'], "takes no 'aggregate'"),
     (['--config.data.max_length=4'], 'max_length'),
+    (['--config.save_every=0'], 'save_every=0 must be at least 1'),
   ],
 )
 def test_a_mistake_is_one_line_and_exit_code_1(
@@ -177,3 +180,37 @@ def test_sample_names_what_is_wrong(argv, message, capsys, monkeypatch):
   monkeypatch.chdir(ROOT)
   assert cli.main(['sample', '--prompt=x', *argv]) == 1
   assert message in capsys.readouterr().err
+
+
+def test_a_tfds_data_set_trains_from_a_config(config, tmp_path):
+  data = str(tmp_path / 'data.jsonl')
+  tfds_builder.build(splits={'train': data}, name='sums', data_dir=str(tmp_path / 'd'))
+  text = (tmp_path / 'config.py').read_text()
+  source = f"source=dict(name='tfds', dataset='sums', data_dir={str(tmp_path / 'd')!r})"
+  text = re.sub(r'source=dict\(.*\)', source, text)
+  (tmp_path / 'config.py').write_text(text)
+  assert cli.main(['train', config, f'--run_dir={tmp_path / "run"}']) == 0
+  assert len(losses(tmp_path / 'run')) == 3
+
+
+# Orbax abandons coroutines of the read that failed.
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+@pytest.mark.parametrize('break_it', ['state', 'data', 'config'])
+def test_a_damaged_run_is_one_line_naming_the_file(config, tmp_path, capsys, break_it):
+  run = tmp_path / 'run'
+  cli.main(['train', config, f'--run_dir={run}'])
+  if break_it == 'config':
+    (run / 'config.json').write_text('{"seed": ')
+  else:
+    for file in (run / 'checkpoints' / '3' / break_it).rglob('*'):
+      if file.is_file():
+        file.write_bytes(file.read_bytes()[:7])
+  capsys.readouterr()
+  command = ['sample', f'--model={run}', '--prompt=x']
+  if break_it == 'data':
+    command = ['train', config, f'--run_dir={run}', '--config.steps=9']
+  assert cli.main(command) == 1
+  said = capsys.readouterr().err.strip().splitlines()[-1]
+  assert said.startswith('educe: ')
+  assert 'is damaged' in said
+  assert break_it in said

@@ -66,6 +66,7 @@ def test_an_overridden_reference_carries_its_followers():
     ('--config.loss.name=sfft', "no educe/losses/sfft.py; did you mean 'sft'"),
     ('--config.source.name=jsonll', "no function 'jsonll'; did you mean 'jsonl'"),
     ('--config.data.batch_size=x', 'batch_size'),
+    ('--config.data.epochs=True', r'epochs=True should be'),
     ('--config.data.epochs=2.5', r'config.data.epochs=2.5 should be int \| None'),
     ('--config.data.shuffle=3', 'shuffle'),
     ('--config.loss.name=no.such.module', 'no such.module|no no/such/module.py'),

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import logging
 import os
 import pathlib
 import sys
@@ -75,6 +76,8 @@ def train(
   call = config_lib.call
 
   # Whatever can be wrong without the model comes first.
+  if save_every < 1 or evaluate_every < 0:
+    raise ValueError(f'{save_every=} must be at least 1, {evaluate_every=} at least 0')
   tx = call('optimizer', optimizer, steps=steps)
   words = call('tokenizer', tokenizer)
   batches = call(
@@ -216,7 +219,7 @@ def open_policy(path: str, tokenizer: str | None = None):
   (which needs `tokenizer`), or a run folder (its newest checkpoint)."""
   where = paths.resolve(path)
   if (where / 'checkpoints').is_dir():
-    config = json.loads((where / 'config.json').read_text())
+    config = read_config(where / 'config.json')
     model, params = config_lib.call('model', config['model'])
     params = checkpoint.saved_params(where / 'checkpoints', params)
     words = tokenizers.load(path=tokenizer or config['tokenizer']['path'])
@@ -247,13 +250,22 @@ def write_config(run_dir: pathlib.Path, config: dict[str, Any]) -> None:
   path = run_dir / 'config.json'
   new = json.loads(json.dumps(config))
   if path.exists():
-    old = json.loads(path.read_text())
+    old = read_config(path)
     for key in sorted(old.keys() | new.keys()):
       if old.get(key) != new.get(key):
         say(f'{path}: {key} was {old.get(key)}, is now {new.get(key)}')
   temporary = path.with_suffix('.tmp')
   temporary.write_text(json.dumps(new, indent=2) + '\n')
   os.replace(temporary, path)
+
+
+def read_config(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    return json.loads(path.read_text())
+  except json.JSONDecodeError as error:
+    raise ValueError(
+      f'{path} is damaged ({error}); delete it and train again'
+    ) from None
 
 
 def has_matplotlib() -> bool:
@@ -308,6 +320,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
   """The exit code: 0 done (or stopped by SIGTERM and saved), 1 with one line why not."""
   arguments, rest = parser().parse_known_args(argv)
+  # Libraries log what they also raise; a mistake is told once, in one line.
+  logging.getLogger('absl').setLevel(logging.CRITICAL)
   try:
     if arguments.command == 'train':
       run_configs(arguments, rest)

@@ -276,7 +276,12 @@ def _import_file(path: str) -> types.ModuleType:
   assert spec is not None
   assert spec.loader is not None
   module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+  try:
+    spec.loader.exec_module(module)
+  except Exception as error:  # whatever the user's own file raises
+    raise ConfigError(f'--config={path}: {_one_line(error)}') from error
+  if not hasattr(module, 'get_config'):
+    raise ConfigError(f'--config={path}: no function get_config()')
   return module
 
 

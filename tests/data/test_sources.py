@@ -166,17 +166,17 @@ def test_tfds_columns_and_errors(tmp_path):
   folder = str(tmp_path / 'tfds')
   tfds_builder.build(splits=dict(train=path), name='my_rows', data_dir=folder)
   source = sources.tfds(
-    name='my_rows', data_dir=folder, columns=dict(prompt='question'), chat=True
+    dataset='my_rows', data_dir=folder, columns=dict(prompt='question'), chat=True
   )
   assert source[2]['prompt'] == [dict(role='user', content='q2 é')]
   with pytest.raises(ValueError, match="no column 'nope'"):
-    sources.tfds(name='my_rows', data_dir=folder, columns=dict(prompt='nope'))
+    sources.tfds(dataset='my_rows', data_dir=folder, columns=dict(prompt='nope'))
   with pytest.raises(ValueError, match="split='valid' of 'my_rows'"):
-    sources.tfds(name='my_rows', split='valid', data_dir=folder)
+    sources.tfds(dataset='my_rows', split='valid', data_dir=folder)
   with pytest.raises(ValueError, match='near names: my_rows'):
-    sources.tfds(name='my_row', data_dir=folder)
+    sources.tfds(dataset='my_row', data_dir=folder)
   with pytest.raises(ValueError, match='near names: gsm8k'):
-    sources.tfds(name='gsm8kk', data_dir=folder)
+    sources.tfds(dataset='gsm8kk', data_dir=folder)
 
 
 def test_tfds_catalogue_without_tensorflow():

@@ -35,7 +35,7 @@ def test_all_kinds_of_columns_come_back(tmp_path):
   assert target == tmp_path / 'd' / 'kinds' / '1.0.0'
   assert list(target.glob('*.array_record*'))
   for split in ('train', 'test'):
-    source = sources.tfds(name='kinds', split=split, data_dir=str(tmp_path / 'd'))
+    source = sources.tfds(dataset='kinds', split=split, data_dir=str(tmp_path / 'd'))
     assert list(source) == rows  # in order
 
 
@@ -45,9 +45,11 @@ def test_real_gsm8k_by_name(tmp_path):
   except FileNotFoundError as error:
     pytest.skip(str(error))
   tfds_builder.build(splits=dict(test=path), name='gsm8k_jsonl', data_dir=str(tmp_path))
-  source = sources.tfds(name='gsm8k_jsonl', split='test', data_dir=str(tmp_path))
+  source = sources.tfds(dataset='gsm8k_jsonl', split='test', data_dir=str(tmp_path))
   assert list(source) == list(sources.jsonl(path=path))
-  part = sources.tfds(name='gsm8k_jsonl', split='test[10:20]', data_dir=str(tmp_path))
+  part = sources.tfds(
+    dataset='gsm8k_jsonl', split='test[10:20]', data_dir=str(tmp_path)
+  )
   assert list(part) == source[10:20]
 
 
@@ -57,7 +59,7 @@ def test_read_by_grain_workers(tmp_path):
   tfds_builder.build(splits=dict(train=path), name='rows', data_dir=str(tmp_path))
   streams = []
   for source, workers in (
-    (sources.tfds(name='rows', data_dir=str(tmp_path)), 2),
+    (sources.tfds(dataset='rows', data_dir=str(tmp_path)), 2),
     (sources.memory(records=rows), 0),
   ):
     batches = pipeline.make(
@@ -79,7 +81,7 @@ def test_tensorflow_is_never_imported(tmp_path):
 from educe.data import sources, tfds_builder
 folder = {str(tmp_path)!r}
 tfds_builder.build(splits=dict(train={path!r}), name='a', data_dir=folder)
-assert sources.tfds(name='a', data_dir=folder)[0] == dict(text='a')
+assert sources.tfds(dataset='a', data_dir=folder)[0] == dict(text='a')
 """
   done = subprocess.run(
     [sys.executable, '-W', 'error', '-c', code], capture_output=True, text=True

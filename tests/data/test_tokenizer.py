@@ -265,3 +265,8 @@ def test_an_id_beyond_the_vocabulary_is_nothing_rather_than_a_crash():
   words = tokenizer.load(path='byte')
   assert words.token_bytes(words.vocab_size + 3) == b''
   assert words.decode([104, words.vocab_size, 105]) == 'hi'
+
+
+def test_half_a_surrogate_pair_is_refused():
+  with pytest.raises(ValueError, match='text is not valid Unicode'):
+    tokenizer.load(path='byte').encode('a\ud800b')

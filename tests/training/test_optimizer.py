@@ -131,3 +131,13 @@ def test_freezing_all_or_nothing_is_a_mistake(freeze, count):
   tx = optimizer.make(steps=10, learning_rate=0.1, freeze=freeze)
   with pytest.raises(ValueError, match=f'{count} param'):
     tx.init(PARAMS)
+
+
+def test_moments_are_float32_whatever_the_params():
+  params = {'w': jnp.ones((3, 2), jnp.bfloat16)}
+  tx = optimizer.make(10, learning_rate=0.1)
+  state = tx.init(params)
+  _, new = tx.update(params, state, params)
+  dtypes = [[x.dtype for x in jax.tree.leaves(s)] for s in (state, new)]
+  assert dtypes[0] == dtypes[1]
+  assert jnp.bfloat16 not in dtypes[0]

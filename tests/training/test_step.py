@@ -16,7 +16,7 @@ from educe.losses.logprobs import score
 from educe.models import policy, presets, safetensors
 from educe.training import optimizer
 from educe.training.step import accumulate, init_state, make_step
-from educe.types import Batch
+from educe.types import Batch, Mean
 
 GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
 MODEL = policy.build(presets.debug)
@@ -208,3 +208,29 @@ def test_three_adamw_steps_equal_torch():
   got['sum_of_squares'] = sum((x**2).sum() for x in leaves)
   for name, value in golden['params'].items():
     np.testing.assert_allclose(got[name], value, rtol=1e-5, err_msg=name)
+
+
+def test_sums_and_the_division_are_float32_under_bfloat16():
+  """bfloat16 has no 257, let alone 259: a sum in it would stop growing."""
+
+  def gradient(_, part):
+    n = part.mask.sum()
+    return {'w': n.astype(jnp.bfloat16)}, {'loss': Mean(n, n)}
+
+  mask = jnp.array([[256.0], [1.0], [1.0], [1.0]])
+  grads, _ = accumulate(gradient, {}, Batch(jnp.zeros((4, 1), jnp.int32), mask), 4)
+  assert grads['w'] == 259
+
+
+def test_the_learning_rate_reported_is_the_one_that_was_used():
+  """A skipped update does not move the schedule."""
+  batch = draw()
+  bad = batch._replace(tokens=np.full_like(batch.tokens, 999))
+  tx = optimizer.make(10, name='sgd', learning_rate=0.5, schedule='linear')
+  state = init_state(params(), tx, jax.random.key(0))
+  step = make_step(MODEL, sft.loss, tx)
+  rates = []
+  for part in (batch, bad, batch, batch):
+    state, metrics = step(state, part)
+    rates.append(float(metrics['learning_rate']))
+  np.testing.assert_allclose(rates, [0.5, 0.45, 0.45, 0.4], rtol=1e-6)

@@ -127,8 +127,9 @@ def render(
     )
   except jinja2.sandbox.SecurityError as error:
     raise ValueError(f'chat template does what the sandbox forbids: {error}') from None
-  except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-    raise ValueError(f'chat template cannot render these messages: {error}') from None
+  except Exception as error:  # a template is a program: 1/0, endless recursion, …
+    reason = str(error) or type(error).__name__
+    raise ValueError(f'chat template cannot render these messages: {reason}') from None
   return _cut_marks(text)
 
 
@@ -167,9 +168,9 @@ def normalize(messages: Any, column: str = 'messages') -> list[dict[str, Any]]:
       raise ValueError(f'{column}[{i}]: no role (it has {sorted(message)})')
     content = message.get('content')
     if isinstance(content, Sequence) and not isinstance(content, str):
-      other = [part for part in content if part.get('type') != 'text']
-      if other:
-        raise ValueError(f'{column}[{i}]: content part {other[0]!r} is not text')
+      for part in content:
+        if not isinstance(part, Mapping) or not isinstance(part.get('text'), str):
+          raise ValueError(f'{column}[{i}]: content part {part!r} is not text')
       content = ''.join(part['text'] for part in content)
     if isinstance(content, str) and (_BEGIN in content or _END in content):
       raise ValueError(f'{column}[{i}]: content holds a reserved private-use mark')

@@ -1,7 +1,7 @@
 """Where records come from: random-access sequences of dicts, picklable for workers.
 
   jsonl(path='data://gsm8k_train.jsonl.gz', columns=dict(prompt='question', …))
-  tfds(name='gsm8k', split='train')
+  tfds(dataset='gsm8k', split='train')
   memory(records=[…])
 
 `columns` gives a record the names that the rest of educe knows (`messages`, `prompt`,
@@ -121,7 +121,7 @@ def jsonl(
 
 def tfds(
   *,
-  name: str,
+  dataset: str,
   split: str = 'train',
   data_dir: str | None = None,
   columns: Mapping[str, str] | None = None,
@@ -130,7 +130,7 @@ def tfds(
 ) -> Source:
   """Any TensorFlow Datasets name, read through `tfds.data_source`, without TensorFlow.
 
-  name: as in the TFDS catalogue ('gsm8k', 'c4/en:3.1.0'), or one built by
+  dataset: its name, as in the TFDS catalogue ('gsm8k', 'c4/en:3.1.0'), or one built by
     `educe.data.tfds_builder`
   split: TFDS's own grammar ('train', 'train[:10%]')
   data_dir: where it is, or will be downloaded to (TFDS's default if None)
@@ -138,12 +138,12 @@ def tfds(
   import tensorflow_datasets as library
 
   folder = None if data_dir is None else str(pathlib.Path(data_dir).expanduser())
-  plain_name = re.split('[/:]', name)[0]
+  plain_name = re.split('[/:]', dataset)[0]
   catalogue = _tfds_catalogue(library)
   if plain_name in catalogue:
     importlib.import_module(catalogue[plain_name])  # registers it
   try:
-    rows = library.data_source(name, split=split, data_dir=folder)
+    rows = library.data_source(dataset, split=split, data_dir=folder)
   except library.core.DatasetNotFoundError:
     known = list(catalogue)
     if folder and pathlib.Path(folder).is_dir():
@@ -151,14 +151,14 @@ def tfds(
     near = ', '.join(difflib.get_close_matches(plain_name, known)) or 'none'
     where = folder or 'the default data_dir'
     raise ValueError(
-      f'tfds name={name!r}: no such data set in {where} or the TFDS catalogue; '
+      f'tfds dataset={dataset!r}: no such data set in {where} or the TFDS catalogue; '
       f'near names: {near}'
     ) from None
   except ValueError as error:
     if 'split' in str(error).lower():
-      raise ValueError(f'tfds split={split!r} of {name!r}: {error}') from None
+      raise ValueError(f'tfds split={split!r} of {dataset!r}: {error}') from None
     raise
-  source = Source(_Tfds(rows), f'{name}[{split}]', columns, chat, system)
+  source = Source(_Tfds(rows), f'{dataset}[{split}]', columns, chat, system)
   _check(Source([source.rows[0]], source.name, columns, chat, system), [source.name])
   return source
 

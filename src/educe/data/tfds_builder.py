@@ -2,7 +2,7 @@
 
   build(splits=dict(train='data://gsm8k_train.jsonl.gz'), name='gsm8k_jsonl',
         data_dir='~/data')
-  sources.tfds(name='gsm8k_jsonl', split='train', data_dir='~/data')
+  sources.tfds(dataset='gsm8k_jsonl', split='train', data_dir='~/data')
 
 For sets that do not fit in memory, or that other programs should read by name. Works
 without TensorFlow. Rows keep their order.

@@ -49,7 +49,7 @@ class Tokenizer:
 
   def encode(self, text: str, *, special: bool = True) -> list[int]:
     """Ids of `text`. special=False: special tokens in it are ordinary characters."""
-    return self._backend(special).encode(text, add_special_tokens=False).ids
+    return self.encode_with_offsets(text, special=special)[0]
 
   def encode_with_offsets(
     self, text: str, *, special: bool = True
@@ -58,7 +58,10 @@ class Tokenizer:
 
     Pieces of one character (byte fallback) all carry that character's span.
     """
-    encoding = self._backend(special).encode(text, add_special_tokens=False)
+    try:
+      encoding = self._backend(special).encode(text, add_special_tokens=False)
+    except TypeError:  # half a surrogate pair, as a broken \ud800 escape leaves
+      raise ValueError(f'text is not valid Unicode: {text[:60]!r}') from None
     return encoding.ids, encoding.offsets
 
   def decode(

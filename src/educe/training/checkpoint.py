@@ -78,9 +78,19 @@ def restore(manager, like: TrainState, data: Any) -> TrainState | None:
   ):
     args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
     state = manager.restore(step, args=args).state
-  # Outside: an iterator that refuses its state says itself why.
   args = ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(data))
-  manager.restore(step, args=args)
+  try:
+    manager.restore(step, args=args)
+  except ValueError as error:  # an iterator that refuses its state says itself why
+    if 'data state was saved with' in str(error):
+      raise
+    raise CheckpointError(
+      f'{folder}/data is damaged; move {step} away to {mend}'
+    ) from error
+  except (OSError, KeyError) as error:
+    raise CheckpointError(
+      f'{folder}/data is damaged; move {step} away to {mend}'
+    ) from error
   return state
 
 
@@ -105,6 +115,11 @@ def saved_params(folder: pathlib.Path, like: Any, step: int | None = None) -> An
       )
     where = folder / str(step) / 'state'
   abstract = abstract_of(like)
+  with _explained(None, f'{where} is damaged; sample an older step', writing=False):
+    return _read_params(where, abstract)
+
+
+def _read_params(where: pathlib.Path, abstract: Any) -> Any:
   found = {n: x for n, x in _saved_shapes(where).items() if _is_param(n)}
   wanted = _shapes({'params': abstract})
   _same_model(where, found, wanted)
@@ -164,6 +179,8 @@ class _explained:
 
   def __exit__(self, kind, error, trace):
     if error is None or not isinstance(error, Exception):
+      return False
+    if isinstance(error, CheckpointError):
       return False
     reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else ''
     message = f'{self.message} ({type(error).__name__}: {reason})'

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from educe.losses.logprobs import score
-from educe.training.optimizer import Optimizer
+from educe.training.optimizer import Optimizer, wide
 from educe.types import Batch, LossFn, Model, Params, TrainState
 
 Metrics = dict[str, Any]
@@ -60,7 +60,8 @@ def make_step(
   def step(state, batch):
     grads, means = accumulate(gradient, state.params, batch, microbatches)
     count = jnp.where(means['loss'].count > 0, means['loss'].count, 1)
-    grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
+    # In float32: bfloat16 has no 257, and would divide by 256.
+    grads = jax.tree.map(lambda g: g / count, wide(grads))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = {name: mean.value for name, mean in means.items()}
