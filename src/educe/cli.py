@@ -130,6 +130,7 @@ def train(
     method.loss,
     tx,
     microbatches=microbatches,
+    temperature=method.temperature,
     state_shardings=jax.tree.map(lambda x: x.sharding, state),
   )
   try:

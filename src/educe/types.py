@@ -100,6 +100,19 @@ class Samples(NamedTuple):
   stopped: Int[Array, 'B']  # 1: an EOS id or stop string · 0: ran out of room
 
 
+class Rollouts(NamedTuple):
+  """P prompts × G completions, group-major: rows i·G … i·G+G−1 share prompt i."""
+
+  tokens: Int[Array, 'B T']  # prompt, then completion, then 0s
+  mask: Float[Array, 'B T']  # 1 where the policy drew tokens[b, t], its stop token too
+  sampler_logp: Float[Array, 'B T']  # as `Samples.logp` where mask is 1, else 0 (nats)
+  stopped: Int[Array, 'B']  # 1: ended by itself · 0: ran out of room
+  rewards: Float[Array, 'B']  # NaN: not scored
+  group: int  # G
+  transcripts: Sequence[dict[str, Any]]  # a row each: id, prompt, completion, answer,
+  # reward, rewards (each named part), outcome, length (tokens), stopped
+
+
 class TrainState(NamedTuple):
   """Arrays only: exactly what a checkpoint holds."""
 
@@ -110,12 +123,19 @@ class TrainState(NamedTuple):
 
 
 class Turn(NamedTuple):
-  """What an environment answers to a transcript."""
+  """What an environment answers to a transcript.
+
+  info may hold `outcome` (one of OUTCOMES), `rewards` (each named part of the reward,
+  None where it does not apply), `answer` (the text judged) and `error`.
+  """
 
   observation: str | None  # shown to the policy next, None when done
   reward: float | None  # None: not scored
   done: bool
   info: Mapping[str, Any]
+
+
+OUTCOMES = ('verified', 'wrong', 'unparsable', 'timeout', 'error')
 
 
 class Environment(NamedTuple):
@@ -138,8 +158,10 @@ class Algorithm(NamedTuple):
   next_batch(state) -> (Batch of host arrays, info: dict of plain host values)
   loss: hyperparameters already bound
   data: whatever must survive a restart; has get_state() and set_state(state)
+  temperature: of the distribution whose log-probs the loss sees
   """
 
   next_batch: Callable[[TrainState], tuple[Batch, dict[str, Any]]]
   loss: LossFn
   data: Any
+  temperature: float = 1.0

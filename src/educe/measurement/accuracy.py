@@ -18,10 +18,9 @@ import jax
 
 from educe.data.tokenizer import Tokenizer
 from educe.rollouts.texts import complete
-from educe.types import Environment, Model, Params
+from educe.types import OUTCOMES, Environment, Model, Params
 
 Z = 1.959964  # two-sided 95 %
-OUTCOMES = ('verified', 'wrong', 'unparsable', 'error')
 
 
 class Accuracy(NamedTuple):

@@ -35,12 +35,15 @@ def make_step(
   optimizer: Optimizer,
   *,
   microbatches: int = 1,
+  temperature: float = 1.0,
   state_shardings: Any = None,
 ) -> Step:
   """The jitted `step(state, batch) -> (state, metrics)`; it consumes `state`.
 
   Args:
     microbatches: parts that the rows are cut into, one in memory at a time.
+    temperature: of the distribution that is scored: the sampling temperature, if the
+      loss compares with the sampler.
     state_shardings: a TrainState of shardings, when on a mesh: what comes out lies where
       what went in lay.
 
@@ -52,7 +55,7 @@ def make_step(
 
   def total(params, batch):
     params = optimizer.freeze(params)
-    mean, metrics = loss(score(model, params, batch), batch)
+    mean, metrics = loss(score(model, params, batch, temperature=temperature), batch)
     return mean.total, {'loss': mean, **metrics}
 
   gradient = jax.grad(total, has_aux=True)
