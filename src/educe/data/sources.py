@@ -23,7 +23,7 @@ import pathlib
 import re
 import string
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,10 +59,15 @@ class Source(Sequence[dict[str, Any]]):
       return [self[i] for i in range(*index.indices(len(self)))]
     index = range(len(self))[index]
     record = dict(self.rows[index])
-    where = f'{self.name} row {index}'
     if self.columns:
-      record = _rename(record, self.columns, where)
+      record = _rename(record, self.columns, self.where(index))
     return _to_chat(record, self.system) if self.chat else record
+
+  def where(self, index: int) -> str:
+    """A record's place, for people: file and line if there is one."""
+    if isinstance(self.rows, _Lines):
+      return f'{self.name} line {self.rows.numbers[index]}'
+    return f'{self.name} row {index}'
 
 
 def memory(
@@ -97,17 +102,7 @@ def jsonl(
   """
   file = paths.resolve(path)
   lines = _read_lines(file)
-  rows = []
-  for number, line in enumerate(lines, 1):
-    if not line.strip():
-      continue
-    try:
-      row = json.loads(line)
-    except ValueError as error:
-      raise ValueError(f'{path} line {number}: not JSON ({error})') from None
-    if not isinstance(row, dict):
-      raise ValueError(f'{path} line {number}: expected an object, got {row!r:.60}')
-    rows.append((number, row))
+  rows = list(parse(lines, path))
   if not rows:
     raise ValueError(f'{path}: data set is empty')
   kept = _split_rows(rows, split, path)
@@ -117,6 +112,20 @@ def jsonl(
   shaped = Source([row for _, row in kept], path, columns, chat, system)
   _check(shaped, [f'{path} line {number}' for number, _ in kept])
   return source
+
+
+def parse(lines: Iterable[bytes], path: str) -> Iterator[tuple[int, dict[str, Any]]]:
+  """(line number from 1, object) of each line of JSON that is not blank."""
+  for number, line in enumerate(lines, 1):
+    if not line.strip():
+      continue
+    try:
+      row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+      raise ValueError(f'{path} line {number}: not JSON ({error})') from None
+    if not isinstance(row, dict):
+      raise ValueError(f'{path} line {number}: expected an object, got {row!r:.60}')
+    yield number, row
 
 
 def tfds(

@@ -11,7 +11,6 @@ without TensorFlow. Rows keep their order.
 from __future__ import annotations
 
 import gzip
-import json
 import pathlib
 import re
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from educe import paths
+from educe.data import sources
 
 VERSION = '1.0.0'
 
@@ -81,16 +81,7 @@ def _rows(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
   with file.open('rb') as plain:
     packed = plain.read(2) == b'\x1f\x8b'
   with gzip.open(file, 'rb') if packed else file.open('rb') as lines:
-    for number, line in enumerate(lines, 1):
-      if not line.strip():
-        continue
-      try:
-        row = json.loads(line)
-      except ValueError as error:
-        raise ValueError(f'{path} line {number}: not JSON ({error})') from None
-      if not isinstance(row, dict):
-        raise ValueError(f'{path} line {number}: expected an object, got {row!r:.60}')
-      yield number, row
+    yield from sources.parse(lines, path)
 
 
 def _merge_types(types: dict[str, str], path: str) -> None:

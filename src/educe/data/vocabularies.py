@@ -154,7 +154,9 @@ def gguf(path: pathlib.Path) -> dict[str, Any]:
   try:
     fields = gguf_library.GGUFReader(str(path)).fields
   except (ValueError, IndexError, KeyError, OSError) as error:
-    raise ValueError(f'{path}: not a readable GGUF file ({error})') from None
+    raise ValueError(
+      f'{path}: the GGUF file is truncated or damaged ({error}); fetch it again'
+    ) from None
 
   def get(key: str, default: Any = None) -> Any:
     field = fields.get(f'tokenizer.{key}')

@@ -87,7 +87,8 @@ def export(
 ) -> list[weights.Mapped]:
   """Writes a folder that `transformers` loads; returns the report of what went where.
 
-  Params keep their dtype. The tokenizer and the chat template are the caller's to copy.
+  Params keep their dtype. The tokenizer, which knows the chat template and the stop
+  tokens (generation_config.json), is the caller's to save.
   Every file appears whole or not at all, config.json last, so a folder that has one is
   complete. One shard is held in host memory at a time.
   """
@@ -126,7 +127,6 @@ def export(
     total = dtype.itemsize * sum(math.prod(row.shape) for row in rows)
     _write(folder / INDEX, {'metadata': {'total_size': total}, 'weight_map': where})
   tokens = {'bos_token_id': bos_token_id, 'eos_token_id': eos_token_id}
-  _write(folder / 'generation_config.json', tokens)
   config = {ours: getattr(architecture, field) for field, ours in KEYS.items()}
   _write(
     folder / 'config.json',
@@ -253,6 +253,11 @@ def _architecture(file: pathlib.Path, options: dict) -> Architecture:
   for key in KEYS.values():
     if config.get(key) is None:
       raise ValueError(f'{file}: no key {key!r}; the file describes no Llama model')
+    kind = {'rms_norm_eps': float, 'tie_word_embeddings': bool}.get(key, int)
+    if type(config[key]) is not kind:
+      raise ValueError(
+        f'{file}: {key} = {config[key]!r} should be {kind.__name__}; fetch it again'
+      )
   theta = rope.get('rope_theta', config.get('rope_theta', 10_000.0))
   try:
     return Architecture(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -195,7 +196,7 @@ def read(
   """Fills new host (NumPy) params of `architecture.param_dtype` tensor by tensor.
 
   The whole model is held once, plus a tensor a thread. `tensor(source)` is called from
-  several threads.
+  several threads. Raises ValueError for integers, NaN and infinities.
   """
   tree = policy.shapes(architecture)
   dtype = np.dtype(
@@ -206,7 +207,16 @@ def read(
 
   def fill(row: Mapped):
     into = ours[row.name] if row.layer is None else ours[row.name][row.layer]
-    into[...] = to_ours(row, tensor(row.source), architecture, form)
+    array = tensor(row.source)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+      raise ValueError(
+        f'{row.source!r} holds {array.dtype}, not floats; fetch the file again'
+      )
+    if not np.isfinite(array).all():
+      raise ValueError(
+        f'{row.source!r} holds NaN or infinite weights; fetch the file again'
+      )
+    into[...] = to_ours(row, array, architecture, form)
 
   workers = min(8, os.cpu_count() or 1)
   with concurrent.futures.ThreadPoolExecutor(workers) as pool:

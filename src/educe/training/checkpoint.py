@@ -7,18 +7,35 @@ mark is never read; older ones are deleted only after a newer one is committed.
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import grain
 import jax
 import orbax.checkpoint as ocp
 
-from educe.types import TrainState
+from educe.types import StateMismatch, TrainState
 
 
 class CheckpointError(RuntimeError):
   """A checkpoint could not be written or read; the message says which and what to do."""
+
+
+def quiet() -> None:
+  """Keeps Orbax's threads from printing what `save` and `wait` also raise.
+
+  After one write has failed, the others find their event loop closed, each with a trace.
+  """
+  shown = sys.unraisablehook
+
+  def hook(unraisable):
+    if 'Event loop is closed' not in str(unraisable.exc_value):
+      shown(unraisable)
+
+  sys.unraisablehook = hook
 
 
 def open_manager(folder: pathlib.Path, *, keep: int = 2) -> ocp.CheckpointManager:
@@ -39,59 +56,45 @@ def save(manager, state: TrainState, data: Any, config: dict[str, Any]) -> None:
   step = int(state.step)
   if step in manager.all_steps():
     return
+  wait(manager)
   args = ocp.args.Composite(
     state=ocp.args.StandardSave(state),
     data=grain.checkpoint.CheckpointSave(data),
     config=ocp.args.JsonSave(config),
   )
-  with _explained(manager, f'checkpoint {step} could not be written'):
+  with _writing(manager, step):
     manager.save(step, args=args)
 
 
-def finish(manager) -> None:
-  """Waits for the write in flight and closes the manager. Raises CheckpointError."""
-  with _explained(manager, 'the last checkpoint could not be written'):
+def wait(manager) -> None:
+  """Returns once the write in flight is committed. Raises CheckpointError."""
+  with _writing(manager, manager.latest_step()):
     manager.wait_until_finished()
-    manager.close()
 
 
 def restore(manager, like: TrainState, data: Any) -> TrainState | None:
   """The newest checkpoint as a TrainState placed like `like`, or None if there is none.
 
   `data` is set to where it stood; iterate it only afterwards.
-  Raises CheckpointError when the checkpoint is of another model, or damaged.
+  Raises CheckpointError when the checkpoint is of another model, or damaged, and
+  StateMismatch when `data` is of another data set.
   """
   step = manager.latest_step()
   if step is None:
     return None
   folder = manager.directory / str(step)
-  abstract = abstract_of(like)
   others = [s for s in manager.all_steps() if s != step]
-  mend = f'resume from step {max(others)}' if others else 'start afresh'
-  with _explained(
-    manager, f'{folder} is damaged; move it away to {mend}', writing=False
-  ):
-    found = _saved_shapes(folder / 'state')
-  _same_model(folder, found, _shapes(abstract))
-  with _explained(
-    manager, f'{folder} is damaged; move it away to {mend}', writing=False
-  ):
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-    state = manager.restore(step, args=args).state
-  args = ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(data))
-  try:
-    manager.restore(step, args=args)
-  except ValueError as error:  # an iterator that refuses its state says itself why
-    if 'data state was saved with' in str(error):
-      raise
-    raise CheckpointError(
-      f'{folder}/data is damaged; move {step} away to {mend}'
-    ) from error
-  except (OSError, KeyError) as error:
-    raise CheckpointError(
-      f'{folder}/data is damaged; move {step} away to {mend}'
-    ) from error
-  return state
+  mend = 'move it away to ' + (
+    f'resume from step {max(others)}' if others else 'start afresh'
+  )
+  abstract = abstract_of(like)
+  with _reading(folder, mend):
+    _same_model(folder, _saved_shapes(folder / 'state'), _shapes(abstract))
+    args = ocp.args.Composite(
+      state=ocp.args.StandardRestore(abstract),
+      data=grain.checkpoint.CheckpointRestore(data),
+    )
+    return manager.restore(step, args=args).state
 
 
 def abstract_of(tree: Any) -> Any:
@@ -114,9 +117,8 @@ def saved_params(folder: pathlib.Path, like: Any, step: int | None = None) -> An
         + ('' if step is None else f' of step {step}')
       )
     where = folder / str(step) / 'state'
-  abstract = abstract_of(like)
-  with _explained(None, f'{where} is damaged; sample an older step', writing=False):
-    return _read_params(where, abstract)
+  with _reading(where, 'sample an older step'):
+    return _read_params(where, abstract_of(like))
 
 
 def _read_params(where: pathlib.Path, abstract: Any) -> Any:
@@ -168,26 +170,30 @@ def _same_model(folder, found: dict[str, tuple], wanted: dict[str, tuple]) -> No
       )
 
 
-class _explained:
+@contextlib.contextmanager
+def _writing(manager, step: int | None) -> Iterator[None]:
   """Turns what a storage layer throws into one line that says what to do."""
+  try:
+    yield
+  except Exception as error:
+    good = max(manager.all_steps(read=True), default=None)
+    raise CheckpointError(
+      f'checkpoint {step} could not be written ({_reason(error)}); free some space '
+      f'under {manager.directory} and run the same command: '
+      + (f'step {good} is intact' if good is not None else 'no checkpoint exists yet')
+    ) from error
 
-  def __init__(self, manager, message: str, *, writing: bool = True):
-    self.manager, self.message, self.writing = manager, message, writing
 
-  def __enter__(self):
-    return self
+@contextlib.contextmanager
+def _reading(folder: pathlib.Path, mend: str) -> Iterator[None]:
+  try:
+    yield
+  except (CheckpointError, StateMismatch):  # these say themselves what is wrong
+    raise
+  except Exception as error:
+    raise CheckpointError(f'{folder} is damaged; {mend} ({_reason(error)})') from error
 
-  def __exit__(self, kind, error, trace):
-    if error is None or not isinstance(error, Exception):
-      return False
-    if isinstance(error, CheckpointError):
-      return False
-    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else ''
-    message = f'{self.message} ({type(error).__name__}: {reason})'
-    if self.writing:
-      good = max(self.manager.all_steps(read=True), default=None)
-      message += (
-        f'; free some space under {self.manager.directory} and run the same command: '
-        + (f'step {good} is intact' if good is not None else 'no checkpoint exists yet')
-      )
-    raise CheckpointError(message) from error
+
+def _reason(error: Exception) -> str:
+  lines = str(error).strip().splitlines() or ['']
+  return f'{type(error).__name__}: {lines[0][:200]}'

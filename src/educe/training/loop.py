@@ -1,7 +1,7 @@
 """The loop. One, for every algorithm, without hooks: to change the control flow, copy it.
 
 batch → step → metrics, one step late so that the device never waits for the host;
-evaluate, then save, every so often; stop cleanly on SIGTERM; abort on endless NaNs.
+save, then evaluate, every so often; stop cleanly on SIGTERM; abort on endless NaNs.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def run(
 
   def report(number: int):
     nonlocal clock
-    if evaluate is not None and due(number) and number not in log.evaluated:
+    if due(number) and number not in log.evaluated:
+      assert evaluate is not None
       log.write(number, evaluate(state))
     clock = time.perf_counter()
 
