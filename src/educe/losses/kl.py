@@ -98,16 +98,21 @@ def penalty(
 
   Raises ValueError for an unknown name.
   """
-  if estimator not in ESTIMATORS:
-    raise ValueError(f'kl_estimator={estimator!r} is not one of {sorted(ESTIMATORS)}')
-  if gradient not in GRADIENTS:
-    raise ValueError(f'kl_gradient={gradient!r} is not one of {list(GRADIENTS)}')
+  check(estimator, gradient)
   value = ESTIMATORS[estimator](logp, ref_logp)
   if gradient == 'naive':
     return value
   ratio = jnp.exp(clamp(log_ratio))
   score = logp - sg(logp)  # 0, with gradient ∇log π
   return sg(ratio * value) + sg(ratio * clamp(k1(logp, ref_logp))) * score
+
+
+def check(estimator: str, gradient: str) -> None:
+  """Raises ValueError for an unknown name."""
+  if estimator not in ESTIMATORS:
+    raise ValueError(f'kl_estimator={estimator!r} is not one of {sorted(ESTIMATORS)}')
+  if gradient not in GRADIENTS:
+    raise ValueError(f'kl_gradient={gradient!r} is not one of {list(GRADIENTS)}')
 
 
 def clamp(d):
