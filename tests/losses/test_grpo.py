@@ -166,7 +166,7 @@ def compiled(dtype, **setting):
     mean, metrics = grpo.loss(Scores(x, h), batch, **setting)
     return mean.value, {k: m.value for k, m in metrics.items()}
 
-  return jax.jit(jax.value_and_grad(value, argnums=(0, 1), has_aux=True))
+  return jax.value_and_grad(value, argnums=(0, 1), has_aux=True)
 
 
 def evaluate(logp, entropy, arrays, dtype=jnp.float64, **setting):
