@@ -40,10 +40,11 @@ def by_loop(logits, tokens, mask, smoothing, aggregate):
     rows.append(values)
   if aggregate == 'token_mean':
     return np.mean([x for values in rows for x in values])
-  return np.mean([np.mean(values) for values in rows if values])
+  over_tokens = np.mean if aggregate == 'sequence_mean' else np.sum
+  return np.mean([over_tokens(values) for values in rows if values])
 
 
-@pytest.mark.parametrize('aggregate', ['token_mean', 'sequence_mean'])
+@pytest.mark.parametrize('aggregate', ['token_mean', 'sequence_mean', 'sequence_sum'])
 @pytest.mark.parametrize('smoothing', [0.0, 0.1])
 def test_value_equals_the_loop(aggregate, smoothing):
   logits, tokens, mask = draw()
@@ -62,7 +63,7 @@ def test_value_equals_the_loop(aggregate, smoothing):
   np.testing.assert_allclose(nll, want, rtol=1e-12)
 
 
-@pytest.mark.parametrize('aggregate', ['token_mean', 'sequence_mean'])
+@pytest.mark.parametrize('aggregate', ['token_mean', 'sequence_mean', 'sequence_sum'])
 def test_any_split_of_the_rows_gives_the_same_sum_and_count(aggregate):
   logits, tokens, mask = draw()
 
@@ -107,6 +108,8 @@ def test_bad_settings_are_refused():
     sft.loss(zeros, batch, label_smoothing=1.0)
   with pytest.raises(ValueError, match="aggregate='tokenmean' is not one of"):
     sft.loss(zeros, batch, aggregate='tokenmean')
+  with pytest.raises(ValueError, match="aggregate='constant' divides by the longest"):
+    sft.loss(zeros, batch, aggregate='constant')
   packed = batch._replace(segments=jnp.ones_like(batch.tokens))
   with pytest.raises(ValueError, match=r'sequence_mean.*packing=False'):
     sft.loss(zeros, packed, aggregate='sequence_mean')
