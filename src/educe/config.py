@@ -35,6 +35,8 @@ PLACES = {
   'loss': 'educe.losses.{name}:loss',
   'optimizer': 'educe.training.optimizer:make',
   'environment': 'educe.environments.{name}:make',
+  'rollouts': 'educe.rollouts.rounds:make',
+  'advantage': 'educe.losses.advantages:{name}',
   'evaluation': 'educe.measurement.{name}:evaluate',
   'mesh': 'educe.sharding:make_mesh',
 }
@@ -51,6 +53,11 @@ DEBUG = {
   'data.workers': 0,
   'optimizer.warmup_steps': 0,
   'evaluation.environment.size': 2,
+  'environment.size': 4,
+  'rollouts.prompts': 2,
+  'rollouts.group': 4,
+  'rollouts.max_new_tokens': 4,
+  'rollouts.workers': 0,
   'evaluation.max_new_tokens': 4,
 }
 
@@ -85,8 +92,14 @@ def load(argv: Sequence[str]) -> dict[str, Any]:
   except (flags.Error, TypeError, ValueError, KeyError, AttributeError) as error:
     raise ConfigError(f'--config={_spec(argv)}: {_one_line(error)}') from error
   if 'debug' in words.split(','):
-    chosen = config_flags.get_override_values(values['config'])
-    _shrink(config, keep=set(chosen))
+    chosen = set(config_flags.get_override_values(values['config']))
+    for stage in config.get('stages', ()):
+      own = f'{stage}.'
+      _shrink(
+        config[stage], {k.removeprefix(own) for k in chosen if k.startswith(own)}
+      )
+    if 'stages' not in config:
+      _shrink(config, chosen)
   return config.to_dict()
 
 
@@ -187,6 +200,17 @@ def call(section: str, values: Mapping[str, Any], **supply: Any) -> Any:
     if supply.get(name) is None:
       raise ConfigError(f'config.{section} needs a section config.{name}')
   return function(*(supply[name] for name in wanted))
+
+
+def check_used(section: str, values: Mapping[str, Any], others: Mapping) -> None:
+  """Raises ConfigError for a section in `others` that is given but not read by this one."""
+  function = resolve(section, values.get('name'))
+  for name, value in others.items():
+    if value is not None and name not in inspect.signature(function).parameters:
+      raise ConfigError(
+        f'config.{name} is given, but config.{section}.name={values.get("name")!r} reads '
+        f'no {name}; delete it'
+      )
 
 
 def bound(section: str, values: Mapping[str, Any]) -> functools.partial:

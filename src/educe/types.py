@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 Params = Any  # a pytree of arrays
@@ -55,6 +56,16 @@ class Mean(NamedTuple):
   @property
   def value(self):
     return self.total / self.count
+
+
+class Max(NamedTuple):
+  """A maximum; adding two of them takes the larger. For metrics that are never negative:
+  sums of them start at 0."""
+
+  value: Any
+
+  def __add__(self, other):
+    return Max(jnp.maximum(self.value, other.value))
 
 
 class Head(NamedTuple):
@@ -120,6 +131,7 @@ class TrainState(NamedTuple):
   params: Params
   opt_state: Any
   key: Key[Array, '']
+  reference: Params | None = None  # a frozen or lagging policy, where the loss needs one
 
 
 class StateMismatch(ValueError):
@@ -153,7 +165,7 @@ class Environment(NamedTuple):
   respond: Callable[[Mapping[str, Any], Sequence[str]], Turn]
 
 
-LossFn = Callable[[Scores, Batch], tuple[Mean, dict[str, Mean]]]
+LossFn = Callable[[Scores, Batch], tuple[Mean, dict[str, Mean | Max]]]
 
 
 class Algorithm(NamedTuple):
@@ -163,9 +175,14 @@ class Algorithm(NamedTuple):
   loss: hyperparameters already bound
   data: whatever must survive a restart; has get_state() and set_state(state)
   temperature: of the distribution whose log-probs the loss sees
+  rows: of a batch of this process
+  reference_every: None: no reference is kept · 0: the initial policy, for ever · n: the
+      policy as it was at the last step that n divides
   """
 
   next_batch: Callable[[TrainState], tuple[Batch, dict[str, Any]]]
   loss: LossFn
   data: Any
+  rows: int
   temperature: float = 1.0
+  reference_every: int | None = None

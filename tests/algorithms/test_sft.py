@@ -11,8 +11,10 @@ from educe.losses import sft as losses
 class Rows:
   """Two rows of a pipeline, and its counts."""
 
-  def __init__(self):
-    self.read = 0
+  batch_size = 2
+
+  def __init__(self, packing=False):
+    self.read, self.packing = 0, packing
 
   def __next__(self):
     self.read += 2
@@ -30,7 +32,7 @@ class Rows:
 
 
 def test_batches_come_in_order_with_a_fingerprint_of_their_examples():
-  method = algorithm.make(Rows(), False, losses.loss)
+  method = algorithm.make(Rows(), losses.loss)
   first, info = method.next_batch(None)
   second, other = method.next_batch(None)
   assert (first.tokens[0, 0], second.tokens[0, 0]) == (2, 4)
@@ -40,10 +42,10 @@ def test_batches_come_in_order_with_a_fingerprint_of_their_examples():
 
 
 def test_positions_and_segments_go_to_the_model_only_when_packed():
-  plain, _ = algorithm.make(Rows(), False, losses.loss).next_batch(None)
+  plain, _ = algorithm.make(Rows(), losses.loss).next_batch(None)
   assert plain.positions is None
   assert plain.segments is None
-  packed, _ = algorithm.make(Rows(), True, losses.loss).next_batch(None)
+  packed, _ = algorithm.make(Rows(packing=True), losses.loss).next_batch(None)
   assert (packed.positions == 3).all()
   assert (packed.segments == 1).all()
 
@@ -59,7 +61,7 @@ def test_positions_and_segments_go_to_the_model_only_when_packed():
 def test_what_the_loss_refuses_is_refused_before_the_first_batch(
   packed, setting, message
 ):
-  data = Rows()
+  data = Rows(packed)
   with pytest.raises(ValueError, match=message):
-    algorithm.make(data, packed, functools.partial(losses.loss, **setting))
+    algorithm.make(data, functools.partial(losses.loss, **setting))
   assert data.read == 0

@@ -8,21 +8,21 @@ from typing import Any
 import jax
 import numpy as np
 
+from educe.data.pipeline import Batches
 from educe.types import Algorithm, Batch, LossFn, Scores, TrainState
 
 
-def make(data: Any, packed: bool, loss: LossFn) -> Algorithm:
+def make(data: Batches, loss: LossFn) -> Algorithm:
   """Algorithm over an iterator of host arrays (data/pipeline.py).
 
   info: `data/ids_crc32`, a fingerprint of which examples the batch held, in order, so
   that two runs can be seen to have read the same data; and the pipeline's own counts.
 
-  Args:
-    packed: rows hold several documents; positions and segments go to the model.
+  Of packed rows, which hold several documents, positions and segments go to the model.
 
   Raises ValueError, before any device is touched, if the loss refuses such batches.
   """
-  shape = (2, 2)
+  packed, shape = data.packing, (2, 2)
   floats = jax.ShapeDtypeStruct(shape, np.float32)
   ints = jax.ShapeDtypeStruct(shape, np.int32)
   packing: Any = {'positions': ints, 'segments': ints} if packed else {}
@@ -37,4 +37,4 @@ def make(data: Any, packed: bool, loss: LossFn) -> Algorithm:
     info |= {f'data/{name}': count for name, count in data.counts().items()}
     return Batch(rows['tokens'], rows['mask'], **extra), info
 
-  return Algorithm(next_batch, loss, data)
+  return Algorithm(next_batch, loss, data, data.batch_size)

@@ -136,6 +136,8 @@ class Batches(grain.DatasetIterator):
 
   def __init__(self, parent, records: _Records, fingerprint: dict[str, Any]):
     super().__init__(parent)
+    self.batch_size: int = fingerprint['batch_size']
+    self.packing: bool = fingerprint['packing']
     self._records = records
     self._fingerprint = fingerprint
     self._returned = 0

@@ -72,9 +72,9 @@ def batch_whitened(
 def reinforce_plus_plus(
   rewards: ArrayLike,
   group: int = 1,
-  *,
   mask: ArrayLike | None = None,
   kl: ArrayLike | None = None,
+  *,
   kl_coef: float = 0.0,
   baseline: bool = False,
   ddof: int = 1,
@@ -117,7 +117,7 @@ def reinforce_plus_plus(
   return out[:, 0] if mask is None else out
 
 
-def remax(rewards: ArrayLike, group: int, *, greedy: ArrayLike) -> np.ndarray:
+def remax(rewards: ArrayLike, group: int, greedy: ArrayLike) -> np.ndarray:
   """r − r(greedy), `[B]`. A prompt whose greedy reward is NaN gets 0.
 
   greedy: [P], reward of the greedy completion of each prompt

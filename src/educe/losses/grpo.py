@@ -40,7 +40,7 @@ from jax.lax import stop_gradient as sg
 from educe.losses import aggregate as agg
 from educe.losses import kl
 from educe.losses import sampler_correction as correction
-from educe.types import Batch, Mean, Scores
+from educe.types import Batch, Max, Mean, Scores
 
 IMPORTANCE = ('token', 'sequence')
 OBJECTIVES = ('clip', 'cispo', 'sapo', 'reinforce')
@@ -66,7 +66,7 @@ def loss(
   entropy_coef: float = 0.0,
   aggregate: str = 'token_mean',
   max_completion_length: int | None = None,
-) -> tuple[Mean, dict[str, Mean]]:
+) -> tuple[Mean, dict[str, Mean | Max]]:
   """The loss at the top of this file, and its metrics. One sequence a row.
 
   Reads batch.advantages; old_logp (None: this update is on policy, ρ = 1); ref_logp, if
@@ -114,7 +114,7 @@ def loss(
   term, shares = _policy_term(
     objective, ratio, logp, advantages, clip_low, clip_high, dual_clip, tau_pos, tau_neg
   )
-  metrics = {
+  metrics: dict[str, Mean | Max] = {
     'entropy': agg.token_mean(entropy, mask),
     'importance_ratio': agg.token_mean(token_ratio, mask),
     **{name: agg.token_mean(share * 1.0, mask) for name, share in shares.items()},

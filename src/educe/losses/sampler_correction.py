@@ -28,7 +28,7 @@ from jaxtyping import Array, Float
 
 from educe.losses import aggregate as agg
 from educe.losses.kl import clamp
-from educe.types import Mean
+from educe.types import Max, Mean
 
 CORRECTIONS = (
   'none',
@@ -47,26 +47,24 @@ def weights(
   how: str,
   low: float,
   high: float,
-) -> tuple[Float[Array, 'B T'], dict[str, Mean]]:
+) -> tuple[Float[Array, 'B T'], dict[str, Mean | Max]]:
   """(weights, metrics). The weights are constants: no gradient flows through them.
 
   Log-probs are finite where the mask is 0 (and not read there); `how` is one of
   CORRECTIONS, with weights of 1 under 'none'; low and high bound the ratio.
 
   metrics, none of them after truncation:
-    sampling/logp_difference/mean  |log π_old − log π_sampler| (nats, token mean)
+    sampling/logp_difference/mean, …/max  |log π_old − log π_sampler| (nats, over tokens)
     sampling/importance_ratio      ρ_t (token mean); the product for 'sequence_…'
                                    (sequence mean)
     sampling/corrected             share of tokens whose ratio is outside [low, high];
                                    absent under 'none'
-
-  A maximum is no Mean: an algorithm that has old_logp on the host takes
-  sampling/logp_difference/max from there.
   """
   reported = mask * ~jnp.isnan(sampler_logp)
   log_ratio = sg(jnp.where(reported > 0, old_logp - sampler_logp, 0.0))
   metrics = {
-    'sampling/logp_difference/mean': agg.token_mean(jnp.abs(log_ratio), reported)
+    'sampling/logp_difference/mean': agg.token_mean(jnp.abs(log_ratio), reported),
+    'sampling/logp_difference/max': Max(jnp.abs(log_ratio).max()),
   }
   log_ratio, over = clamp(log_ratio), agg.token_mean
   if how.startswith('sequence'):

@@ -7,11 +7,8 @@ it stays inside [0, 1] and is honest at 0 and at n.
 from __future__ import annotations
 
 import functools
-import json
 import math
-import os
-import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -126,23 +123,3 @@ def wilson(successes: int, total: int) -> tuple[float, float]:
   low = 0.0 if successes == 0 else middle - half
   high = 1.0 if successes == total else middle + half
   return low, high
-
-
-def save(transcripts: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
-  """One JSON object a line."""
-  lines = (json.dumps(row, ensure_ascii=False, default=str) for row in transcripts)
-  pathlib.Path(path).write_text(''.join(f'{line}\n' for line in lines))
-
-
-def show(transcripts: Sequence[Mapping[str, Any]], limit: int = 5) -> str:
-  """The first few, as text for a terminal."""
-  parts = []
-  for row in transcripts[:limit]:
-    prompt = row['prompt'] if isinstance(row['prompt'], str) else row['prompt'][-1]
-    question = prompt if isinstance(prompt, str) else prompt['content']
-    cut = '' if row['stopped'] else ' … (cut off)'
-    parts.append(
-      f'? {question}\n> {row["completion"].strip()}{cut}\n'
-      f'  {row["outcome"]}; right is {row["answer"]}; {row["length"]} tokens'
-    )
-  return '\n\n'.join(parts)

@@ -18,15 +18,21 @@ import optax
 
 from educe.losses.logprobs import score
 from educe.training.optimizer import Optimizer, wide
-from educe.types import Batch, LossFn, Model, Params, TrainState
+from educe.types import Batch, LossFn, Max, Mean, Model, Params, TrainState
 
 Metrics = dict[str, Any]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
-def init_state(params: Params, optimizer: Optimizer, key: jax.Array) -> TrainState:
-  """Step 0. The state owns `params` from here on: the first step donates them."""
-  return TrainState(jnp.int32(0), params, optimizer.init(params), key)
+def init_state(
+  params: Params, optimizer: Optimizer, key: jax.Array, *, reference: bool = False
+) -> TrainState:
+  """Step 0. The state owns `params` from here on: the first step donates them.
+
+  reference: keep a copy of them.
+  """
+  copy = jax.tree.map(jnp.copy, params) if reference else None
+  return TrainState(jnp.int32(0), params, optimizer.init(params), key, copy)
 
 
 def make_step(
@@ -36,6 +42,7 @@ def make_step(
   *,
   microbatches: int = 1,
   temperature: float = 1.0,
+  reference_every: int | None = None,
   state_shardings: Any = None,
 ) -> Step:
   """The jitted `step(state, batch) -> (state, metrics)`; it consumes `state`.
@@ -44,6 +51,8 @@ def make_step(
     microbatches: parts that the rows are cut into, one in memory at a time.
     temperature: of the distribution that is scored: the sampling temperature, if the
       loss compares with the sampler.
+    reference_every: steps between copies of the params into the state's reference; 0 and
+      None leave it as it is.
     state_shardings: a TrainState of shardings, when on a mesh: what comes out lies where
       what went in lay.
 
@@ -75,7 +84,11 @@ def make_step(
       'skipped_updates': opt_state.skipped,
       'skipped_in_a_row': opt_state.skipped_in_a_row,
     }
-    return TrainState(state.step + 1, params, opt_state, state.key), metrics
+    reference = state.reference
+    if reference_every:
+      due = (state.step + 1) % reference_every == 0
+      reference = jax.lax.cond(due, lambda: params, lambda: reference)
+    return TrainState(state.step + 1, params, opt_state, state.key, reference), metrics
 
   out = None if state_shardings is None else (state_shardings, None)
   return jax.jit(step, donate_argnums=0, out_shardings=out)
@@ -91,10 +104,18 @@ def accumulate(gradient, params, batch: Batch, microbatches: int):
 
   def add(sums, part):
     grads, means = gradient(params, part)
-    return jax.tree.map(lambda s, x: s + x.astype(s.dtype), sums, (grads, means)), None
+    return jax.tree.map(_plus, sums, (grads, means), is_leaf=_is_metric), None
 
   first = jax.tree.map(lambda x: x[0], parts)
   shapes = jax.eval_shape(gradient, params, first)
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
   sums, _ = jax.lax.scan(add, zeros, parts)
   return sums
+
+
+def _is_metric(x: Any) -> bool:
+  return isinstance(x, Mean | Max)
+
+
+def _plus(total: Any, x: Any) -> Any:
+  return total + (x if _is_metric(x) else x.astype(total.dtype))

@@ -1,0 +1,236 @@
+"""GRPO and its kin: rounds of rollouts → advantages → clipped updates.
+
+  round      prompts × group completions of the policy, judged       rollouts/rounds.py
+  advantages from the rewards of the whole round, on the host    losses/advantages.py
+  updates    epochs (μ) × minibatches of whole groups, old_logp fixed at their start
+
+The loss decides what is done with them (losses/grpo.py); GRPO, Dr. GRPO, DAPO, GSPO,
+CISPO, RLOO, REINFORCE++ and SAPO are presets of these parts in configs/grpo.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from educe.data.tokenizer import Tokenizer
+from educe.losses.logprobs import score
+from educe.rollouts import statistics, transcripts
+from educe.rollouts.rounds import Round, Rounds, pack, unpack
+from educe.types import Algorithm, Batch, LossFn, Model, Rollouts, Scores, TrainState
+
+
+def make(
+  model: Model,
+  tokenizer: Tokenizer,
+  rollouts: Rounds,
+  advantage: functools.partial,
+  loss: LossFn,
+  place: Callable[[Batch], Batch],
+  run_dir: pathlib.Path,
+  *,
+  epochs: int = 1,
+  minibatches: int = 1,
+  reference_every: int | None = None,
+  kl_in_reward: float = 0.0,
+  overlong_buffer: int = 0,
+  drop_truncated: bool = False,
+  drop_equal: bool = False,
+) -> Algorithm:
+  """Algorithm whose step is one minibatch; a round is epochs × minibatches steps.
+
+  Writes rollouts/<round>.jsonl: every completion with its reward, its advantage, its
+  tokens and, where the policy scored them again, log π_old − the sampler's log-prob.
+
+  Args:
+    epochs: μ, passes over a round's rollouts.
+    minibatches: parts of a pass, of whole groups, in an order of its own.
+    reference_every: None keeps no reference policy; 0 keeps the initial one; n copies
+      the policy every n steps.
+    kl_in_reward: β; each reward loses β·Σ_t (log π_old − log π_ref) of its completion
+      (k1; nats). advantage reinforce_plus_plus has its own, token by token.
+    overlong_buffer: tokens; DAPO's soft overlong punishment (eq. 13, arXiv:2503.14476):
+      a completion loses from 0 to 1 as it goes through the last so many tokens of
+      max_new_tokens.
+    drop_truncated: completions that ran out of room are not trained on.
+    drop_equal: nor are groups whose rewards are all equal. Their advantages are 0, but
+      their tokens count in the loss's average unless they are dropped.
+
+  Raises ValueError for what cannot be, before anything is sampled: settings that the
+  loss or the advantages refuse, groups that do not divide into minibatches.
+  """
+  if epochs < 1 or minibatches < 1 or rollouts.prompts % minibatches:
+    raise ValueError(
+      f'algorithm: {epochs=} and {minibatches=} must be at least 1, and '
+      f'rollouts.prompts={rollouts.prompts} a multiple of minibatches'
+    )
+  if not kl_in_reward >= 0 or overlong_buffer < 0:
+    raise ValueError(f'algorithm: {kl_in_reward=}, {overlong_buffer=} must be ≥ 0')
+  wants = inspect.signature(advantage.func).parameters
+  needs_kl = bool(kl_in_reward or advantage.keywords.get('kl_coef'))
+  if needs_kl and reference_every is None:
+    raise ValueError(
+      'a KL in the reward needs a reference policy: set algorithm.reference_every=0 '
+      '(the initial one), or kl_in_reward=0 and advantage.kl_coef=0'
+    )
+  several = epochs * minibatches > 1
+  scored = several or needs_kl or rollouts.ahead
+  _try(advantage, wants, rollouts, loss, reference_every is not None, scored)
+  read = jax.jit(
+    lambda params, batch: (
+      score(model, params, batch, temperature=rollouts.temperature).logp
+    )
+  )
+  size = rollouts.prompts // minibatches * rollouts.group
+
+  def logp(params, tokens, mask) -> np.ndarray:
+    """`[B, T]`, a minibatch at a time; 0 where the mask is."""
+    parts = [
+      read(params, place(Batch(tokens[at : at + size], mask[at : at + size])))
+      for at in range(0, len(tokens), size)
+    ]
+    return np.concatenate([np.asarray(x) for x in parts]) * mask
+
+  def prepare(state: TrainState, current: Round) -> tuple[Batch, dict[str, Any]]:
+    """The whole round as one batch."""
+    r = current.rollouts
+    mask, info = np.array(r.mask), dict(current.info)
+    old = logp(state.params, r.tokens, mask) if scored else None
+    ref = None
+    if reference_every is not None:
+      ref = logp(state.reference, r.tokens, mask)
+    rewards = np.asarray(r.rewards, np.float64)
+    if overlong_buffer:
+      rewards = rewards - _overlong(r, rollouts.max_new_tokens, overlong_buffer)
+    kl = None if old is None or ref is None else (old - ref) * mask
+    if kl_in_reward:
+      assert kl is not None
+      rewards = rewards - kl_in_reward * kl.sum(-1)
+      info['reward/kl'] = float(kl.sum(-1).mean())
+    if drop_truncated:
+      mask = mask * np.asarray(r.stopped)[:, None]
+    if drop_equal:
+      mask = mask * np.repeat(~statistics.equal(r), r.group)[:, None]
+    supply = {'mask': mask, 'kl': kl, 'greedy': current.greedy}
+    values = advantage(
+      rewards, r.group, **{name: x for name, x in supply.items() if name in wants}
+    )
+    values = np.asarray(values if values.ndim == 2 else values[:, None] * mask)
+    batch = Batch(
+      tokens=np.asarray(r.tokens),
+      mask=mask,
+      sampler_logp=np.asarray(r.sampler_logp),
+      old_logp=old,
+      ref_logp=ref,
+      advantages=(values * mask).astype(np.float32),
+    )
+    info['sampling/staleness_steps'] = int(state.step) - current.step
+    _write(run_dir, tokenizer, current, batch, int(state.step))
+    return batch, info
+
+  data = _Position(rollouts, epochs * minibatches)
+
+  def next_batch(state: TrainState) -> tuple[Batch, dict[str, Any]]:
+    info: dict[str, Any] = {}
+    if data.whole is None or data.used == data.steps:
+      current = rollouts.next(state.params, int(state.step), greedy='greedy' in wants)
+      data.number, data.used = current.number, 0
+      data.whole, info = prepare(state, current)
+    epoch, part = divmod(data.used, minibatches)
+    data.used += 1
+    if not several:
+      return data.whole, info
+    order = np.random.default_rng([rollouts.seed, data.number, epoch])
+    groups = order.permutation(rollouts.prompts)
+    chosen = np.array_split(groups, minibatches)[part]
+    rows = (chosen[:, None] * rollouts.group + np.arange(rollouts.group)).ravel()
+    return jax.tree.map(lambda x: x[rows], data.whole), info
+
+  return Algorithm(
+    next_batch, loss, data, size, rollouts.temperature, reference_every
+  )
+
+
+class _Position:
+  """What must survive a restart: the rounds, and the one that is being trained on."""
+
+  def __init__(self, rollouts: Rounds, steps: int):
+    self.rollouts, self.steps = rollouts, steps  # steps a round
+    self.whole: Batch | None = None
+    self.number = 0  # its round
+    self.used = 0  # steps taken on it
+
+  def get_state(self) -> bytes:
+    state: dict[str, Any] = {'rollouts': self.rollouts.get_state(), 'used': self.used}
+    if self.whole is not None and self.used < self.steps:
+      arrays = {n: x for n, x in self.whole._asdict().items() if x is not None}
+      state |= {'number': self.number, 'whole': pack(arrays)}
+    return json.dumps(state).encode()
+
+  def set_state(self, text: bytes) -> None:
+    state = json.loads(text)
+    self.rollouts.set_state(state['rollouts'])
+    self.used, self.whole = state['used'], None
+    if 'whole' in state:
+      self.number, self.whole = state['number'], Batch(**unpack(state['whole']))
+
+  def start_prefetch(self) -> None:
+    """Grain's handler asks for it after a restore; nothing runs ahead here."""
+
+  def close(self) -> None:
+    self.rollouts.close()
+
+
+def _try(advantage, wants, rollouts: Rounds, loss: LossFn, reference, scored) -> None:
+  """Runs loss and advantages on nothing, so that what they refuse is said now."""
+  rows = rollouts.prompts * rollouts.group
+  mask = np.ones((rows, 2), np.float32)
+  supply = {'mask': mask, 'kl': mask, 'greedy': np.zeros(rollouts.prompts)}
+  advantage(
+    np.zeros(rows),
+    rollouts.group,
+    **{name: x for name, x in supply.items() if name in wants},
+  )
+  floats = jax.ShapeDtypeStruct((2, 2), np.float32)
+  ints = jax.ShapeDtypeStruct((2, 2), np.int32)
+  scores: Any = Scores(floats, floats)  # type: ignore[arg-type]
+  batch = Batch(
+    ints,  # type: ignore[arg-type]
+    floats,  # type: ignore[arg-type]
+    sampler_logp=floats,  # type: ignore[arg-type]
+    old_logp=floats if scored else None,  # type: ignore[arg-type]
+    ref_logp=floats if reference else None,  # type: ignore[arg-type]
+    advantages=floats,  # type: ignore[arg-type]
+  )
+  jax.eval_shape(loss, scores, batch)
+
+
+def _overlong(rollouts: Rollouts, limit: int, buffer: int) -> np.ndarray:
+  """What each row loses: 0 up to limit − buffer tokens, then linearly to 1 at limit."""
+  lengths = np.asarray(rollouts.mask).sum(-1)
+  return np.clip((lengths - (limit - buffer)) / buffer, 0, 1)
+
+
+def _write(run_dir, tokenizer, current: Round, batch: Batch, step: int) -> None:
+  rows = []
+  for row, transcript in enumerate(current.rollouts.transcripts):
+    at = np.flatnonzero(np.asarray(current.rollouts.mask)[row])
+    advantages = np.asarray(batch.advantages)[row, at]
+    extra: dict[str, Any] = {
+      'step': step,
+      'advantage': float(advantages.mean()) if len(at) else 0.0,
+      'tokens': [tokenizer.decode([t]) for t in np.asarray(batch.tokens)[row, at]],
+      'advantages': [round(float(x), 5) for x in advantages],
+    }
+    if batch.old_logp is not None:
+      difference = np.asarray(batch.old_logp) - np.asarray(batch.sampler_logp)
+      extra['log_ratio'] = [round(float(x), 6) for x in difference[row, at]]
+    rows.append({**transcript, **extra})
+  transcripts.save(rows, run_dir / 'rollouts' / f'{current.number:06}.jsonl')

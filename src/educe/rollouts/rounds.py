@@ -1,0 +1,347 @@
+"""Rounds of rollouts: prompts from a pool, groups of completions, verdicts, refills.
+
+What every algorithm that trains on its own samples starts from. The position (pool,
+round, and rollouts that were sampled but not yet trained on) survives a restart.
+"""
+
+from __future__ import annotations
+
+import base64
+import concurrent.futures
+import dataclasses
+import io
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from educe.data.tokenizer import Tokenizer
+from educe.environments import verifiers
+from educe.rollouts import statistics, transcripts
+from educe.rollouts.collect import collect, fitting
+from educe.rollouts.pool import Pool
+from educe.types import Environment, Model, Params, Rollouts, StateMismatch
+
+PATIENCE = 5  # rounds in a row without a signal before a warning
+ARRAYS = ('tokens', 'mask', 'sampler_logp', 'stopped', 'rewards', 'kept')
+
+
+class Round(NamedTuple):
+  rollouts: Rollouts
+  greedy: np.ndarray | None  # [P], reward of the greedy completion of each prompt
+  number: int  # from 0
+  step: int  # of the policy that sampled it
+  info: dict[str, Any]
+
+
+def make(
+  model: Model,
+  tokenizer: Tokenizer,
+  environment: Environment,
+  seed: int,
+  *,
+  prompts: int,
+  group: int,
+  max_new_tokens: int,
+  temperature: float = 1.0,
+  top_k: int = 0,
+  top_p: float = 1.0,
+  min_p: float = 0.0,
+  stop: Sequence[str] = (),
+  batch_size: int = 64,
+  pool: str = 'uniform',
+  refills: int = 0,
+  overlong_prompts: str = 'error',
+  workers: int = 2,
+  time_limit: float = 10.0,
+  error_limit: float = 0.1,
+  ahead: bool = False,
+  show_every: int = 10,
+) -> Rounds:
+  """Rounds of `prompts` × `group` completions of up to `max_new_tokens` tokens.
+
+  Args:
+    temperature, top_k, top_p, min_p, stop: of the sampler; see rollouts/sampler.py.
+    batch_size: completions sampled side by side; does not change what is sampled.
+    pool: 'uniform', each prompt once an epoch, or 'adaptive', see rollouts/pool.py.
+    refills: dynamic sampling (DAPO, §3.2, arXiv:2503.14476): groups whose rewards, as the
+      environment gave them, are all equal make room for new prompts, up to this many
+      times a round. What is still equal then stays.
+    overlong_prompts: 'error', or 'drop' those that leave no room for max_new_tokens.
+    workers, time_limit (seconds a completion), error_limit: of the verifier's
+      processes, see environments/verifiers.py; workers=0 judges in this process.
+    ahead: sample the next round while this one is trained on, one round off policy.
+    show_every: rounds between samples on the terminal; 0 shows none.
+
+  Raises ValueError for values out of range and an environment without prompts.
+  """
+  if prompts < 1 or group < 1:
+    raise ValueError(f'rollouts: {prompts=} and {group=} must be at least 1')
+  if pool not in ('uniform', 'adaptive'):
+    raise ValueError(f"rollouts.pool={pool!r} must be 'uniform' or 'adaptive'")
+  if refills < 0 or workers < 0 or show_every < 0:
+    raise ValueError(f'rollouts: {refills=}, {workers=}, {show_every=} must be ≥ 0')
+  if overlong_prompts not in ('error', 'drop'):
+    raise ValueError(
+      f"rollouts.overlong_prompts={overlong_prompts!r} must be 'error' or 'drop'"
+    )
+  records = list(environment.prompts)
+  if overlong_prompts == 'drop':
+    records = fitting(model, tokenizer, records, max_new_tokens=max_new_tokens)
+    if dropped := len(environment.prompts) - len(records):
+      _say(f'{dropped} of {len(environment.prompts)} prompts are too long: dropped')
+  if not records:
+    raise ValueError('rollouts: the environment has no prompts that fit')
+  judge = None
+  if workers:
+    judge = verifiers.judges(
+      environment.respond,
+      workers=workers,
+      time_limit=time_limit,
+      error_limit=error_limit,
+    )
+
+  def sample(params, chosen, key, *, group=group, **changes):
+    options = {'temperature': temperature, 'top_k': top_k, 'top_p': top_p}
+    return collect(
+      model,
+      params,
+      tokenizer,
+      environment,
+      [records[index] for index in chosen],
+      group=group,
+      key=key,
+      max_new_tokens=max_new_tokens,
+      judge=judge,
+      min_p=min_p,
+      stop=stop,
+      batch_size=batch_size,
+      **(options | changes),
+    )
+
+  return Rounds(
+    sample,
+    Pool(len(records), seed=seed, adaptive=pool == 'adaptive'),
+    judge,
+    seed=seed,
+    prompts=prompts,
+    group=group,
+    max_new_tokens=max_new_tokens,
+    temperature=temperature,
+    refills=refills,
+    ahead=ahead,
+    show_every=show_every,
+  )
+
+
+@dataclasses.dataclass
+class Rounds:
+  """What `make` returns. `next(params, step)` is the next round."""
+
+  _sample: Callable[..., Rollouts]
+  _pool: Pool
+  _judge: Any
+  seed: int
+  prompts: int
+  group: int
+  max_new_tokens: int
+  temperature: float
+  refills: int
+  ahead: bool
+  show_every: int
+
+  def __post_init__(self) -> None:
+    self._number = 0  # of the next round to be sampled
+    self._waiting: concurrent.futures.Future | None = None
+    self._executor = concurrent.futures.ThreadPoolExecutor(1) if self.ahead else None
+    self._dull = dict.fromkeys(('no_signal', 'cut_off'), 0)
+
+  def next(self, params: Params, step: int, *, greedy: bool = False) -> Round:
+    """The next round. With `ahead` it was sampled by the policy of a round ago.
+
+    greedy: also judge the greedy completion of each prompt (ReMax's baseline).
+    """
+    if self._executor is None:
+      current = self._round(params, step, greedy)
+    else:
+      waiting = self._waiting or self._launch(params, step, greedy)
+      current = waiting.result()
+      self._waiting = self._launch(params, step, greedy)
+    self._look(current)
+    return current
+
+  def _launch(self, params, step, greedy):
+    assert self._executor is not None
+    # The update donates the params; whoever samples meanwhile needs its own.
+    own = jax.tree.map(jnp.copy, params)
+    return self._executor.submit(self._round, own, step, greedy)
+
+  def _round(self, params, step, greedy) -> Round:
+    began = time.perf_counter()
+    key = jax.random.fold_in(jax.random.key(self.seed), self._number)
+    chosen = self._pool.draw(self.prompts)
+    rollouts = self._ask(params, chosen, jax.random.fold_in(key, 0))
+    asked, first = len(chosen), statistics.summary(rollouts)
+    for attempt in range(self.refills):
+      silent = np.flatnonzero(statistics.equal(rollouts))
+      if not len(silent):
+        break
+      fresh = self._pool.draw(len(silent))
+      more = self._ask(params, fresh, jax.random.fold_in(key, 1 + attempt))
+      asked += len(fresh)
+      spoken = np.flatnonzero(~statistics.equal(more))
+      for place, index in zip(silent, spoken, strict=False):
+        chosen[place] = fresh[index]
+      rollouts = replace_groups(rollouts, silent[: len(spoken)], more, spoken)
+    baseline = None
+    if greedy:
+      key = jax.random.fold_in(key, 1 + self.refills)
+      once = self._sample(params, chosen, key, group=1, temperature=0.0)
+      baseline = once.rewards
+    info = {
+      **first,  # before refills: what the policy does on prompts as they come
+      'sampling/prompts': asked,
+      'timing/rollout_seconds': time.perf_counter() - began,
+    }
+    number, self._number = self._number, self._number + 1
+    return Round(rollouts, baseline, number, step, info)
+
+  def _ask(self, params, chosen, key) -> Rollouts:
+    rollouts = self._sample(params, chosen, key)
+    self._pool.report(chosen, self.group, statistics.verified(rollouts))
+    return rollouts
+
+  def _look(self, current: Round) -> None:
+    """A sample now and then; a warning when there has been nothing to learn from."""
+    if self.show_every and current.number % self.show_every == 0:
+      _say(f'\n{transcripts.show(current.rollouts.transcripts, limit=1)}\n')
+    signs = {
+      'no_signal': (
+        current.info['frac_reward_zero_std'] == 1,
+        'in every group all rewards are equal: nothing can be learned; choose easier '
+        'or harder prompts, or a larger rollouts.group',
+      ),
+      'cut_off': (
+        current.info['completions/clipped_ratio'] > 0.9,
+        'over 90 % of completions are cut off before they end: raise '
+        'rollouts.max_new_tokens, or look whether the model ever writes its stop token',
+      ),
+    }
+    for name, (seen, warning) in signs.items():
+      self._dull[name] = self._dull[name] + 1 if seen else 0
+      if self._dull[name] and self._dull[name] % PATIENCE == 0:
+        _say(f'warning: for {self._dull[name]} rounds {warning}')
+
+  def get_state(self) -> dict[str, Any]:
+    """A JSON-able dict; waits for the round that is being sampled."""
+    waiting = self._waiting.result() if self._waiting else None
+    return {
+      'seed': self.seed,
+      'prompts': self.prompts,
+      'group': self.group,
+      'size': self._pool.size,
+      'number': self._number,
+      'pool': self._pool.get_state(),
+      'waiting': None if waiting is None else encode(waiting),
+    }
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    """Raises StateMismatch if the state is of other prompts or other sizes."""
+    here = {name: getattr(self, name) for name in ('seed', 'prompts', 'group')}
+    for name, ours in {**here, 'size': self._pool.size}.items():
+      if state[name] != ours:
+        raise StateMismatch(
+          f'rollouts were saved with {name}={state[name]} but this run has {ours}: it '
+          'cannot continue exactly; restore the old value or start a new run'
+        )
+    self._number = state['number']
+    self._pool.set_state(state['pool'])
+    self._waiting = None
+    if state['waiting'] is not None and self.ahead:
+      self._waiting = concurrent.futures.Future()
+      self._waiting.set_result(decode(state['waiting']))
+
+  def close(self) -> None:
+    """Ends the verifier's processes."""
+    if self._executor is not None:
+      self._executor.shutdown(wait=True, cancel_futures=True)
+    if self._judge is not None:
+      self._judge.close()
+
+
+def replace_groups(rollouts: Rollouts, places, others: Rollouts, which) -> Rollouts:
+  """`rollouts` with the groups at `places` replaced by those `which` of others."""
+  if not len(places):
+    return rollouts
+  group = rollouts.group
+  at = (np.asarray(places)[:, None] * group + np.arange(group)).ravel()
+  of = (np.asarray(which)[:, None] * group + np.arange(group)).ravel()[: len(at)]
+  width = max(rollouts.tokens.shape[1], others.tokens.shape[1])
+  changed: dict[str, Any] = {}
+  for name in ARRAYS:
+    ours, theirs = getattr(rollouts, name), getattr(others, name)
+    if ours is None and theirs is None:
+      continue
+    fill = 1 if name == 'kept' else 0
+    shape = np.asarray(rollouts.mask).shape
+    ours = np.ones(shape, np.float32) if ours is None else ours
+    theirs = np.ones(np.asarray(others.mask).shape) if theirs is None else theirs
+    ours, theirs = (_widen(np.array(x), width, fill) for x in (ours, theirs))
+    ours[at] = theirs[of]
+    changed[name] = ours
+  rows = list(rollouts.transcripts)
+  for place, source in zip(at, of, strict=True):
+    rows[place] = others.transcripts[source]
+  return rollouts._replace(**changed, transcripts=rows)
+
+
+def _widen(array: np.ndarray, width: int, fill: float) -> np.ndarray:
+  if array.ndim == 1:
+    return array
+  padding = ((0, 0), (0, width - array.shape[1]))
+  return np.pad(array, padding, constant_values=fill)
+
+
+def encode(current: Round) -> dict[str, Any]:
+  """A Round as plain JSON, its arrays bit by bit."""
+  r = current.rollouts
+  arrays = {n: np.asarray(x) for n in ARRAYS if (x := getattr(r, n)) is not None}
+  if current.greedy is not None:
+    arrays['greedy'] = np.asarray(current.greedy)
+  return {
+    'arrays': pack(arrays),
+    'transcripts': json.dumps(list(r.transcripts), default=str),
+    'rest': [r.group, current.number, current.step, current.info],
+  }
+
+
+def decode(state: dict[str, Any]) -> Round:
+  arrays = unpack(state['arrays'])
+  greedy = arrays.pop('greedy', None)
+  group, number, step, info = state['rest']
+  rows = json.loads(state['transcripts'])
+  return Round(
+    Rollouts(**arrays, group=group, transcripts=rows), greedy, number, step, info
+  )
+
+
+def pack(arrays: Mapping[str, np.ndarray]) -> str:
+  """Arrays as text, bit by bit."""
+  file = io.BytesIO()
+  np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+  return base64.b64encode(file.getvalue()).decode()
+
+
+def unpack(text: str) -> dict[str, np.ndarray]:
+  with np.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False) as file:
+    return dict(file)
+
+
+def _say(text: str) -> None:
+  tqdm.tqdm.write(text, file=sys.stderr)

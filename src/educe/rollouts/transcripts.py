@@ -1,0 +1,35 @@
+"""What was asked, said and judged: one JSON object a line, and a few of them for people."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def save(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
+  """One JSON object a line; the file appears whole or not at all."""
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  lines = (json.dumps(row, ensure_ascii=False, default=str) for row in rows)
+  temporary = path.with_name(f'.{path.name}.partial')
+  # A model may write half a surrogate pair, which UTF-8 cannot hold.
+  text = ''.join(f'{line}\n' for line in lines)
+  temporary.write_text(text, encoding='utf-8', errors='backslashreplace')
+  os.replace(temporary, path)
+
+
+def show(rows: Sequence[Mapping[str, Any]], limit: int = 5) -> str:
+  """The first few, as text for a terminal."""
+  parts = []
+  for row in rows[:limit]:
+    prompt = row['prompt'] if isinstance(row['prompt'], str) else row['prompt'][-1]
+    question = prompt if isinstance(prompt, str) else prompt['content']
+    cut = '' if row['stopped'] else ' … (cut off)'
+    parts.append(
+      f'? {question}\n> {row["completion"].strip()}{cut}\n'
+      f'  {row["outcome"]}; right is {row["answer"]}; {row["length"]} tokens'
+    )
+  return '\n\n'.join(parts)

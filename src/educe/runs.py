@@ -1,0 +1,273 @@
+"""Runs: a config from its sections to a finished folder, and sequences of them.
+
+This file only wires: what it calls is in the folders below, and `train` reads from top
+to bottom as the story of a run.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import tqdm
+
+from educe import config as config_lib
+from educe import sharding
+from educe.data import tokenizer as tokenizers
+from educe.measurement import curves
+from educe.models import policy
+from educe.rollouts import transcripts
+from educe.rollouts.sampler import vocabulary_size
+from educe.training import checkpoint, loop, metrics
+from educe.training.step import init_state, make_step
+from educe.types import Model, Params
+
+
+def train(
+  run_dir: pathlib.Path,
+  *,
+  steps: int,
+  model: dict,
+  tokenizer: dict,
+  algorithm: dict,
+  loss: dict,
+  optimizer: dict,
+  mesh: dict,
+  source: dict | None = None,
+  data: dict | None = None,
+  environment: dict | None = None,
+  rollouts: dict | None = None,
+  advantage: dict | None = None,
+  init_from: str | None = None,
+  seed: int = 0,
+  microbatches: int = 1,
+  save_every: int = 100,
+  keep: int = 2,
+  evaluation: dict | None = None,
+  evaluate_every: int = 0,
+  abort_after: int = 10,
+  tensorboard: bool = False,
+) -> bool:
+  """Runs a config, or goes on with it. The keywords are the sections of a config file.
+
+  Returns whether it finished; False when SIGTERM stopped it, saved and resumable.
+
+  Args:
+    run_dir: gets config.json, metrics.jsonl, checkpoints/, samples/ and curves.png; of
+      rollouts also rollouts/ and transcripts.html.
+    steps: updates.
+    source, data: records and batches, for algorithms that train on data.
+    environment, rollouts, advantage: for those that train on the policy's own samples.
+    init_from: a run folder; its newest weights take the place of the model's.
+    seed: of the samples and the training state's random key.
+    microbatches: parts a batch is cut into; memory goes down, the result stays.
+    save_every, keep: steps between checkpoints, and how many of the newest stay.
+    evaluation: what to measure before, after, and every `evaluate_every` steps.
+    abort_after: updates in a row that may be skipped for non-finite gradients.
+  """
+  config = {name: value for name, value in locals().items() if name != 'run_dir'}
+  call = config_lib.call
+
+  # Whatever can be wrong without the model comes first.
+  if run_dir.exists() and not run_dir.is_dir():
+    raise ValueError(f'--run_dir={run_dir} is a file; name a folder, new or of a run')
+  if save_every < 1 or evaluate_every < 0:
+    raise ValueError(f'{save_every=} must be at least 1, {evaluate_every=} at least 0')
+  tx = call('optimizer', optimizer, steps=steps)
+  sections = dict(data=data, rollouts=rollouts, advantage=advantage)
+  config_lib.check_used('algorithm', algorithm, sections)
+  words = call('tokenizer', tokenizer)
+  batches = data and call(
+    'data',
+    data,
+    source=source and call('source', source),
+    tokenizer=words,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  world: Any = environment and call('environment', environment)
+  exam: Any = evaluation and config_lib.bound('evaluation', evaluation)
+
+  # The policy, on the mesh.
+  grid = call('mesh', mesh)
+  place = functools.partial(sharding.place_batch, mesh=grid)
+  net, params = call('model', model)
+  check_vocabulary(net, params, words)
+  if init_from is not None:
+    params = checkpoint.saved_params(pathlib.Path(init_from) / 'checkpoints', params)
+  flops_per_token = 6.0 * policy.count(params)
+  params = sharding.place(params, net.axes, grid)
+
+  # Where batches come from.
+  supply = dict(model=net, tokenizer=words, environment=world, seed=seed)
+  method = call(
+    'algorithm',
+    algorithm,
+    **supply,
+    data=batches,
+    rollouts=rollouts and call('rollouts', rollouts, **supply),
+    advantage=advantage and config_lib.bound('advantage', advantage),
+    loss=config_lib.bound('loss', loss),
+    place=place,
+    run_dir=run_dir,
+  )
+  sharding.check_batch(method.rows * jax.process_count(), microbatches, grid)
+  has_reference = method.reference_every is not None
+  state = init_state(params, tx, jax.random.key(seed), reference=has_reference)
+  state = sharding.replicate_rest(state, grid)
+  del params  # the state owns them now
+
+  # Where it stood, if it ran before.
+  run_dir.mkdir(parents=True, exist_ok=True)
+  manager = checkpoint.open_manager(run_dir / 'checkpoints', keep=keep)
+  resumed = checkpoint.restore(manager, state, method.data)
+  if resumed is not None:
+    state = resumed
+    say(f'resuming {run_dir} from step {int(state.step)}')
+  write_config(run_dir, config)
+  log = metrics.Log(run_dir, step=int(state.step), tensorboard=tensorboard)
+
+  def evaluate(state) -> dict[str, Any]:
+    step = int(state.step)
+    score = exam(net, state.params, words)
+    transcripts.save(score.transcripts, run_dir / 'samples' / f'{step}.jsonl')
+    say(f'\n{transcripts.show(score.transcripts, limit=3)}')
+    say(f'\nstep {step}: solves {score}')
+    return score.metrics()
+
+  step = make_step(
+    net,
+    method.loss,
+    tx,
+    microbatches=microbatches,
+    temperature=method.temperature,
+    reference_every=method.reference_every,
+    state_shardings=jax.tree.map(lambda x: x.sharding, state),
+  )
+  try:
+    state, finished = loop.run(
+      state,
+      step,
+      method,
+      steps=steps,
+      run_dir=run_dir,
+      manager=manager,
+      config=config,
+      place=place,
+      log=log,
+      evaluate=evaluate if exam else None,
+      evaluate_every=evaluate_every,
+      save_every=save_every,
+      abort_after=abort_after,
+      flops_per_token=flops_per_token,
+    )
+    checkpoint.wait(manager)
+  finally:
+    manager.close()
+    log.close()
+    method.data.close()
+  if finished:
+    say(f'done: {run_dir}' + (f', {curves.draw(run_dir)}' if has_matplotlib() else ''))
+  else:
+    say(
+      f'stopped at step {int(state.step)}, saved; the same command goes on from there'
+    )
+  return finished
+
+
+def check_vocabulary(model: Model, params: Params, words: tokenizers.Tokenizer) -> None:
+  """Raises ValueError if the tokenizer can write an id that the model cannot embed."""
+  vocab = vocabulary_size(model, params)
+  if words.vocab_size > vocab:
+    raise ValueError(
+      f'the tokenizer has {words.vocab_size} tokens, the model {vocab} embeddings; '
+      'use the tokenizer that belongs to the model'
+    )
+
+
+def write_config(run_dir: pathlib.Path, config: dict[str, Any]) -> None:
+  """config.json, defaults and all. Says what changed if the run goes on with another."""
+  path = run_dir / 'config.json'
+  new = json.loads(json.dumps(config))
+  if path.exists():
+    old = read_config(path)
+    for key in sorted(old.keys() | new.keys()):
+      if old.get(key) != new.get(key):
+        say(f'{path}: {key} was {old.get(key)}, is now {new.get(key)}')
+  temporary = path.with_suffix('.tmp')
+  temporary.write_text(json.dumps(new, indent=2) + '\n')
+  os.replace(temporary, path)
+
+
+def read_config(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    return json.loads(path.read_text())
+  except json.JSONDecodeError as error:
+    raise ValueError(
+      f'{path} is damaged ({error}); delete it and train again'
+    ) from None
+
+
+def has_matplotlib() -> bool:
+  return importlib.util.find_spec('matplotlib') is not None
+
+
+def say(text: str) -> None:
+  """A message to people, above any progress bar."""
+  tqdm.tqdm.write(text, file=sys.stderr)
+
+
+def run_all(argv: Sequence[str], run_dir: pathlib.Path, *, sweep: bool) -> None:
+  """What a config file asks for: one run; or every point of its sweep(), or its
+  `stages` one after another, each in its own folder.
+
+  A stage starts from the weights that the stage before it ended with. All of them are
+  checked before the first is run.
+  """
+  points = config_lib.sweep(argv) if sweep else [('', [])]
+  for name, point in points:
+    values = config_lib.load([*argv, *point])
+    stages = values.pop('stages', None)
+    if stages is None:
+      runs = {run_dir / name: config_lib.expand(values, train)}
+    else:
+      if unknown := sorted(values.keys() ^ set(stages)):
+        raise config_lib.ConfigError(
+          f'config.stages={stages}: {unknown[0]!r} is not both a stage and a section'
+        )
+      runs = {
+        run_dir / name / stage: config_lib.expand(values[stage], train, f'config.{stage}')
+        for stage in stages
+      }
+    previous = None
+    for folder, config in runs.items():
+      if stages and (folder / 'checkpoints' / str(config['steps'])).is_dir():
+        say(f'{folder} is already done')
+      else:
+        if previous is not None and config['init_from'] is None:
+          config['init_from'] = str(previous)
+        say(f'stage {folder.name}' if stages else f'run {folder}')
+        if not train(folder, **config):
+          return
+      previous = folder
+    if stages:
+      say(story(list(runs)))
+
+
+def story(folders: Sequence[pathlib.Path]) -> str:
+  """Accuracy before the first of these runs and after each, as a table."""
+  lines = []
+  for folder in folders:
+    exams = [x for x in metrics.read(folder / 'metrics.jsonl') if 'accuracy' in x]
+    for label, exam in [('before', exams[:1]), (folder.name, exams[-1:])]:
+      if exam and (label != 'before' or not lines):
+        interval = f'[{exam[0]["accuracy/low"]:.1%}, {exam[0]["accuracy/high"]:.1%}]'
+        lines.append(f'{label:>12}  {exam[0]["accuracy"]:6.1%}  95 % {interval}')
+  return '\n'.join(['held-out accuracy', *lines])
