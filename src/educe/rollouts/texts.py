@@ -24,6 +24,7 @@ class Completion(NamedTuple):
   tokens: list[int]  # everything generated, the stop token included
   logp: list[float]  # of each token, as `Samples.logp` (nats)
   stopped: bool  # False: cut off at max_new_tokens
+  kept: list[float]  # at each token, as `Samples.kept`
 
 
 def complete(
@@ -31,27 +32,46 @@ def complete(
   params: Params,
   tokenizer: Tokenizer,
   prompts: Sequence[Prompt],
+  **options: Any,
+) -> list[Completion]:
+  """One completion a prompt, in order: `generate` from what `encode_prompt` makes.
+
+  options: those of `generate`
+  """
+  ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+  return generate(model, params, tokenizer, ids, **options)
+
+
+def generate(
+  model: Model,
+  params: Params,
+  tokenizer: Tokenizer,
+  ids: Sequence[Sequence[int]],
   *,
   key: Key[Array, ''],
   max_new_tokens: int,
   batch_size: int = 64,
   stop: Sequence[str] = (),
+  seeds: Sequence[int] | None = None,
   show: str | None = None,
   **sampling: Any,
 ) -> list[Completion]:
-  """One completion a prompt, in order; it ends at any EOS id of the tokenizer.
+  """One completion for each prompt of token ids; it ends at any EOS of the tokenizer.
 
   Prompts of like length go together, every batch is filled up to batch_size rows, and
   row seeds follow the order given: so few programs are compiled, and batch_size does
   not change what is sampled.
 
   stop: texts that end a completion too
+  seeds: one integer a prompt; 0, 1, 2 … by default
   show: label of a progress bar on stderr; None shows none
   sampling: temperature, top_k, top_p, min_p of `sampler.sample`
   """
   if batch_size < 1:
     raise ValueError(f'batch_size must be at least 1, got {batch_size}')
-  ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+  seeds = range(len(ids)) if seeds is None else seeds
+  if len(seeds) != len(ids):
+    raise ValueError(f'{len(seeds)} seeds for {len(ids)} prompts')
   table = None
   if stop:
     texts = [tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)]
@@ -73,7 +93,7 @@ def complete(
         max_new_tokens=max_new_tokens,
         eos_ids=tokenizer.eos_ids,
         stop=table,
-        seeds=filled,
+        seeds=[seeds[row] for row in filled],
         **sampling,
       )
       host = jax.tree.map(np.asarray, samples)
@@ -85,6 +105,7 @@ def complete(
           tokens,
           host.logp[index, :length].tolist(),
           bool(host.stopped[index]),
+          host.kept[index, :length].tolist(),
         )
       bar.update(len(rows))
   return [out[row] for row in range(len(ids))]
