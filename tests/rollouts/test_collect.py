@@ -89,7 +89,7 @@ def test_rows_are_prompt_then_completion_group_major(plain):
 
 
 def test_log_probs_stand_at_the_token_they_score(plain):
-  _, table, tokenizer = plain
+  _, table, _ = plain
   rollouts = run(plain, temperature=1.3)
   exact = np.asarray(table, np.float64)
   for row in range(12):
@@ -106,7 +106,7 @@ def test_log_probs_stand_at_the_token_they_score(plain):
 @pytest.mark.parametrize('temperature', [0.6, 1.0, 1.3])
 @pytest.mark.parametrize('batch_size', [64, 3])
 def test_on_policy_log_probs_equal_score(decoder, temperature, batch_size):
-  model, params, tokenizer = decoder
+  model, params, _ = decoder
   rollouts = run(
     decoder, temperature=temperature, batch_size=batch_size, max_new_tokens=20
   )
