@@ -122,6 +122,9 @@ class Rollouts(NamedTuple):
   group: int  # G
   transcripts: Sequence[dict[str, Any]]  # a row each: id, prompt, completion, answer,
   # reward, rewards (each named part), outcome, length (tokens), stopped
+  # Mass that top-k/top-p/min-p left standing where mask is 1, else 1; None: they cut
+  # nothing off. The tokens came from log-probs of sampler_logp − log kept.
+  kept: Float[Array, 'B T'] | None = None
 
 
 class TrainState(NamedTuple):

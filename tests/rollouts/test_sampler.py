@@ -165,9 +165,9 @@ def test_decoding_ends_when_all_rows_have_ended():
   samples = sample(
     counting, table, [[4]], KEY, max_new_tokens=30, temperature=0, eos_ids=first[2:]
   )
-  jax.block_until_ready(samples)
   jax.effects_barrier()
-  assert len(calls) == first.index(first[2]) + 1  # prefill included
+  assert samples.length.tolist() == [first.index(first[2]) + 1]
+  assert len(calls) == 1 + samples.length[0]  # the prefill, then one a token
 
 
 def test_stop_string_inside_the_jit():
@@ -233,17 +233,134 @@ def test_rows_and_keys_differ():
   assert other.tokens.tolist() != rows
 
 
-def test_nothing_recompiles_inside_a_bucket():
+def test_nothing_recompiles_inside_a_bucket(compilations):
   model, table = toy.model()
+  shifted = table + 1
   options = dict(max_new_tokens=3, eos_ids=[2], top_p=0.9)
-  sample(model, table, [[1] * 3, [2]], KEY, temperature=0.6, **options)
-  before = sampler._generate._cache_size()
+  with compilations() as first:
+    sample(model, table, [[1] * 3, [2]], KEY, temperature=0.6, **options)
+  assert first
   options['eos_ids'] = [5]
   options['top_p'] = 0.5
-  sample(model, table + 1, [[1] * 16, [2]], KEY, temperature=1.3, **options)
-  assert sampler._generate._cache_size() == before
-  sample(model, table, [[1] * 17, [2]], KEY, temperature=1.3, **options)
-  assert sampler._generate._cache_size() == before + 1
+  with compilations() as again:
+    sample(model, shifted, [[1] * 17, [2]], KEY, temperature=1.3, **options)
+  assert not again
+  with compilations() as wider:
+    sample(model, table, [[1] * 18, [2]], KEY, temperature=1.3, **options)
+  assert wider
+
+
+def test_rounds_of_any_lengths_compile_nothing_once_the_buckets_are_warm(compilations):
+  """Prompts and completions of all lengths, groups or none, rows let in late or not."""
+  model, table = toy.model(vocabulary=16)
+  rng = np.random.default_rng(0)
+  options = dict(max_new_tokens=14, eos_ids=[3], batch_size=4)
+
+  def round_of(lengths, key):
+    prompts = [rng.integers(0, 16, length).tolist() for length in lengths]
+    sample(model, table, prompts, key, **options)
+
+  keys = list(jax.random.split(KEY, 8))
+  with compilations() as warm:
+    round_of([3] * 5, keys[0])
+    round_of([30] * 5, keys[1])
+  assert warm
+  with compilations() as later:
+    for key in keys[2:]:
+      round_of(rng.integers(1, 33, rng.integers(4, 20)), key)
+  assert not later
+
+
+@pytest.fixture(scope='module')
+def uneven():
+  """Prompts, and what each gives when it is sampled alone."""
+  model, table = toy.model(vocabulary=16)
+  rng = np.random.default_rng(4)
+  prompts = [rng.integers(0, 16, rng.integers(1, 30)).tolist() for _ in range(21)]
+  prompts[6] = prompts[5] = prompts[4]
+  options = dict(max_new_tokens=17, eos_ids=[3, 9], temperature=0.9)
+  alone = [
+    sample(model, table, [prompt], KEY, seeds=[100 + row], **options)
+    for row, prompt in enumerate(prompts)
+  ]
+  alone = jax.tree.map(lambda *leaves: np.concatenate(leaves), *alone)
+  assert len(set(alone.length.tolist())) > 6
+  assert 0 < alone.stopped.sum() < 21
+  return (model, table), prompts, options, alone
+
+
+@pytest.mark.parametrize('batch_size', [1, 2, 5, 20])
+def test_a_slot_used_again_gives_what_a_fresh_one_gives(uneven, batch_size):
+  tools, prompts, options, alone = uneven
+  order = np.random.default_rng(batch_size).permutation(len(prompts))
+  samples = sample(
+    *tools,
+    [prompts[row] for row in order],
+    KEY,
+    seeds=100 + order,
+    batch_size=batch_size,
+    **options,
+  )
+  for name in ('tokens', 'length', 'stopped', 'kept'):
+    np.testing.assert_array_equal(getattr(samples, name), getattr(alone, name)[order])
+  np.testing.assert_allclose(samples.logp, alone.logp[order], atol=1e-6)
+
+
+def test_finished_rows_free_their_slot(uneven):
+  """Decode steps are those of slots kept busy, not those of the slowest of each batch."""
+  (model, table), prompts, options, alone = uneven
+  steps = []
+
+  def counted(params, cache, tokens, positions, slot):
+    if tokens.shape[1] == 1:
+      jax.debug.callback(lambda: steps.append(1))
+    return model.decode(params, cache, tokens, positions, slot)
+
+  def count(rows, **more):
+    steps.clear()
+    counting = model._replace(decode=counted)
+    seeds = [100 + row for row in rows]
+    some = [prompts[row] for row in rows]
+    sample(counting, table, some, KEY, seeds=seeds, **options, **more)
+    jax.effects_barrier()
+    return len(steps)
+
+  rows = range(len(prompts))
+  static = sum(count(rows[at : at + 4]) for at in range(0, len(prompts), 4))
+  continuous = count(rows, batch_size=4)
+  least = alone.length.sum() / 4
+  assert least <= continuous <= least + alone.length.max()
+  assert continuous < 0.8 * static
+
+
+def test_equal_prompts_are_read_once():
+  model, table = toy.model()
+  reads = []
+
+  def counted(params, cache, tokens, positions, slot):
+    if tokens.shape[1] > 1:
+      jax.debug.callback(lambda: reads.append(1))
+    return model.decode(params, cache, tokens, positions, slot)
+
+  counting = model._replace(decode=counted)
+  many = sampler.PREFILL // 16
+  prompts = [[1, 2, row] for row in range(4)] * 2 * many
+  sample(counting, table, prompts, KEY, max_new_tokens=2)
+  jax.effects_barrier()
+  assert len(reads) == 1  # they differ in the last token alone, which is not prefilled
+  reads.clear()
+  sample(counting, table, [[row % 8, row // 8, 1] for row in range(64)], KEY,
+         max_new_tokens=2)  # fmt: skip
+  jax.effects_barrier()
+  assert len(reads) == -(-64 // many)
+
+
+def test_progress_counts_every_row_once(uneven):
+  tools, prompts, options, _ = uneven
+  counts = []
+  sample(*tools, prompts, KEY, batch_size=4, progress=counts.append, **options)
+  assert sum(counts) == len(prompts)
+  assert len(counts) > 3
 
 
 def test_buckets_are_few_and_waste_little():
@@ -272,6 +389,7 @@ PROMPT = [[1, 2]]
     (PROMPT, dict(top_k=-1), 'top_k'),
     (PROMPT, dict(min_p=1.5), 'min_p'),
     (PROMPT, dict(seeds=[1, 2]), '2 seeds for 1 prompts'),
+    (PROMPT, dict(batch_size=0), 'batch_size must be at least 1, got 0'),
     (PROMPT, dict(stop=np.zeros((2, 9), np.int16)), '9 tokens'),
   ],
 )
@@ -321,6 +439,9 @@ def test_a_decoder_gives_the_same_sample_in_any_batch_at_any_width(decoder):
   prompts = [[7, 8, 9], [1], [200] * 12, [3] * 16]
   options = dict(max_new_tokens=8, top_k=50, min_p=0.01)
   whole = sample(model, params, prompts, KEY, **options)
+  late = sample(model, params, prompts, KEY, batch_size=1, **options)
+  np.testing.assert_array_equal(late.tokens, whole.tokens)
+  np.testing.assert_allclose(late.logp, whole.logp, atol=1e-5)
   for row in (0, 3):
     others = [prompts[row], [4] * 50]  # fewer rows and a wider bucket
     split = sample(model, params, others, KEY, seeds=[row, 99], **options)

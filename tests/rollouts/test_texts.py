@@ -6,7 +6,6 @@ import pytest
 import toy
 
 from educe.data import tokenizer as tokenizer_lib
-from educe.rollouts import sampler
 from educe.rollouts.texts import complete
 
 KEY = jax.random.key(0)
@@ -62,12 +61,14 @@ def test_a_stop_string_ends_the_text_and_stays_in_it(tools):
     assert row.text == (whole.text if cut < 0 else whole.text[: cut + len(needle)])
 
 
-def test_a_last_short_batch_compiles_nothing_new(tools):
+def test_any_number_of_prompts_over_a_batch_compiles_nothing_new(tools, compilations):
   run, _ = tools
-  run(['ab'] * 4, max_new_tokens=5, batch_size=4)
-  before = sampler._generate._cache_size()
-  run(['ab'] * 9, max_new_tokens=5, batch_size=4)
-  assert sampler._generate._cache_size() == before
+  with compilations() as first:
+    run(['ab'] * 4, max_new_tokens=5, batch_size=4)
+  assert first
+  with compilations() as again:
+    run(['ab', 'c', 'de'] * 3, max_new_tokens=5, batch_size=4)
+  assert not again
 
 
 def test_progress_is_shown_when_asked(tools, capsys):

@@ -1,28 +1,30 @@
-"""Sample from a policy: prefill, then decode in a while loop, under one jit.
+"""Sample from a policy, with continuous batching: who ends makes room for who waits.
 
-Prompts of unequal length are padded on the right. The token that step i generates is
-written to cache slot P + i in every row (P is the padded width) but carries its own
-row's position len_b + i; padding carries position −1 and is attended to by nobody.
-So there is no left padding, and a row's result does not depend on its neighbours.
+Orca (Yu et al. 2022, OSDI) schedules by step; here the host is asked only when enough
+rows have ended, and whole stretches of steps run as one program (`slots`). Prompts of
+unequal length are padded on the right, padding carries position −1 and is attended to
+by nobody, so a row's result does not depend on its neighbours.
 
-A row's randomness depends on (key, the row's seed, i) alone: the same seed gives the
-same sample however the rows are split into batches or padded.
+A token's randomness depends on (key, the row's seed, its index in the row) alone: the
+same seed gives the same sample whatever the batch, the slot and the order.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Key
 
-from educe.models.policy import unstack
-from educe.rollouts.draw import Draw, Settings, draw
-from educe.types import Cache, Head, Model, Params, Samples
+from educe.rollouts import slots as slots_lib
+from educe.rollouts.draw import Settings
+from educe.types import Model, Params, Samples
+
+# A prefill reads about this many tokens at once: enough to be a matmul rather than a
+# walk through the weights, few enough that one prompt alone wastes little padding.
+PREFILL = 128
 
 
 def sample(
@@ -39,6 +41,8 @@ def sample(
   eos_ids: Sequence[int] = (),
   stop: np.ndarray | None = None,
   seeds: Sequence[int] | None = None,
+  batch_size: int | None = None,
+  progress: Callable[[int], object] | None = None,
 ) -> Samples:
   """Continue each prompt until an EOS id, a stop string, or max_new_tokens.
 
@@ -51,9 +55,12 @@ def sample(
   stop: table from `stop_strings.automaton`; the token that completes a stop string is
     part of the sample. Only generated text is searched, not the prompt.
   seeds: one integer a row; 0, 1, 2 … by default
+  batch_size: rows decoded side by side, all of them by default; the others wait for a
+    row to end. Equal prompts next to each other are read once.
+  progress: told how many rows have ended since it was last called
 
-  Compiled once per (model, number of rows, bucket of the longest prompt,
-  max_new_tokens, which options are on); the numbers themselves are traced.
+  Returns host arrays. Compiled once per (model, batch_size, bucket of the longest
+  prompt, max_new_tokens, which options are on); the numbers themselves are traced.
 
   Raises ValueError for bad input, before any device work.
   """
@@ -68,22 +75,78 @@ def sample(
   seeds = range(len(prompts)) if seeds is None else seeds
   if len(seeds) != len(prompts):
     raise ValueError(f'{len(seeds)} seeds for {len(prompts)} prompts')
-  lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-  tokens = np.zeros((len(prompts), bucket(lengths.max())), np.int32)
-  for row, prompt in enumerate(prompts):
-    tokens[row, : len(prompt)] = prompt
-  return _generate(
-    params,
-    tokens,
-    lengths,
-    key,
-    np.asarray(seeds, np.uint32),
-    settings,
-    np.asarray(eos_ids, np.int32),
-    stop,
-    model=_Functions(model.head, model.init_cache, model.decode),
-    room=max_new_tokens,
+  if batch_size is not None and batch_size < 1:
+    raise ValueError(f'batch_size must be at least 1, got {batch_size}')
+  functions = slots_lib.Functions(model.head, model.init_cache, model.decode)
+  weights = slots_lib.prepare(params, model=functions)
+  rows = min(batch_size or len(prompts), len(prompts))
+  width = bucket(max(max(map(len, prompts)) - 1, 1))
+  slots = slots_lib.empty(model=functions, rows=rows, width=width, room=max_new_tokens)
+  out = _blank(len(prompts), max_new_tokens)
+  row_of = np.full(rows, -1)  # whose slot it is; −1: free
+  began = np.zeros(rows, int)  # the step at which it entered
+  waiting = list(range(len(prompts)))[::-1]  # the next one last
+  ends = np.asarray(eos_ids, np.int32), None if stop is None else jax.device_put(stop)
+  while True:
+    while waiting and (row_of < 0).any():
+      free = np.flatnonzero(row_of < 0)
+      entries, entered = _next_entries(prompts, seeds, waiting, free, width, rows)
+      slots = slots_lib.enter(weights.params, slots, entries, model=functions)
+      row_of[free[: len(entered)]] = entered
+      began[free[: len(entered)]] = int(slots.step)
+    # With others waiting, an eighth of the slots may idle before they are let in.
+    enough = rows - max(1, rows // 8) if waiting else 0
+    slots = slots_lib.advance(
+      weights, slots, key, settings, *ends, np.int32(enough), model=functions
+    )
+    host = jax.device_get(slots._replace(cache=None))
+    ended = np.flatnonzero((row_of >= 0) & ~host.live)
+    for slot in ended:
+      row, count = row_of[slot], host.drawn[slot]
+      columns = (began[slot] + np.arange(count)) % max_new_tokens
+      out.tokens[row, :count] = host.tokens[slot, columns]
+      out.logp[row, :count] = host.logp[slot, columns]
+      out.kept[row, :count] = host.kept[slot, columns]
+      out.length[row], out.stopped[row] = count, host.stopped[slot]
+    row_of[ended] = -1
+    if progress:
+      progress(len(ended))
+    if not waiting and (row_of < 0).all():
+      return out
+
+
+def _blank(rows: int, room: int) -> Samples:
+  length: Any = np.zeros(rows, np.int32)
+  logp: Any = np.zeros((rows, room), np.float32)
+  return Samples(logp.astype(np.int32), logp, logp + 1, length, length.copy())
+
+
+def _next_entries(prompts, seeds, waiting, free, width, rows):
+  """(Entries, their rows): those who wait, as far as slots and one prefill reach."""
+  many = max(1, PREFILL // width)
+  known: dict[tuple[int, ...], int] = {}  # a prompt -> its place in the prefill
+  entered: list[int] = []
+  entries = slots_lib.Entries(
+    prompts=np.zeros((many, width), np.int32),
+    lengths=np.zeros(many, np.int32),
+    real=np.int32(0),
+    slot=np.full(rows, rows, np.int32),
+    prompt=np.zeros(rows, np.int32),
+    token=np.zeros(rows, np.int32),
+    seed=np.zeros(rows, np.uint32),
   )
+  while waiting and len(entered) < len(free):
+    *start, last = prompts[waiting[-1]]
+    place = known.setdefault(tuple(start), len(known))
+    if place == many:
+      break
+    index, row = len(entered), waiting.pop()
+    entries.prompts[place, : len(start)] = start
+    entries.lengths[place] = len(start)
+    entries.slot[index], entries.prompt[index] = free[index], place
+    entries.token[index], entries.seed[index] = last, seeds[row]
+    entered.append(row)
+  return entries._replace(real=np.int32(len(entered))), entered
 
 
 def bucket(length: int) -> int:
@@ -96,89 +159,6 @@ def bucket(length: int) -> int:
 def vocabulary_size(model: Model, params: Params) -> int:
   """How many tokens the model tells apart; its tokenizer may know fewer."""
   return jax.eval_shape(model.head, params).matrix.shape[-1]
-
-
-def logits(head: Head, states: Float[Array, '... D']) -> Float[Array, '... V']:
-  """Float32 logits of hidden states, logit scale and soft-cap included."""
-  out = jnp.matmul(states, head.matrix, preferred_element_type=jnp.float32)
-  out = out * head.scale
-  return out if head.softcap is None else head.softcap * jnp.tanh(out / head.softcap)
-
-
-class _Functions(NamedTuple):
-  """The part of a Model that can be hashed, and so told apart by jit."""
-
-  head: object
-  init_cache: object
-  decode: object
-
-
-class _Carry(NamedTuple):
-  drawn: Array  # [] tokens generated so far
-  cache: Cache
-  token: Array  # [B] the last one drawn
-  matched: Array  # [B] state of the stop-string automaton
-  done: Array  # [B]
-  samples: Samples
-
-
-@functools.partial(jax.jit, static_argnames=('model', 'room'))
-def _generate(
-  params, tokens, lengths, key, seeds, settings, eos_ids, stop, *, model, room
-) -> Samples:
-  rows, width = tokens.shape
-  if isinstance(params, dict) and 'layers' in params:
-    params = unstack(params)  # once, here: inside the loop every step would copy them
-  head = model.head(params)
-  keys = jax.vmap(jax.random.fold_in, (None, 0))(key, seeds)
-
-  def next_token(states, index) -> Draw:
-    step = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
-    uniforms = jax.vmap(lambda k: jax.random.uniform(k, (2,)))(step)
-    return draw(logits(head, states), uniforms, settings)
-
-  def record(carry: _Carry, new: Draw) -> _Carry:
-    """Append `new` to the rows that are still going."""
-    going, samples, at = ~carry.done, carry.samples, carry.drawn
-    token = jnp.where(going, new.token, 0)
-    matched, ends = carry.matched, (token[:, None] == eos_ids[None]).any(-1)
-    if stop is not None:
-      matched = stop[matched, token].astype(jnp.int32)
-      ends |= matched == stop.shape[0] - 1
-    ends &= going
-    samples = Samples(
-      tokens=samples.tokens.at[:, at].set(token),
-      logp=samples.logp.at[:, at].set(jnp.where(going, new.logp, 0)),
-      kept=samples.kept.at[:, at].set(jnp.where(going, new.kept, 1)),
-      length=samples.length + going,
-      stopped=samples.stopped + ends,
-    )
-    return _Carry(at + 1, carry.cache, token, matched, carry.done | ends, samples)
-
-  def more(carry: _Carry):
-    return (carry.drawn < room) & ~carry.done.all()
-
-  def step(carry: _Carry) -> _Carry:
-    at = carry.drawn - 1  # the token drawn last is the at-th generated one
-    position = jnp.where(carry.done, -1, lengths + at)
-    states, cache = model.decode(
-      params, carry.cache, carry.token[:, None], position[:, None], width + at
-    )
-    new = next_token(states[:, 0], carry.drawn)
-    return record(carry._replace(cache=cache), new)
-
-  column = jnp.arange(width, dtype=jnp.int32)[None]
-  positions = jnp.where(column < lengths[:, None], column, -1)
-  # The last token drawn is never read, hence room − 1 slots for generated ones.
-  cache = model.init_cache(rows, width + room - 1)
-  states, cache = model.decode(params, cache, tokens, positions, 0)
-  states = jnp.take_along_axis(states, (lengths - 1)[:, None, None], 1)[:, 0]
-  zeros = jnp.zeros(rows, jnp.int32)
-  blank = jnp.zeros((rows, room), jnp.float32)
-  empty = Samples(blank.astype(jnp.int32), blank, blank + 1, zeros, zeros)
-  start = _Carry(jnp.int32(0), cache, zeros, zeros, zeros.astype(bool), empty)
-  carry = record(start, next_token(states, jnp.int32(0)))
-  return jax.lax.while_loop(more, step, carry).samples
 
 
 def _settings(temperature, top_k, top_p, min_p) -> Settings:

@@ -1,0 +1,206 @@
+"""Decoding in slots that are used again: the programs under the sampler.
+
+B slots decode side by side. A slot's cache has a ring of R places for what is decoded,
+then W for a prompt. Rows enter at different times but step together: at step s each
+writes its key at the same place, s mod R, with a position of its own. R is the most that
+a row may decode, so nothing that a living row still reads is ever written over, and one
+`dynamic_update_slice` serves all rows.
+
+A row enters with its prompt but for the last token in the cache; that one is the first
+thing decoded. So entering draws nothing, and every draw is made in one place.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from educe.models.policy import unstack
+from educe.rollouts.draw import Settings, draw
+from educe.types import Cache, Head, Params
+
+
+class Functions(NamedTuple):
+  """The part of a Model that can be hashed, and so told apart by jit."""
+
+  head: Callable[..., Head]
+  init_cache: Callable[..., Cache]
+  decode: Callable[..., tuple[Array, Cache]]
+
+
+class Weights(NamedTuple):
+  """Params made ready to be read at every step."""
+
+  params: Params  # layers as a list: from a stack, every step would copy them
+  head: Head
+
+
+class Slots(NamedTuple):
+  """B rows on their way. What was drawn at step s is in column s mod R."""
+
+  step: Int[Array, '']
+  cache: Cache
+  token: Int[Array, 'B']  # to be read next
+  position: Int[Array, 'B']  # its place in the row
+  drawn: Int[Array, 'B']  # tokens drawn so far
+  seed: Int[Array, 'B']
+  matched: Int[Array, 'B']  # state of the stop-string automaton
+  live: Bool[Array, 'B']
+  stopped: Bool[Array, 'B']  # ended by itself
+  tokens: Int[Array, 'B R']
+  logp: Float[Array, 'B R']
+  kept: Float[Array, 'B R']
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def prepare(params: Params, *, model: Functions) -> Weights:
+  """Once per params, not per step."""
+  params = unstack(params)
+  return Weights(params, model.head(params))
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'rows', 'width', 'room'))
+def empty(*, model: Functions, rows: int, width: int, room: int) -> Slots:
+  """`rows` free slots for prompts of up to `width` + 1 tokens and `room` new ones."""
+  zeros = jnp.zeros(rows, jnp.int32)
+  no = zeros.astype(bool)
+  blank = jnp.zeros((rows, room), jnp.float32)
+  return Slots(
+    step=jnp.int32(0),
+    cache=model.init_cache(rows, room + width),
+    token=zeros,
+    position=zeros,
+    drawn=zeros,
+    seed=zeros.astype(jnp.uint32),
+    matched=zeros,
+    live=no,
+    stopped=no,
+    tokens=blank.astype(jnp.int32),
+    logp=blank,
+    kept=blank,
+  )
+
+
+class Entries(NamedTuple):
+  """Rows to let in, as host arrays of one size always; n prompts, each for one slot or
+  more."""
+
+  prompts: Int[np.ndarray, 'n W']  # without the last token
+  lengths: Int[np.ndarray, 'n']  # of what prompts holds, 0 or more
+  real: int | np.int32  # how many entries are meant; the first ones
+  slot: Int[np.ndarray, 'B']  # B, which is no slot, where not meant
+  prompt: Int[np.ndarray, 'B']  # which of the n
+  token: Int[np.ndarray, 'B']  # the prompt's last
+  seed: Int[np.ndarray, 'B']
+
+
+@functools.partial(jax.jit, static_argnames='model', donate_argnames='slots')
+def enter(params: Params, slots: Slots, entries: Entries, *, model: Functions) -> Slots:
+  """Reads each prompt once and puts it into its slots, which must be free."""
+  many, width = entries.prompts.shape
+  room = slots.tokens.shape[1]
+  column = jnp.arange(width, dtype=jnp.int32)[None]
+  positions = jnp.where(column < entries.lengths[:, None], column, -1)
+  # As long as a slot's own, so that a row put in brings an empty ring with it.
+  fresh = model.init_cache(many, room + width)
+  _, fresh = model.decode(params, fresh, entries.prompts, positions, room)
+
+  def put(index, cache):
+    def one(into, read):
+      row = jax.lax.dynamic_slice_in_dim(read, entries.prompt[index], 1)
+      return jax.lax.dynamic_update_slice_in_dim(into, row, entries.slot[index], 0)
+
+    return jax.tree.map(one, cache, fresh)
+
+  def at_slot(into, values):
+    return into.at[entries.slot].set(values, mode='drop')
+
+  return slots._replace(
+    cache=jax.lax.fori_loop(0, entries.real, put, slots.cache),
+    token=at_slot(slots.token, entries.token),
+    position=at_slot(slots.position, entries.lengths[entries.prompt]),
+    drawn=at_slot(slots.drawn, 0),
+    seed=at_slot(slots.seed, entries.seed),
+    matched=at_slot(slots.matched, 0),
+    live=at_slot(slots.live, True),
+    stopped=at_slot(slots.stopped, False),
+  )
+
+
+@functools.partial(jax.jit, static_argnames='model', donate_argnames='slots')
+def advance(
+  weights: Weights,
+  slots: Slots,
+  key: Key[Array, ''],
+  settings: Settings,
+  eos_ids: Int[Array, 'E'],
+  stop: Int[Array, 'states V'] | None,
+  enough: Int[Array, ''],
+  *,
+  model: Functions,
+) -> Slots:
+  """Decodes while more than `enough` slots are live.
+
+  A token's randomness depends on (key, the row's seed, its index in the row) alone.
+  """
+  room = slots.tokens.shape[1]
+  keys = jax.vmap(jax.random.fold_in, (None, 0))(key, slots.seed)
+
+  def more(slots: Slots):
+    return slots.live.sum() > enough
+
+  def step(slots: Slots) -> Slots:
+    at, live = slots.step % room, slots.live
+    states, cache = model.decode(
+      weights.params,
+      slots.cache,
+      slots.token[:, None],
+      jnp.where(live, slots.position, -1)[:, None],
+      at,
+    )
+    uniforms = jax.vmap(_uniforms)(keys, slots.drawn)
+    new = draw(logits(weights.head, states[:, 0]), uniforms, settings)
+    ends = (new.token[:, None] == eos_ids[None]).any(-1)
+    matched = slots.matched
+    if stop is not None:
+      matched = stop[matched, new.token].astype(jnp.int32)
+      ends |= matched == stop.shape[0] - 1
+    drawn = slots.drawn + live
+    return Slots(
+      step=slots.step + 1,
+      cache=cache,
+      token=new.token,
+      position=slots.position + 1,
+      drawn=drawn,
+      seed=slots.seed,
+      matched=matched,
+      live=live & ~ends & (drawn < room),
+      stopped=slots.stopped | (live & ends),
+      tokens=_column(slots.tokens, new.token, live, at),
+      logp=_column(slots.logp, new.logp, live, at),
+      kept=_column(slots.kept, new.kept, live, at),
+    )
+
+  return jax.lax.while_loop(more, step, slots)
+
+
+def logits(head: Head, states: Float[Array, '... D']) -> Float[Array, '... V']:
+  """Float32 logits of hidden states, logit scale and soft-cap included."""
+  out = jnp.matmul(states, head.matrix, preferred_element_type=jnp.float32)
+  out = out * head.scale
+  return out if head.softcap is None else head.softcap * jnp.tanh(out / head.softcap)
+
+
+def _uniforms(key, index):
+  return jax.random.uniform(jax.random.fold_in(key, index), (2,))
+
+
+def _column(table, values, live, at):
+  """Writes `values` into column `at` of the live rows; finished ones wait unread."""
+  return table.at[:, at].set(jnp.where(live, values, table[:, at]))
