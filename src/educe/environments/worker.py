@@ -38,11 +38,11 @@ def pack(function: Callable[..., Any]) -> bytes:
   class Pickler(cloudpickle.Pickler):
     def reducer_override(self, obj):
       name = getattr(obj, '__module__', None)
-      if isinstance(name, str) and name in sys.modules and not _importable(name):
+      module = sys.modules.get(str(name))
+      if module and module not in by_value and not _importable(str(name)):
         # A config's own file or a test: known here under a name that is no path.
-        if sys.modules[name] not in by_value:
-          by_value.append(sys.modules[name])
-          cloudpickle.register_pickle_by_value(sys.modules[name])
+        by_value.append(module)
+        cloudpickle.register_pickle_by_value(module)
       return super().reducer_override(obj)
 
   buffer = io.BytesIO()
