@@ -97,3 +97,22 @@ def test_llama2c_file_must_be_whole(tmp_path):
     path.write_bytes(wrong)
     with pytest.raises(ValueError, match=r'tok\.bin: not a llama2\.c tokenizer file'):
       tokenizer.load(path=str(path))
+
+
+def test_an_alphabet_is_a_vocabulary(tmp_path):
+  small = tokenizer.load(path='characters:ab =')
+  assert small.vocab_size == 5
+  assert small.encode('b =a<|end|>') == [1, 2, 3, 0, 4]
+  assert small.encode_with_offsets('ab')[1] == [(0, 1), (1, 2)]
+  assert small.decode([1, 2, 3, 0, 4], skip_special=True) == 'b =a'
+  assert small.special_ids == {4} == {*small.eos_ids, small.pad_id}
+  with pytest.raises(ValueError, match="lacks: 'abc'"):
+    small.encode('abc')
+  small.save(tmp_path)
+  assert tokenizer.load(path=str(tmp_path)).encode('b =a<|end|>') == [1, 2, 3, 0, 4]
+
+
+@pytest.mark.parametrize('alphabet', ['', 'aa', 'aé', 'a\n'])
+def test_alphabets_that_are_none(alphabet):
+  with pytest.raises(ValueError, match='must'):
+    tokenizer.load(path=f'characters:{alphabet}')

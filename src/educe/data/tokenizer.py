@@ -4,6 +4,8 @@
   load(path='model.gguf')    the vocabulary inside a GGUF file
   load(path='tok512.bin')    llama2.c: scored pieces with byte fallback
   load(path='byte')          256 bytes and five special tokens; needs no file
+  load(path='characters:01+=')  a token for each of these and one for the end: the
+                             vocabulary of a world small enough to train from nothing
 
 Whatever the source, the rules are held as a Hugging Face `tokenizer.json` and run by
 the `tokenizers` library, so offsets, saving and pickling work the same for all. The
@@ -62,6 +64,10 @@ class Tokenizer:
       encoding = self._backend(special).encode(text, add_special_tokens=False)
     except TypeError:  # half a surrogate pair, as a broken \ud800 escape leaves
       raise ValueError(f'text is not valid Unicode: {text[:60]!r}') from None
+    except Exception:  # the library's own, of a vocabulary of characters
+      raise ValueError(
+        f'text has characters that the vocabulary lacks: {text[:60]!r}'
+      ) from None
     return encoding.ids, encoding.offsets
 
   def decode(
@@ -164,13 +170,15 @@ class Tokenizer:
 
 
 def load(*, path: str) -> Tokenizer:
-  """A tokenizer from a folder, a .gguf or llama2.c .bin file, or the word 'byte'.
+  """A tokenizer from a folder, a .gguf or llama2.c .bin file, 'byte' or 'characters:…'.
 
   path: see `educe.paths` for package:// and data://
   Raises FileNotFoundError, or ValueError naming what the file lacks.
   """
   if path == 'byte':
     return Tokenizer(**vocabularies.byte())
+  if path.startswith('characters:'):
+    return Tokenizer(**vocabularies.characters(path.removeprefix('characters:')))
   found = paths.resolve(path)
   if found.is_dir():
     return Tokenizer(**vocabularies.hugging_face(found))
@@ -180,5 +188,5 @@ def load(*, path: str) -> Tokenizer:
     return Tokenizer(**vocabularies.llama2c(found))
   raise ValueError(
     f'tokenizer path={path!r}: expected a folder with tokenizer.json, a .gguf file, '
-    "a llama2.c .bin file, or the word 'byte'"
+    "a llama2.c .bin file, the word 'byte', or 'characters:' and an alphabet"
   )

@@ -87,6 +87,39 @@ def byte() -> dict[str, Any]:
   )
 
 
+def characters(alphabet: str) -> dict[str, Any]:
+  """Id i is the i-th character; one more, <|end|>, ends a text and pads.
+
+  Raises ValueError unless the characters are different and printable ASCII.
+  """
+  if not alphabet or len({*alphabet}) < len(alphabet):
+    raise ValueError(f'characters:{alphabet} must name different characters, at least 1')
+  if not (alphabet.isascii() and alphabet.isprintable()):
+    raise ValueError(f'characters:{alphabet!r} must be printable ASCII')
+  names = [byte_alphabet()[ord(c)] for c in alphabet]
+  # Words rather than pieces: a character outside the alphabet is an error, not dropped.
+  backend = tokenizers.Tokenizer(
+    models.WordLevel({name: i for i, name in enumerate(names)}, unk_token='<|unknown|>')
+  )
+  backend.pre_tokenizer = pre_tokenizers.Sequence(
+    [
+      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+      pre_tokenizers.Split(tokenizers.Regex('.'), 'isolated'),
+    ]
+  )
+  backend.decoder = decoders.ByteLevel()
+  backend.add_special_tokens([_special('<|end|>')])
+  end = len(alphabet)
+  return dict(
+    definition=backend.to_str(),
+    bos_id=None,
+    eos_ids=(end,),
+    pad_id=end,
+    chat_template=None,
+    add_bos=False,
+  )
+
+
 def llama2c(path: pathlib.Path) -> dict[str, Any]:
   """llama2.c's tokenizer.bin: a longest-piece int32, then (float32 score, int32
   length, bytes) for each piece. Ids 0, 1, 2 are unk, bos, eos; 3..258 are bytes.

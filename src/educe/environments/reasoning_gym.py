@@ -19,15 +19,12 @@ right answer instead. Families that need `eval` to judge an answer are refused.
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from educe.environments import answers, problems
 from educe.types import Environment, Turn
-
-HELD_OUT = 0.2  # the share of all problems that part='heldout' draws from
 
 # One right answer; the package's own scorer is wrong (the first) or calls eval.
 EXACT = frozenset(
@@ -48,9 +45,6 @@ EVALUATES = frozenset(
 # The scorer raises this on text that is no answer at all.
 RAISES = {'prime_factorization': ValueError}
 
-_NUMBER = re.compile(r'(?<![\w)])-?\d+(?:,\d{3})*(?:\.\d+)?|\d+(?:,\d{3})*(?:\.\d+)?')
-_PREFIX = re.compile(r'^(?:the )?(?:final )?answer(?: is|:)\s*:?\s*', re.IGNORECASE)
-
 
 def make(
   *,
@@ -70,7 +64,7 @@ def make(
   system: a system message before the question; None leaves it to the chat template
   options: the family's own settings, such as max_digits=2
 
-  `respond` extracts an answer (see `extract`) and pays 1.0 if it is verified, else 0.0.
+  `respond` pays 1.0 if the answer (see `answers.extract`) is verified, else 0.0.
   Turn.info has `outcome`: 'verified', 'wrong', 'unparsable' (no answer in the text) or
   'error' (the scorer raised; `info['error']` says what), and `answer`, the text judged.
 
@@ -113,49 +107,10 @@ def records(
   return out
 
 
-def extract(text: str, reference: str | None) -> str | None:
-  """The answer in a completion, or None. The first of these rules that applies:
-
-  1. the last <answer>…</answer>
-  2. the last \\boxed{…}
-  3. if the reference is a number: the last number (thousands separators dropped, and
-     '.0' if the reference is whole)
-  4. if the reference has several lines: the whole text
-  5. the last line that is not blank, without 'Answer:' or 'The answer is' before it or
-     a full stop after it
-
-  Only what follows </think> counts; a block that is never closed leaves nothing.
-  """
-  if '<think>' in text or '</think>' in text:
-    _, closed, text = text.rpartition('</think>')
-    if not closed or '<think>' in text:
-      return None
-  tagged = re.findall(r'<answer>((?:(?!<answer>).)*?)</answer>', text, re.DOTALL)
-  if tagged:
-    return tagged[-1].strip() or None
-  boxed = re.findall(r'\\boxed\{([^{}]*)\}', text)
-  if boxed:
-    return boxed[-1].strip() or None
-  reference = reference or ''
-  if _NUMBER.fullmatch(reference):
-    numbers = _NUMBER.findall(text.replace('−', '-'))
-    if not numbers:
-      return None
-    number = numbers[-1].replace(',', '')
-    return number if '.' in reference else re.sub(r'\.0+$', '', number)
-  if '\n' in reference:
-    return text.strip('\n') or None
-  lines = [line.strip() for line in text.splitlines() if line.strip()]
-  if not lines:
-    return None
-  line = _PREFIX.sub('', lines[-1])
-  return (line if reference.endswith('.') else line.removesuffix('.')) or None
-
-
 def _respond(
   task: str, dataset: Any, prompt: Mapping[str, Any], transcript: Sequence[str]
 ) -> Turn:
-  answer = extract(transcript[-1], prompt['answer'])
+  answer = answers.extract(transcript[-1], prompt['answer'])
   outcome, info = 'unparsable', {'answer': answer}
   if answer is not None:
     try:
@@ -176,30 +131,18 @@ def _verify(task, dataset, answer, prompt) -> bool:
 
 
 def _record(task, entry, instruction, system) -> dict[str, Any]:
-  question = entry['question'].strip()
-  content = f'{question}\n\n{instruction}' if instruction else question
-  messages = [{'role': 'user', 'content': content}]
-  if system is not None:
-    messages.insert(0, {'role': 'system', 'content': system})
   return {
-    'id': f'{task}-{_digest(entry)[:12]}',
-    'prompt': messages,
+    'id': f'{task}-{problems.digest(entry["question"])[:12]}',
+    'prompt': problems.chat(entry['question'].strip(), instruction, system),
     'answer': entry['answer'],
     'question': entry['question'],
     'metadata': entry['metadata'],
   }
 
 
-def _digest(entry) -> str:
-  return hashlib.sha256(' '.join(entry['question'].split()).encode()).hexdigest()
-
-
 def _generate(task, size, seed, part, options) -> tuple[Any, list[Any]]:
   """(the package's data set, `size` different problems of this part)"""
-  if part not in ('all', 'train', 'heldout'):
-    raise ValueError(f"part must be 'all', 'train' or 'heldout', got {part!r}")
-  if size < 1:
-    raise ValueError(f'size must be at least 1, got {size}')
+  problems.at_least_one(size)
   dataset = _create(task, {**options, 'size': 100, 'seed': seed})
   found: dict[str, Any] = {}
   barren = 0
@@ -207,9 +150,8 @@ def _generate(task, size, seed, part, options) -> tuple[Any, list[Any]]:
     before = len(found)
     for index in range(len(dataset)):
       entry = dataset[index]
-      digest = _digest(entry)
-      held_out = int(digest[:8], 16) < HELD_OUT * 2**32
-      if part == 'all' or held_out == (part == 'heldout'):
+      digest = problems.digest(entry['question'])
+      if problems.in_part(digest, part):
         found.setdefault(digest, entry)
       if len(found) == size:
         return dataset, list(found.values())
