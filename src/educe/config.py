@@ -95,9 +95,7 @@ def load(argv: Sequence[str]) -> dict[str, Any]:
     chosen = set(config_flags.get_override_values(values['config']))
     for stage in config.get('stages', ()):
       own = f'{stage}.'
-      _shrink(
-        config[stage], {k.removeprefix(own) for k in chosen if k.startswith(own)}
-      )
+      _shrink(config[stage], {k.removeprefix(own) for k in chosen if k.startswith(own)})
     if 'stages' not in config:
       _shrink(config, chosen)
   return config.to_dict()

@@ -243,7 +243,9 @@ def run_all(argv: Sequence[str], run_dir: pathlib.Path, *, sweep: bool) -> None:
           f'config.stages={stages}: {unknown[0]!r} is not both a stage and a section'
         )
       runs = {
-        run_dir / name / stage: config_lib.expand(values[stage], train, f'config.{stage}')
+        run_dir / name / stage: config_lib.expand(
+          values[stage], train, f'config.{stage}'
+        )
         for stage in stages
       }
     previous = None
@@ -263,7 +265,7 @@ def run_all(argv: Sequence[str], run_dir: pathlib.Path, *, sweep: bool) -> None:
 
 def story(folders: Sequence[pathlib.Path]) -> str:
   """Accuracy before the first of these runs and after each, as a table."""
-  lines = []
+  lines: list[str] = []
   for folder in folders:
     exams = [x for x in metrics.read(folder / 'metrics.jsonl') if 'accuracy' in x]
     for label, exam in [('before', exams[:1]), (folder.name, exams[-1:])]:

@@ -134,7 +134,9 @@ class TrainState(NamedTuple):
   params: Params
   opt_state: Any
   key: Key[Array, '']
-  reference: Params | None = None  # a frozen or lagging policy, where the loss needs one
+  reference: Params | None = (
+    None  # a frozen or lagging policy, where the loss needs one
+  )
 
 
 class StateMismatch(ValueError):

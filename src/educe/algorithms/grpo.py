@@ -123,7 +123,7 @@ def make(
       rewards, r.group, **{name: x for name, x in supply.items() if name in wants}
     )
     values = np.asarray(values if values.ndim == 2 else values[:, None] * mask)
-    batch = Batch(
+    arrays: dict[str, Any] = dict(
       tokens=np.asarray(r.tokens),
       mask=mask,
       sampler_logp=np.asarray(r.sampler_logp),
@@ -131,6 +131,7 @@ def make(
       ref_logp=ref,
       advantages=(values * mask).astype(np.float32),
     )
+    batch = Batch(**arrays)
     info['sampling/staleness_steps'] = int(state.step) - current.step
     _write(run_dir, tokenizer, current, batch, int(state.step))
     return batch, info
@@ -153,9 +154,7 @@ def make(
     rows = (chosen[:, None] * rollouts.group + np.arange(rollouts.group)).ravel()
     return jax.tree.map(lambda x: x[rows], data.whole), info
 
-  return Algorithm(
-    next_batch, loss, data, size, rollouts.temperature, reference_every
-  )
+  return Algorithm(next_batch, loss, data, size, rollouts.temperature, reference_every)
 
 
 class _Position:
@@ -179,7 +178,8 @@ class _Position:
     self.rollouts.set_state(state['rollouts'])
     self.used, self.whole = state['used'], None
     if 'whole' in state:
-      self.number, self.whole = state['number'], Batch(**unpack(state['whole']))
+      arrays: dict[str, Any] = unpack(state['whole'])
+      self.number, self.whole = state['number'], Batch(**arrays)
 
   def start_prefetch(self) -> None:
     """Grain's handler asks for it after a restore; nothing runs ahead here."""

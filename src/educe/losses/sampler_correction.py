@@ -62,7 +62,7 @@ def weights(
   """
   reported = mask * ~jnp.isnan(sampler_logp)
   log_ratio = sg(jnp.where(reported > 0, old_logp - sampler_logp, 0.0))
-  metrics = {
+  metrics: dict[str, Mean | Max] = {
     'sampling/logp_difference/mean': agg.token_mean(jnp.abs(log_ratio), reported),
     'sampling/logp_difference/max': Max(jnp.abs(log_ratio).max()),
   }

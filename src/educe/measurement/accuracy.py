@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 
 from educe.data.tokenizer import Tokenizer
-from educe.rollouts.texts import complete
+from educe.environments import verifiers
+from educe.rollouts.collect import collect
 from educe.types import OUTCOMES, Environment, Model, Params
 
 Z = 1.959964  # two-sided 95 %
@@ -38,48 +39,21 @@ class Accuracy(NamedTuple):
     return f'{self.rate:.1%} of {self.total} ({interval}; {counts})'
 
 
-def accuracy(
-  policy: Callable[[Sequence[Any]], Sequence[Any]], environment: Environment
-) -> Accuracy:
-  """The share of single-turn problems solved, one completion each.
+def accuracy(transcripts: Sequence[dict[str, Any]]) -> Accuracy:
+  """The share of completions whose `outcome` is 'verified'.
 
-  policy: prompts -> completions with `.text`, `.tokens` and `.stopped`, such as
-    `functools.partial(rollouts.texts.complete, model, params, tokenizer, …)`
-  environment: whose `info['outcome']` is one of OUTCOMES; without it a reward of 1 or
-    more counts as verified, less as wrong, and None as unparsable
+  transcripts: rows of `Rollouts.transcripts`
 
-  Each transcript has id, prompt, completion, answer, reward, outcome, length (tokens)
-  and stopped.
-
-  Raises ValueError for no prompts, or if an environment asks for another turn.
+  Raises ValueError for none.
   """
-  records = environment.prompts
-  if not len(records):
-    raise ValueError('accuracy: the environment has no prompts')
-  completions = policy([record['prompt'] for record in records])
+  if not transcripts:
+    raise ValueError('accuracy: there are no transcripts')
   counts = dict.fromkeys(OUTCOMES, 0)
-  transcripts = []
-  for index, (record, done) in enumerate(zip(records, completions, strict=True)):
-    turn = environment.respond(record, [done.text])
-    if not turn.done:
-      raise ValueError('accuracy: the environment asks for more than one turn')
-    outcome = turn.info.get('outcome') or _outcome(turn.reward)
-    counts[outcome] += 1
-    transcripts.append(
-      {
-        'id': record.get('id', index),
-        'prompt': record['prompt'],
-        'completion': done.text,
-        'answer': record['answer'],
-        'reward': turn.reward,
-        'outcome': outcome,
-        'length': len(done.tokens),
-        'stopped': done.stopped,
-      }
-    )
-  low, high = wilson(counts['verified'], len(records))
-  rate = counts['verified'] / len(records)
-  return Accuracy(rate, low, high, len(records), counts, transcripts)
+  for row in transcripts:
+    counts[row['outcome']] += 1
+  low, high = wilson(counts['verified'], len(transcripts))
+  rate = counts['verified'] / len(transcripts)
+  return Accuracy(rate, low, high, len(transcripts), counts, list(transcripts))
 
 
 def evaluate(
@@ -89,27 +63,41 @@ def evaluate(
   *,
   environment: Environment,
   max_new_tokens: int,
+  temperature: float = 0.0,
+  repeats: int = 1,
   batch_size: int = 64,
+  workers: int = 0,
+  time_limit: float = 10.0,
 ) -> Accuracy:
-  """Greedy accuracy of a policy: what the config section `evaluation` runs."""
-  policy = functools.partial(
-    complete,
+  """Accuracy of a policy on an environment: what the config section `evaluation` runs.
+
+  temperature: 0 is greedy
+  repeats: completions of each prompt, always with the same seeds. The interval takes
+    them as independent: it is of the rate on these prompts, not on others like them.
+  workers, time_limit (seconds): of the verifier's processes, as for rollouts; with 0 the
+    environment judges in this process, where nothing can stop it.
+  """
+  if repeats > 1 and not temperature:
+    raise ValueError(f'evaluation.repeats={repeats} greedy completions would be equal')
+  ask = functools.partial(
+    collect,
     model,
     params,
     tokenizer,
-    key=jax.random.key(0),  # greedy: never used
+    environment,
+    environment.prompts,
+    group=repeats,
+    key=jax.random.key(0),
     max_new_tokens=max_new_tokens,
+    temperature=temperature,
     batch_size=batch_size,
-    temperature=0.0,
     show='evaluating',
   )
-  return accuracy(policy, environment)
-
-
-def _outcome(reward: float | None) -> str:
-  if reward is None:
-    return 'unparsable'
-  return 'verified' if reward >= 1 else 'wrong'
+  if not workers:
+    return accuracy(ask().transcripts)
+  judges = verifiers.judges(environment.respond, workers=workers, time_limit=time_limit)
+  with judges as judge:
+    return accuracy(ask(judge=judge).transcripts)
 
 
 def wilson(successes: int, total: int) -> tuple[float, float]:

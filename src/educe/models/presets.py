@@ -16,6 +16,19 @@ debug = Architecture(
   max_length=256,
 )
 
+# The chain world (environments/chain.py): 16 tokens, at most 5 + 5 of them a document.
+chain = Architecture(
+  vocab_size=16,
+  dim=64,
+  layers=2,
+  heads=4,
+  kv_heads=4,
+  head_dim=16,
+  ffn=256,
+  max_length=16,
+  tied=True,
+)
+
 # TinyStories (Eldan & Li 2023, arXiv:2305.07759), trained by llama2.c: 260,032.
 stories260k = Architecture(
   vocab_size=512,

@@ -203,7 +203,7 @@ class Rounds:
     if greedy:
       key = jax.random.fold_in(key, 1 + self.refills)
       once = self._sample(params, chosen, key, group=1, temperature=0.0)
-      baseline = once.rewards
+      baseline = np.asarray(once.rewards)
     info = {
       **first,  # before refills: what the policy does on prompts as they come
       'sampling/prompts': asked,
@@ -327,7 +327,11 @@ def decode(state: dict[str, Any]) -> Round:
   group, number, step, info = state['rest']
   rows = json.loads(state['transcripts'])
   return Round(
-    Rollouts(**arrays, group=group, transcripts=rows), greedy, number, step, info
+    Rollouts(**arrays, group=group, transcripts=rows),  # type: ignore[arg-type]
+    greedy,
+    number,
+    step,
+    info,
   )
 
 

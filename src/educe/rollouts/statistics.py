@@ -28,9 +28,7 @@ def summary(rollouts: Rollouts) -> dict[str, Any]:
   rewards = np.asarray(rollouts.rewards, np.float64).reshape(-1, group)
   scored = rewards[np.isfinite(rewards)]
   outcomes = collections.Counter(row['outcome'] for row in rollouts.transcripts)
-  spreads = [
-    r[np.isfinite(r)].std(ddof=1) for r in rewards if np.isfinite(r).sum() > 1
-  ]
+  spreads = [r[np.isfinite(r)].std(ddof=1) for r in rewards if np.isfinite(r).sum() > 1]
   solved = verified(rollouts) / group
   numbers = {
     'reward': scored.mean() if len(scored) else np.nan,

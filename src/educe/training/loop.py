@@ -81,10 +81,11 @@ def run(
       'perf/mfu': rate * flops_per_token / peak,
     }
     log.write(number, values | info)
-    bar.update()
     bar.set_postfix_str(
-      f'loss {values["loss"]:.4f}, {rate:.0f} tok/s, mfu {values["perf/mfu"]:.0%}'
+      f'loss {values["loss"]:.4f}, {rate:.0f} tok/s, mfu {values["perf/mfu"]:.0%}',
+      refresh=False,
     )
+    bar.update()
     if values['skipped_in_a_row'] >= abort_after:
       dump = run_dir / f'nonfinite_{number}.npz'
       np.savez(dump, **{k: v for k, v in batch._asdict().items() if v is not None})
