@@ -136,7 +136,7 @@ def make(
     _write(run_dir, tokenizer, current, batch, int(state.step))
     return batch, info
 
-  data = _Position(rollouts, epochs * minibatches)
+  data = Position(rollouts, epochs * minibatches)
 
   def next_batch(state: TrainState) -> tuple[Batch, dict[str, Any]]:
     info: dict[str, Any] = {}
@@ -157,7 +157,7 @@ def make(
   return Algorithm(next_batch, loss, data, size, rollouts.temperature, reference_every)
 
 
-class _Position:
+class Position:
   """What must survive a restart: the rounds, and the one that is being trained on."""
 
   def __init__(self, rollouts: Rounds, steps: int):
@@ -170,7 +170,7 @@ class _Position:
     state: dict[str, Any] = {'rollouts': self.rollouts.get_state(), 'used': self.used}
     if self.whole is not None and self.used < self.steps:
       arrays = {n: x for n, x in self.whole._asdict().items() if x is not None}
-      state |= {'number': self.number, 'whole': pack(arrays)}
+      state |= {'number': self.number, 'steps': self.steps, 'whole': pack(arrays)}
     return json.dumps(state).encode()
 
   def set_state(self, text: bytes) -> None:
@@ -178,6 +178,7 @@ class _Position:
     self.rollouts.set_state(state['rollouts'])
     self.used, self.whole = state['used'], None
     if 'whole' in state:
+      self.steps = state['steps']
       arrays: dict[str, Any] = unpack(state['whole'])
       self.number, self.whole = state['number'], Batch(**arrays)
 
