@@ -93,7 +93,9 @@ def characters(alphabet: str) -> dict[str, Any]:
   Raises ValueError unless the characters are different and printable ASCII.
   """
   if not alphabet or len({*alphabet}) < len(alphabet):
-    raise ValueError(f'characters:{alphabet} must name different characters, at least 1')
+    raise ValueError(
+      f'characters:{alphabet} must name different characters, at least 1'
+    )
   if not (alphabet.isascii() and alphabet.isprintable()):
     raise ValueError(f'characters:{alphabet!r} must be printable ASCII')
   names = [byte_alphabet()[ord(c)] for c in alphabet]
