@@ -11,8 +11,8 @@ from educe.rollouts.draw import Settings
 def entries(rows, width, chosen):
   """chosen: {slot: (prompt, seed)}"""
   out = slots_lib.Entries(
-    prompts=np.zeros((len(chosen), width), np.int32),
-    lengths=np.zeros(len(chosen), np.int32),
+    prompts=np.zeros((rows, width), np.int32),
+    lengths=np.zeros(rows, np.int32),
     real=np.int32(len(chosen)),
     slot=np.full(rows, rows, np.int32),
     prompt=np.zeros(rows, np.int32),
