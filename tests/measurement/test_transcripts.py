@@ -90,6 +90,9 @@ def test_hostile_text_is_shown_and_never_markup(tmp_path):
   assert hostile.texts['prompt'] == f'{HOSTILE} {HOSTILE}'
   assert hostile.texts['h1'] == hostile.texts['title'] == HOSTILE
   assert hostile.texts['facts'].count(HOSTILE) == 2
+  source = (tmp_path / 'deep' / 'page.html').read_text()
+  assert 'onmouseover=&quot;' in source
+  assert 'onmouseover="' not in source
   without = read([row(completion=HOSTILE)], tmp_path)
   assert without.texts['completion'] == HOSTILE
 
