@@ -4,7 +4,7 @@ import re
 import numpy as np
 import pytest
 
-from educe.measurement.transcripts import page
+from educe.measurement.transcript_page import page
 
 
 class Reader(html.parser.HTMLParser):

@@ -1,7 +1,7 @@
 import re
 
-from educe.measurement import transcripts_page
-from educe.measurement.transcripts import page
+from educe.measurement import page_markup
+from educe.measurement.transcript_page import page
 
 ROW = dict(
   prompt='q',
@@ -24,7 +24,7 @@ def test_the_page_needs_nothing_from_outside_and_may_not_load_it(tmp_path):
 
 def test_every_class_and_colour_that_is_used_is_styled(tmp_path):
   text = page([ROW], tmp_path / 'page.html').read_text()
-  style = transcripts_page.STYLE
+  style = page_markup.STYLE
   for name in ('a-plus', 'a-minus', 'r-plus', 'r-minus', 'facts', 'prompt', 'control'):
     assert f'.{name}' in style
   for name in set(re.findall(r'data-show="(\w+)"', text)):
@@ -49,7 +49,7 @@ def luminance(colour):
 
 def test_text_is_readable_on_every_ground_in_both_modes():
   """Contrast of at least 4.5, the AA line of WCAG 2.2 (1.4.3)."""
-  for mode in transcripts_page.STYLE.split('@media (prefers-color-scheme: dark)'):
+  for mode in page_markup.STYLE.split('@media (prefers-color-scheme: dark)'):
     colours = {}
     for name, value in re.findall(r'--([\w-]+): #(\w+)', mode):
       colours.setdefault(name, value)

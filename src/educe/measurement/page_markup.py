@@ -1,4 +1,4 @@
-"""The empty page that transcripts.py fills: markup, style and a few lines of script."""
+"""The empty page that transcript_page.py fills: markup, style and a few lines of script."""
 
 from __future__ import annotations
 

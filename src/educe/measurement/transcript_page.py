@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from educe.measurement import transcripts_page
+from educe.measurement import page_markup
 from educe.types import OUTCOMES
 
 PER_TOKEN = ('advantages', 'log_ratio', 'entropy')
@@ -51,11 +51,11 @@ def page(
     alone = ('alone', index) if row.get('id') is None else (row.get('step'), row['id'])
     groups.setdefault(repr(alone), []).append(row)
   title = title or 'transcripts'
-  text = transcripts_page.PAGE.substitute(
+  text = page_markup.PAGE.substitute(
     name=CONTROL.sub('', html.escape(title)),  # a tab's name takes no markup
     title=_text(title),
-    style=transcripts_page.STYLE,
-    script=transcripts_page.SCRIPT,
+    style=page_markup.STYLE,
+    script=page_markup.SCRIPT,
     counts=_counts(rows),
     legend=_legend(rows, full),
     groups='\n'.join(_group(group, full) for group in groups.values()),
