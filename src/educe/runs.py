@@ -29,7 +29,6 @@ from educe.training import checkpoint, loop, metrics
 from educe.training.step import init_state, make_step
 from educe.types import Model, Params
 
-
 PAGE = 64  # completions on the page of transcripts
 
 
