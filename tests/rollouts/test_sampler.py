@@ -400,13 +400,12 @@ def test_bad_input_is_one_clear_line(prompts, options, message):
 
 @pytest.mark.parametrize('temperature', [0.0, 1.0])
 def test_a_model_with_nan_weights_is_refused(temperature):
-  """One number is enough, in one of three rows: blanks are no answer."""
+  """One number is enough: blanks are no answer."""
   model, table = toy.model()
-  broken = table.at[3, 5].set(jnp.nan)  # read only after tokens that sum to 3
   options = dict(max_new_tokens=1, temperature=temperature)
-  sample(model, broken, [[1], [2]], KEY, **options)
+  sample(model, table, [[1], [2]], KEY, **options)
   with pytest.raises(ValueError, match=r'not finite \(NaN logits\): its weights'):
-    sample(model, broken, [[1], [2], [3]], KEY, **options)
+    sample(model, table.at[3, 5].set(jnp.nan), [[1], [2]], KEY, **options)
 
 
 def test_the_context_may_be_filled_to_the_brim():
