@@ -35,6 +35,7 @@ setuptools.setup(
     'tpu': ['jax[tpu]>=0.10.2'],
     'cuda': ['jax[cuda13]>=0.10.2'],
     'demo': DEMO,
+    'notebook': [*DEMO, 'jupyterlab>=4.4', 'nbclient>=0.10'],
     'dev': [
       *DEMO,
       'beartype>=0.22',

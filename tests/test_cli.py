@@ -11,7 +11,9 @@ import pytest
 
 from educe import cli
 from educe.data import tfds_builder
+from educe.data import tokenizer as tokenizers
 from educe.models import policy, safetensors, scratch
+from educe.runs import check_vocabulary
 from educe.training import metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -116,6 +118,7 @@ def test_going_on_with_another_config_says_what_changed(config, tmp_path, capsys
   assert cli.main(['train', config, run, '--config.steps=4']) == 0
   said = capsys.readouterr().err
   assert 'steps was 3, is now 4' in said
+  assert said.count(' was ') == 1
   assert 'from step 3' in said
   assert len(losses(tmp_path / 'run')) == 4
 
@@ -132,18 +135,32 @@ def test_going_on_with_another_config_says_what_changed(config, tmp_path, capsys
     (['--configg=3'], "unknown argument '--configg=3'"),
     (['--config.aggregate=3'], "takes no 'aggregate'"),
     (['--config.data.max_length=4'], 'max_length'),
-    (['--config.save_every=0'], 'save_every=0 must be at least 1'),
+    (['--config.save_every=0'], 'config.save_every=0 must be at least 1'),
+    (['--config.evaluate_every=-1'], 'config.evaluate_every=-1 must be at least 0'),
+    (['--config.steps=-1'], 'config.steps=-1 must be at least 1'),
+    (['--config.microbatches=0'], 'config.microbatches=0 must'),
+    (['--config.abort_after=0'], 'config.abort_after=0 must'),
+    (['--config.optimizer.learning_rate=-1.0'], 'optimizer.learning_rate=-1.0 must be'),
+    (['--config.model.remat=dotz'], "config.model: remat = 'dotz' is none of"),
+    (['--run_dir='], '--run_dir= is empty; name a folder'),
+    (['--run_dir=FILE'], 'is a file; name a folder'),
+    (['--run_dir=FILE/below'], 'is a file; name a folder'),
   ],
 )
 def test_a_mistake_is_one_line_and_exit_code_1(
-  config, tmp_path, capsys, extra, message
+  config, tmp_path, capsys, monkeypatch, extra, message
 ):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'FILE').write_text('')
+  before = {p.name for p in tmp_path.iterdir()}
   assert cli.main(['train', config, f'--run_dir={tmp_path / "run"}', *extra]) == 1
   said = capsys.readouterr().err.strip().splitlines()
-  lines = [line for line in said if 'step/s]' not in line]  # the bar at step 0
-  assert len(lines) == 1
-  assert lines[0].startswith('educe: ')
-  assert message in lines[0]
+  assert said[-1].startswith('educe: ')
+  assert message in said[-1]
+  own = (f'{tmp_path / "run"}: 3 steps', 'starting at step 0')  # what it set out to do
+  rest = [x for x in said[:-1] if x and not x.startswith(own) and 'step/s]' not in x]
+  assert not rest
+  assert {p.name for p in tmp_path.iterdir()} - {'run'} == before
 
 
 def test_a_checkpoint_of_another_model_is_refused_and_left_alone(
@@ -171,8 +188,11 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, capsys):
 @pytest.mark.parametrize(
   ('argv', 'message'),
   [
-    (['--model=nowhere.gguf'], 'nowhere.gguf: no such file'),
-    (['--model=README.md'], 'README.md: not a .gguf'),
+    (['--model=nowhere.gguf'], 'educe: --model=nowhere.gguf: no such file'),
+    (['--model=README.md'], '--model=README.md: not a .gguf'),
+    (['--prompt='], "--prompt='' is empty"),
+    (['--prompt= \n'], r"--prompt=' \n' is empty"),
+    (['--prompt=', '--raw'], "--prompt='' is empty"),
     (['--temperatur=1'], "unknown argument '--temperatur=1'"),
   ],
 )
@@ -213,4 +233,118 @@ def test_a_damaged_run_is_one_line_naming_the_file(config, tmp_path, capsys, bre
   said = capsys.readouterr().err.strip().splitlines()[-1]
   assert said.startswith('educe: ')
   assert 'is damaged' in said
-  assert break_it in said
+  file = run / ('config.json' if break_it == 'config' else 'checkpoints/3')
+  assert str(file) in said
+
+
+def test_only_what_differs_of_a_section_is_said(config, tmp_path, capsys):
+  run = f'--run_dir={tmp_path / "run"}'
+  cli.main(['train', config, run])
+  capsys.readouterr()
+  changed = ['--config.optimizer.learning_rate=0.5', '--config.data.seed=0']
+  assert cli.main(['train', config, run, *changed]) == 0
+  said = [line for line in capsys.readouterr().err.splitlines() if ' was ' in line]
+  (line,) = said
+  assert line.endswith('config.json: optimizer.learning_rate was 0.01, is now 0.5')
+
+
+def test_a_run_says_first_what_it_is(config, tmp_path, capsys):
+  run = tmp_path / 'run'
+  assert cli.main(['train', config, f'--run_dir={run}']) == 0
+  said = capsys.readouterr().err.splitlines()
+  assert said[0].startswith(
+    f'{run}: 3 steps of sft; model scratch debug, source jsonl '
+  )
+  assert said[0].endswith('data.jsonl')
+  assert said[1].startswith('starting at step 0 of 3: ')
+  size = policy.count(scratch.load(preset='debug')[1])
+  assert f'{size:,} parameters' in said[1]
+
+
+LOAD = scratch.load
+
+
+def broken_model(*, preset: str = 'debug'):
+  """One weight of the model is NaN, as from a file that was damaged."""
+  model, params = LOAD(preset=preset)
+  scale = params['norm']['scale'].at[3].set(float('nan'))
+  return model, {**params, 'norm': {'scale': scale}}
+
+
+def test_nan_weights_are_said_at_the_first_step(config, tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(scratch, 'load', broken_model)
+  run = tmp_path / 'run'
+  assert cli.main(['train', config, f'--run_dir={run}']) == 1
+  said = capsys.readouterr().err.strip().splitlines()[-1]
+  assert said.startswith('educe: loss nan and gradients that are not finite before any')
+  assert 'config.model' in said
+  assert len(metrics.read(run / 'metrics.jsonl')) == 1
+  assert not (run / 'checkpoints' / '3').exists()
+  assert not (run / 'curves.png').exists()
+
+
+def test_nan_weights_are_said_by_an_evaluation(config, tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(scratch, 'load', broken_model)
+  file = tmp_path / 'config.py'
+  exam = "evaluation=dict(name='accuracy', max_new_tokens=2, environment=dict(name='tabular', size=2))"  # fmt: skip # noqa: E501
+  file.write_text(file.read_text().replace('steps=3,', f'steps=3, {exam},'))
+  assert cli.main(['train', config, f'--run_dir={tmp_path / "run"}']) == 1
+  assert 'educe: the model gives probabilities that are not finite' in (
+    capsys.readouterr().err
+  )
+
+
+def test_settings_of_an_evaluation_are_refused_before_the_model_is_loaded(
+  config, tmp_path, capsys, monkeypatch
+):
+  monkeypatch.setattr(scratch, 'load', lambda **_: pytest.fail('loaded the model'))
+  file = tmp_path / 'config.py'
+  exam = "evaluation=dict(name='accuracy', max_new_tokens=0, environment=dict(name='tabular', size=2))"  # fmt: skip # noqa: E501
+  file.write_text(file.read_text().replace('steps=3,', f'steps=3, {exam},'))
+  assert cli.main(['train', config, f'--run_dir={tmp_path / "run"}']) == 1
+  assert 'config.evaluation.max_new_tokens=0 must be' in capsys.readouterr().err
+
+
+def test_a_tokenizer_path_that_follows_the_models_says_so(config, tmp_path, capsys):
+  file = tmp_path / 'config.py'
+  odd = tmp_path / 'odd.xyz'
+  odd.write_text('')
+  text = file.read_text().replace("path='byte'", f'path={str(odd)!r}')
+  file.write_text(text.replace("preset='debug'", f'path={str(odd)!r}'))
+  more = ['--config.model.name=gguf']
+  assert cli.main(['train', config, f'--run_dir={tmp_path / "run"}', *more]) == 1
+  said = capsys.readouterr().err
+  assert 'config.tokenizer' in said
+  assert 'it is config.model.path, which config.tokenizer.path follows' in said
+
+
+def test_convert_refuses_a_file_before_it_loads_the_model(
+  tmp_path, capsys, monkeypatch
+):
+  monkeypatch.setattr(cli, 'open_policy', lambda *_: pytest.fail('loaded the model'))
+  file = tmp_path / 'file'
+  file.write_text('kept')
+  for to, message in ((file, f'--to={file}: {file} is a file'), ('', '--to= is empty')):
+    assert cli.main(['convert', f'--to={to}']) == 1
+    assert message in capsys.readouterr().err
+  assert file.read_text() == 'kept'
+
+
+def test_help_names_the_default_model(capsys):
+  with pytest.raises(SystemExit):
+    cli.main(['sample', '--help'])
+  assert cli.SMOLLM2 in ''.join(capsys.readouterr().out.split())
+
+
+def test_a_vocabulary_that_just_fits_passes_and_one_more_does_not():
+  model, _ = scratch.load(preset='debug')
+  words = tokenizers.load(path='byte')
+  for spare, fits in ((0, True), (-1, False)):
+    size = dataclasses.replace(model.architecture, vocab_size=words.vocab_size + spare)
+    small = policy.build(size)
+    params = small.init(jax.random.key(0))
+    if fits:
+      check_vocabulary(small, params, words)
+    else:
+      with pytest.raises(ValueError, match='has 261 tokens, the model 260 embeddings'):
+        check_vocabulary(small, params, words)

@@ -2,21 +2,23 @@
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
 
-from educe import cli, config
+from educe import config, runs
 from educe.config import ConfigError
 
 ROOT = pathlib.Path(__file__).parents[1]
 DEMO = str(ROOT / 'configs' / 'sft.py')
+GRPO = str(ROOT / 'configs' / 'grpo.py')
 
 
 def load(*overrides, recipe='demo,debug'):
   values = config.load([f'--config={DEMO}:{recipe}', *overrides])
-  return config.expand(values, cli.train)
+  return config.expand(values, runs.train)
 
 
 def test_defaults_of_every_section_are_filled_in():
@@ -26,7 +28,7 @@ def test_defaults_of_every_section_are_filled_in():
   }  # fmt: skip
   assert full['data']['overlong'] == 'truncate'
   assert full['data']['shuffle'] is True  # pipeline.make's own default
-  assert full['keep'] == 2  # cli.train's
+  assert full['keep'] == 2  # runs.train's
   json.dumps(full)
 
 
@@ -72,6 +74,20 @@ def test_an_overridden_reference_carries_its_followers():
     ('--config.loss.name=no.such.module', 'no such.module|no no/such/module.py'),
     ('--config.evaluation.every=3', "accuracy.evaluate takes no 'every'"),
     ('--config.optimizer.learning_rate=None', 'learning_rate'),
+    (
+      '--config.lossy.name=sft',
+      r"lossy.name=sft: the config has no section 'lossy'; did you mean 'loss'\?$",
+    ),
+    (
+      '--config.evaluation.environmnt.size=3',
+      "has no section 'environmnt'; did you mean 'environment'",
+    ),
+    (
+      '--config.evaluation.environment.name=tabular',
+      r"environment.\w+=.* still there from evaluation.environment.name='reasoning_gym', "
+      r"and 'tabular' takes no '\w+'; write the whole section",
+    ),
+    ('--config.model.name=scratch', "model.path=.* still there from model.name='gguf'"),
   ],
 )
 def test_a_mistake_is_one_line_that_names_key_value_and_mend(override, message):
@@ -84,14 +100,18 @@ def test_a_missing_value_is_named():
   values = config.load([f'--config={DEMO}:demo'])
   del values['optimizer']['learning_rate']
   with pytest.raises(ConfigError, match=r'config.optimizer.learning_rate is missing'):
-    config.expand(values, cli.train)
+    config.expand(values, runs.train)
 
 
 @pytest.mark.parametrize(
   ('flag', 'message'),
   [
     ('--config=nowhere.py', 'nowhere.py'),
-    (f'--config={DEMO}:demmo', r"demmo is not one of \['demo', 'gsm8k'\]"),
+    (f'--config={DEMO}:demmo', r":demmo: no recipe 'demmo'; did you mean 'demo'\?$"),
+    (f'--config={DEMO}:demo,debgu', r"no recipe 'debgu'; did you mean 'debug'\?$"),
+    (f'--config={DEMO}:x', r"'x'; choose one of \['debug', 'demo', 'gsm8k'\]$"),
+    (f'--config={GRPO}:chain,gspoo', r"no recipe 'gspoo'; did you mean 'gspo'\?$"),
+    (f'--config={GRPO}:chain,debgu', r"no recipe 'debgu'; did you mean 'debug'\?$"),
   ],
 )
 def test_a_wrong_file_or_recipe_is_named(flag, message):
@@ -104,6 +124,70 @@ def test_debug_shrinks_but_yields_to_flags():
   assert (full['steps'], full['model']['preset']) == (2, 'debug')
   assert full['evaluation']['environment']['size'] == 2
   assert load('--config.steps=5')['steps'] == 5
+
+
+def test_debug_adds_what_a_section_takes_and_no_section():
+  full = load()  # the recipe itself names neither of these
+  assert (full['data']['workers'], full['data']['overlong']) == (0, 'truncate')
+  assert full['rollouts'] is None
+  # `size` is unwritten in the chain world, where None is all; a debug run asks for few.
+  stages = config.load([f'--config={GRPO}:chain,debug'])
+  assert stages['grpo']['environment']['size'] == 4
+  assert stages['pretrain']['data']['batch_size'] == 2
+  assert 'size' not in stages['pretrain']['data']
+
+
+def test_another_name_with_all_its_keys_is_no_mistake():
+  same = load('--config.loss.name=sft', '--config.loss.label_smoothing=0.1')
+  assert same['loss']['label_smoothing'] == 0.1
+
+
+def test_a_section_is_named_in_front_of_what_its_function_says():
+  with pytest.raises(ConfigError, match=r'^config.model: remat = .dotz. is none of'):
+    config.call('model', {'name': 'scratch', 'preset': 'debug', 'remat': 'dotz'})
+  with pytest.raises(ConfigError, match=r'^config.model: nowhere.gguf: no such file'):
+    config.call('model', {'name': 'gguf', 'path': 'nowhere.gguf'})
+  with pytest.raises(
+    ConfigError, match=r'^config.optimizer.learning_rate=-1.0 must be'
+  ):
+    config.call('optimizer', {'learning_rate': -1.0}, steps=3)
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'max_new_tokens': 0}, r'config.evaluation.max_new_tokens=0 must be at least 1'),
+    ({'batch_size': 0}, r'config.evaluation.batch_size=0 must'),
+    ({'repeats': 0}, r'config.evaluation.repeats=0 must'),
+    ({'repeats': 2}, r'repeats=2 greedy completions would be equal'),
+    ({'temperature': -1.0}, r'temperature=-1.0 must be a number ≥ 0'),
+    ({'workers': -1}, r'workers=-1 must be at least 0'),
+    ({'time_limit': 0.0}, r'time_limit=0.0 must be more than 0'),
+  ],
+)
+def test_numbers_of_an_evaluation_are_checked_without_a_model(change, message):
+  full = load()['evaluation']
+  config.check('evaluation', full)
+  with pytest.raises(ConfigError, match=message):
+    config.check('evaluation', full | change)
+
+
+def test_a_section_without_a_check_passes():
+  config.check('loss', {'name': 'sft'})
+
+
+def test_a_config_of_ones_own_imports_a_recipe(tmp_path, monkeypatch):
+  """As CONTRIBUTING shows it."""
+  text = (ROOT / 'CONTRIBUTING.md').read_text()
+  (own,) = re.findall(r'```python\n(from configs import .*?)```', text, re.S)
+  (tmp_path / 'own.py').write_text(
+    own.replace("'experiments.mine.foo'", "'chain', depth=2")
+  )
+  monkeypatch.syspath_prepend(ROOT)
+  values = config.load([f'--config={tmp_path / "own.py"}'])
+  full = config.expand(values, runs.train)
+  assert full['evaluation']['environment']['name'] == 'chain'
+  assert full['optimizer']['learning_rate'] == 1e-4
 
 
 def test_a_dotted_name_is_an_import_path(tmp_path, monkeypatch):

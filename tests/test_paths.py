@@ -1,3 +1,5 @@
+import pathlib
+
 import pytest
 
 from educe import paths
@@ -21,13 +23,28 @@ def test_data_paths_follow_the_environment(tmp_path, monkeypatch):
     ('package://no_such_package/x', 'pip install --no-deps no-such-package'),
     ('package://educe/no.gguf', r'package://educe/no.gguf: no such file'),
     ('data://no.jsonl', 'data://no.jsonl'),
-    ('/no/such/file', '/no/such/file: no such file or folder'),
+    ('/no/such/file', '^/no/such/file: no such file or folder$'),  # the path once
   ],
 )
 def test_what_is_not_there_is_named(path, message, tmp_path, monkeypatch):
   monkeypatch.setenv(paths.DATA, str(tmp_path))
   with pytest.raises(FileNotFoundError, match=message):
     paths.resolve(path)
+
+
+def test_an_output_folder_may_be_new_or_old_but_no_file(tmp_path):
+  assert paths.output(tmp_path / 'a' / 'b', '--to') == tmp_path / 'a' / 'b'
+  assert paths.output(str(tmp_path), '--to') == tmp_path
+  assert paths.output('.', '--to') == pathlib.Path('.')
+  assert paths.output('~/x', '--to') == pathlib.Path.home() / 'x'
+  for empty in ('', ' '):
+    with pytest.raises(ValueError, match=r'^--run_dir= ?.*is empty; name a folder'):
+      paths.output(empty, '--run_dir')
+  file = tmp_path / 'file'
+  file.write_text('')
+  for path in (file, file / 'below'):
+    with pytest.raises(ValueError, match=rf'^--to={path}: {file} is a file; name a f'):
+      paths.output(path, '--to')
 
 
 def test_without_a_data_folder_the_variable_is_named(tmp_path, monkeypatch):

@@ -45,8 +45,11 @@ def sample(
   Args:
     raw: continue the text itself instead of answering it as a chat message.
   """
-  if '' in prompts:
-    raise ValueError("--prompt='' is empty; it needs at least one character")
+  for prompt in prompts:
+    if not (prompt if raw else prompt.strip()):
+      raise ValueError(
+        f'--prompt={prompt!r} is empty; write what the model should answer'
+      )
   model, params, words = open_policy(path, tokenizer)
 
   def chat(prompt):
@@ -66,9 +69,12 @@ def sample(
   return [answer.text for answer in answers]
 
 
-def convert(path: str, to: pathlib.Path, *, tokenizer: str | None, dtype: str) -> None:
+def convert(
+  path: str, to: str | pathlib.Path, *, tokenizer: str | None, dtype: str
+) -> None:
   """Writes a policy as a Hugging Face folder, and prints the name of every tensor:
   where it was read from, unless from a run, and where it went."""
+  to = paths.output(to, '--to')
   model, params, words = open_policy(path, tokenizer)
   if loader := loader_of(path):
     print(weights.describe(loader.report(path=path), model.architecture), '\n')
@@ -89,8 +95,9 @@ def convert(path: str, to: pathlib.Path, *, tokenizer: str | None, dtype: str) -
 def open_policy(path: str, tokenizer: str | None = None):
   """(model, params, tokenizer) from a .gguf file, a Hugging Face folder, a llama2.c .bin
   (which needs `tokenizer`), or a run folder (its newest checkpoint)."""
-  where, loader = paths.resolve(path), loader_of(path)
+  loader = loader_of(path)
   if loader is None:
+    where = paths.resolve(path)
     config = read_config(where / 'config.json')
     model, params = config_lib.call('model', config['model'])
     params = checkpoint.saved_params(where / 'checkpoints', params)
@@ -106,13 +113,18 @@ def open_policy(path: str, tokenizer: str | None = None):
 
 def loader_of(path: str) -> Any:
   """The module that reads a model file or folder; None for a run folder."""
-  where = paths.resolve(path)
+  try:
+    where = paths.resolve(path)
+  except FileNotFoundError as error:
+    raise ValueError(f'--model={error}') from None
   if (where / 'checkpoints').is_dir():
     return None
   if where.is_dir():
     return safetensors
   if where.suffix not in LOADERS:
-    raise ValueError(f'{path}: not a {", ".join(LOADERS)}, a model folder or a run')
+    raise ValueError(
+      f'--model={path}: not a {", ".join(LOADERS)}, a model folder or a run'
+    )
   return LOADERS[where.suffix]
 
 
@@ -126,14 +138,16 @@ def parser() -> argparse.ArgumentParser:
     'train', help='run a config, or go on with it', allow_abbrev=False
   )
   add.add_argument('--config', required=True, help='file.py, or file.py:recipe,debug')
-  add.add_argument('--run_dir', required=True, type=pathlib.Path)
+  add.add_argument('--run_dir', required=True, help='gets the results; may be new')
   add.add_argument('--sweep', action='store_true', help='every point of its sweep()')
   add.epilog = 'Any key: --config.optimizer.learning_rate=1e-5'
 
   def with_policy(name, text):
     add = commands.add_parser(name, help=text, allow_abbrev=False)
     add.add_argument(
-      '--model', default=SMOLLM2, help='.gguf, .bin, Hugging Face folder or run folder'
+      '--model',
+      default=SMOLLM2,
+      help='.gguf, .bin, Hugging Face folder or run folder; default: %(default)s',
     )
     add.add_argument('--tokenizer', help="default: the model's own")
     return add
@@ -151,7 +165,7 @@ def parser() -> argparse.ArgumentParser:
   add.add_argument('--seed', type=int, default=0)
 
   add = with_policy('convert', 'write a Hugging Face folder')
-  add.add_argument('--to', required=True, type=pathlib.Path)
+  add.add_argument('--to', required=True, help='the folder to write; may be new')
   add.add_argument('--dtype', default='float32', choices=['float32', 'bfloat16'])
   return top
 
@@ -168,7 +182,8 @@ def main(argv: Sequence[str]) -> int:
         if not flag.startswith('--config.'):
           raise ValueError(f'unknown argument {flag!r}; see --help')
       argv = [f'--config={arguments.config}', *rest]
-      run_all(argv, arguments.run_dir, sweep=arguments.sweep)
+      run_dir = paths.output(arguments.run_dir, '--run_dir')
+      run_all(argv, run_dir, sweep=arguments.sweep)
     elif rest:
       raise ValueError(f'unknown argument {rest[0]!r}; see --help')
     elif arguments.command == 'sample':

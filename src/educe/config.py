@@ -10,7 +10,6 @@ experiment brings its own function. All of it is checked before any device is to
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import importlib.util
@@ -24,6 +23,8 @@ from typing import Any
 import ml_collections
 from absl import flags
 from ml_collections import config_flags
+
+from educe.spelling import near
 
 # section → the function that it calls. {name} is the section's own `name`.
 PLACES = {
@@ -41,7 +42,8 @@ PLACES = {
   'mesh': 'educe.sharding:make_mesh',
 }
 
-# What `:debug` makes of a recipe: two steps of a tiny random model, in seconds.
+# What `:debug` makes of a recipe: two steps of a tiny random model, in seconds. It shrinks
+# the sections that a recipe has, and adds none.
 DEBUG = {
   'steps': 2,
   'save_every': 2,
@@ -79,6 +81,8 @@ def load(argv: Sequence[str]) -> dict[str, Any]:
   values = flags.FlagValues()
   try:
     config = module.get_config(','.join(arg)) if arg else module.get_config()
+    _check_sections(config, overrides)
+    before = config.to_dict()
     config_flags.DEFINE_config_dict(
       'config',
       config,
@@ -89,6 +93,9 @@ def load(argv: Sequence[str]) -> dict[str, Any]:
     )
     values(['educe', *overrides])
     config = values.config
+    _check_renamed(before, config.to_dict(), overrides)
+  except ConfigError:
+    raise
   except (flags.Error, TypeError, ValueError, KeyError, AttributeError) as error:
     raise ConfigError(f'--config={_spec(argv)}: {_one_line(error)}') from error
   if 'debug' in words.split(','):
@@ -136,13 +143,13 @@ def resolve(section: str, name: str | None = None) -> Callable[..., Any]:
       ) from error
     raise ConfigError(
       f'config.{section}.name={name!r}: there is no {module_name.replace(".", "/")}.py'
-      + _near(name or '', _siblings(module_name))
+      + near(name or '', _siblings(module_name))
     ) from error
   if not callable(getattr(module, entry, None)):
     public = [n for n, f in vars(module).items() if inspect.isfunction(f)]
     raise ConfigError(
       f'config.{section}.name={name!r}: {module_name} has no function {entry!r}'
-      + _near(entry, public)
+      + near(entry, public)
     )
   return getattr(module, entry)
 
@@ -162,7 +169,7 @@ def expand(values: Mapping[str, Any], function: Callable, path='config') -> dict
   for key, value in values.items():
     if key not in schema and not is_open:
       raise ConfigError(
-        f'{path}.{key}={value!r}: {where} takes no {key!r}' + _near(key, schema)
+        f'{path}.{key}={value!r}: {where} takes no {key!r}' + near(key, schema)
       )
   full = {}
   for key, parameter in schema.items():
@@ -189,7 +196,8 @@ def expand_section(section: str, values: Mapping[str, Any], path: str) -> dict:
 def call(section: str, values: Mapping[str, Any], **supply: Any) -> Any:
   """Calls a section's function: its config, and by name what it takes before the *.
 
-  Raises ConfigError when it takes something that this program does not have.
+  Raises ConfigError when it takes something that this program does not have, and names
+  the section in front of what the function itself refuses or does not find.
   """
   function = bound(section, values)
   parameters = inspect.signature(function.func).parameters.values()
@@ -197,7 +205,28 @@ def call(section: str, values: Mapping[str, Any], **supply: Any) -> Any:
   for name in wanted:
     if supply.get(name) is None:
       raise ConfigError(f'config.{section} needs a section config.{name}')
-  return function(*(supply[name] for name in wanted))
+  try:
+    return function(*(supply[name] for name in wanted))
+  except ConfigError:
+    raise
+  except (ValueError, OSError) as error:
+    text = _one_line(error).removeprefix('config.')
+    own = text.startswith((f'{section}.', f'{section}:'))
+    raise ConfigError(f'config.{text if own else f"{section}: {text}"}') from error
+
+
+def check(section: str, values: Mapping[str, Any]) -> None:
+  """Calls `check` of the section's module, where it has one, with the section's numbers and
+  texts: what is refused without a model should not wait for one. Raises ConfigError."""
+  function = resolve(section, values.get('name'))
+  checks = getattr(inspect.getmodule(function), 'check', None)
+  if checks is None:
+    return
+  known = inspect.signature(checks).parameters
+  try:
+    checks(**{key: value for key, value in values.items() if key in known})
+  except ValueError as error:
+    raise ConfigError(f'config.{section}.{error}') from error
 
 
 def check_used(section: str, values: Mapping[str, Any], others: Mapping) -> None:
@@ -265,20 +294,58 @@ def _shrink(config: ml_collections.ConfigDict, keep: set[str]) -> None:
       section = section.get(parent) if section is not None else None
     if section is None or any(k == path or k.startswith(path + '.') for k in keep):
       continue
-    if leaf in section or not parents or parents == ['data']:
+    if leaf in section or _takes(parents, section, leaf):
       with section.unlocked():
         section[leaf] = (
           ml_collections.ConfigDict(value) if isinstance(value, dict) else value
         )
 
 
-def _near(word: str, names: Any) -> str:
-  """'; did you mean x?' or what there is to choose from."""
-  names = sorted(names)
-  close = difflib.get_close_matches(word, names, n=1)
-  if close:
-    return f'; did you mean {close[0]!r}?'
-  return f'; choose one of {names}' if names else ''
+def _takes(parents: Sequence[str], section: Mapping, key: str) -> bool:
+  """Whether a section's function has this keyword by name; the run itself has all."""
+  if not parents:
+    return True
+  return key in inspect.signature(resolve(parents[-1], section.get('name'))).parameters
+
+
+def _check_sections(config: Any, overrides: Sequence[str]) -> None:
+  """Raises ConfigError for --config.section.key=value of a section that is not there."""
+  for override in overrides:
+    *parents, _ = override.partition('=')[0].removeprefix('--config.').split('.')
+    section: Any = config
+    for parent in parents:
+      there = [
+        k for k, v in section.items() if isinstance(v, ml_collections.ConfigDict)
+      ]
+      if parent not in there:
+        raise ConfigError(
+          f'{override}: the config has no section {parent!r}' + near(parent, there)
+        )
+      section = section[parent]
+
+
+def _check_renamed(before: Any, after: Any, overrides: Sequence[str]) -> None:
+  """Raises ConfigError where another `name` on the command line meets the file's keys."""
+  flags_given = {x.partition('=')[0].removeprefix('--config.') for x in overrides}
+  for flag in flags_given:
+    *parents, leaf = flag.split('.')
+    if leaf != 'name' or not parents or parents[-1] not in PLACES:
+      continue
+    path = '.'.join(parents)
+    old, new = before, after
+    for parent in parents:
+      old, new = old[parent], new[parent]
+    parameters = inspect.signature(resolve(parents[-1], new['name'])).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+      continue
+    for key in old:
+      if key not in (*parameters, 'name') and f'{path}.{key}' not in flags_given:
+        raise ConfigError(
+          f'config.{path}.{key}={old[key]!r} is still there from '
+          f'{path}.name={old.get("name")!r}, and {new["name"]!r} takes no {key!r}; '
+          'write the whole section in a config file of your own (CONTRIBUTING.md): '
+          f'config.{path} = dict(name={new["name"]!r}, …)'
+        )
 
 
 def _siblings(module_name: str) -> list[str]:
@@ -308,5 +375,7 @@ def _import_file(path: str) -> types.ModuleType:
 
 
 def _one_line(error: BaseException) -> str:
-  text = ' '.join(str(error).split())
+  # A KeyError's own text is the repr of its message.
+  words = error.args[0] if isinstance(error, KeyError) and error.args else error
+  text = ' '.join(str(words).split())
   return text or type(error).__name__

@@ -37,11 +37,26 @@ def resolve(path: str | os.PathLike) -> pathlib.Path:
     root = data_root()
     if root is None:
       raise FileNotFoundError(
-        f'{text}: no data folder; set {DATA} to the folder that holds it'
+        f'{text}: no data folder; set {DATA} to the folder that holds this file '
+        '(README.md says where to get it)'
       )
     found = root / text.removeprefix('data://')
   else:
     found = pathlib.Path(text).expanduser()
   if not found.exists():
-    raise FileNotFoundError(f'{text}: no such file or folder ({found})')
+    where = '' if text == str(found) else f' ({found})'
+    raise FileNotFoundError(f'{text}: no such file or folder{where}')
   return found
+
+
+def output(path: str | os.PathLike, name: str) -> pathlib.Path:
+  """The folder `path`, which may be new. Raises ValueError, naming the setting `name`,
+  for an empty text (which would be the current folder) and for what is a file."""
+  text = os.fspath(path)
+  if not text.strip():
+    raise ValueError(f'{name}={text} is empty; name a folder, such as {name}=runs/try')
+  folder = pathlib.Path(text).expanduser()
+  there = next(p for p in (folder, *folder.parents) if p.exists())
+  if not there.is_dir():
+    raise ValueError(f'{name}={text}: {there} is a file; name a folder')
+  return folder

@@ -19,7 +19,7 @@ import jax
 import tqdm
 
 from educe import config as config_lib
-from educe import sharding
+from educe import paths, sharding
 from educe.data import tokenizer as tokenizers
 from educe.measurement import curves, transcript_page
 from educe.models import policy
@@ -78,14 +78,22 @@ def train(
   call = config_lib.call
 
   # Whatever can be wrong without the model comes first.
-  if run_dir.exists() and not run_dir.is_dir():
-    raise ValueError(f'--run_dir={run_dir} is a file; name a folder, new or of a run')
-  if save_every < 1 or evaluate_every < 0:
-    raise ValueError(f'{save_every=} must be at least 1, {evaluate_every=} at least 0')
+  run_dir = paths.output(run_dir, '--run_dir')
+  lowest = dict(steps=1, microbatches=1, save_every=1, keep=1, abort_after=1)
+  for name, low in {**lowest, 'evaluate_every': 0}.items():
+    if config[name] < low:
+      raise ValueError(f'config.{name}={config[name]} must be at least {low}')
   tx = call('optimizer', optimizer, steps=steps)
+  if evaluation:
+    config_lib.check('evaluation', evaluation)
   sections = dict(data=data, rollouts=rollouts, advantage=advantage)
   config_lib.check_used('algorithm', algorithm, sections)
-  words = call('tokenizer', tokenizer)
+  try:
+    words = call('tokenizer', tokenizer)
+  except config_lib.ConfigError as error:
+    same = tokenizer.get('path') == model.get('path')
+    hint = ' (it is config.model.path, which config.tokenizer.path follows)'
+    raise config_lib.ConfigError(f'{error}{hint if same else ""}') from error
   batches = data and call(
     'data',
     data,
@@ -99,12 +107,14 @@ def train(
 
   # The policy, on the mesh.
   grid = call('mesh', mesh)
+  say(headline(run_dir, config))
   place = functools.partial(sharding.place_batch, mesh=grid)
   net, params = call('model', model)
   check_vocabulary(net, params, words)
   if init_from is not None:
     params = checkpoint.saved_params(pathlib.Path(init_from) / 'checkpoints', params)
-  flops_per_token = 6.0 * policy.count(params)
+  size = policy.count(params)
+  flops_per_token = 6.0 * size
   params = sharding.place(params, net.axes, grid)
 
   # Where batches come from.
@@ -132,7 +142,11 @@ def train(
   resumed = checkpoint.restore(manager, state, method.data)
   if resumed is not None:
     state = resumed
-    say(f'resuming {run_dir} from step {int(state.step)}')
+  say(
+    f'{"resuming from" if resumed else "starting at"} step {int(state.step)} of {steps}: '
+    f'{size:,} parameters on {jax.device_count()} {jax.devices()[0].platform} device(s); '
+    'the first step also compiles'
+  )
   write_config(run_dir, config)
   log = metrics.Log(run_dir, step=int(state.step), tensorboard=tensorboard)
 
@@ -200,12 +214,39 @@ def write_config(run_dir: pathlib.Path, config: dict[str, Any]) -> None:
   new = json.loads(json.dumps(config))
   if path.exists():
     old = read_config(path)
-    for key in sorted(old.keys() | new.keys()):
-      if old.get(key) != new.get(key):
-        say(f'{path}: {key} was {old.get(key)}, is now {new.get(key)}')
+    before, after = flat(old), flat(new)
+    for key in sorted(before.keys() | after.keys()):
+      if before.get(key) != after.get(key):
+        say(f'{path}: {key} was {before.get(key)}, is now {after.get(key)}')
   temporary = path.with_suffix('.tmp')
   temporary.write_text(json.dumps(new, indent=2) + '\n')
   os.replace(temporary, path)
+
+
+def flat(values: dict[str, Any], path: str = '') -> dict[str, Any]:
+  """{'a': {'b': 1}} as {'a.b': 1}."""
+  out: dict[str, Any] = {}
+  for key, value in values.items():
+    inner = isinstance(value, dict) and value
+    out |= flat(value, f'{path}{key}.') if inner else {f'{path}{key}': value}
+  return out
+
+
+def headline(run_dir: pathlib.Path, config: dict[str, Any]) -> str:
+  """What is about to happen, in a line: where results go, which model, on what."""
+
+  def named(section: str) -> str:
+    values = config[section] or {}
+    what = [values.get(key) for key in ('name', 'path', 'preset', 'dataset', 'task')]
+    return ' '.join(str(x) for x in what if x)
+
+  parts = [f'model {named("model")}']
+  parts += [f'{x} {named(x)}' for x in ('source', 'environment') if config[x]]
+  if config['init_from']:
+    parts.append(f'from the weights of {config["init_from"]}')
+  return f'{run_dir}: {config["steps"]} steps of {named("algorithm")}; ' + ', '.join(
+    parts
+  )
 
 
 def read_config(path: pathlib.Path) -> dict[str, Any]:
@@ -265,7 +306,6 @@ def run_all(argv: Sequence[str], run_dir: pathlib.Path, *, sweep: bool) -> None:
       else:
         if previous is not None and config['init_from'] is None:
           config['init_from'] = str(previous)
-        say(f'stage {folder.name}' if stages else f'run {folder}')
         if not train(folder, **config):
           return
       previous = folder

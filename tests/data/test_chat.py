@@ -217,6 +217,40 @@ def test_eos_equal_to_pad_is_trained():
   np.testing.assert_array_equal(encoded.mask[ends], [0, 1, 0, 1])
 
 
+def test_a_turn_that_holds_two_stop_tokens_is_trained_to_the_last():
+  """The first may be the template's own, as where a turn's thought ends before it does."""
+  inner = CHATML.replace("+ '<|im_end|>'", "+ '<|eot_id|>' + '!' + '<|im_end|>'")
+  marked = MARKED.replace(
+    "+ '<|im_end|>' }}{% endg", "+ '<|eot_id|>!<|im_end|>' }}{% endg"
+  )
+  assert marked != MARKED
+  for template in (inner, marked):
+    tok = make(template, ('<|eot_id|>', '<|im_end|>'))
+    encoded = chat.encode_conversation(tok, CONVERSATION)
+    says = [m['content'] for m in CONVERSATION if m['role'] == 'assistant']
+    assert trained(tok, encoded) == [f'{text}<|eot_id|>!<|im_end|>' for text in says]
+
+
+def test_a_chat_is_rendered_once_as_a_whole_and_once_a_prefix(monkeypatch):
+  """Templates are slow beside tokenisation: what was rendered is not rendered again."""
+  tok, calls = make(CHATML, ('<|im_end|>',)), []
+  render = chat.render
+  monkeypatch.setattr(
+    chat, 'render', lambda *a, **k: calls.append(a) or render(*a, **k)
+  )
+  chat.encode_record(tok, dict(prompt=CONVERSATION[:1], completion=CONVERSATION[1:2]))
+  assert [len(messages) for (messages,) in calls] == [2, 1, 1]
+
+
+def test_a_null_content_is_lawful_beside_tool_calls():
+  calls = [dict(name='add', arguments={})]
+  messages = [
+    dict(role='user', content='1+1?'),
+    dict(role='assistant', content=None, tool_calls=calls),
+  ]
+  assert chat.normalize(messages)[1]['content'] is None
+
+
 def test_double_bos_raises():
   with pytest.raises(ValueError, match='starts with BOS twice'):
     chat.encode_conversation(
@@ -348,6 +382,17 @@ def test_templates_that_cannot_be_used(template, match):
     (dict(messages=[]), 'non-empty list'),
     (dict(messages=['hi']), r'messages\[0\]: expected a mapping'),
     (dict(messages=[dict(content='x')]), r'messages\[0\]: no role'),
+    (
+      dict(messages=[dict(role='user', content=None)]),
+      r'\[0\]: content is missing or n',
+    ),
+    (dict(messages=[dict(role='user')]), r'messages\[0\]: content is missing'),
+    (
+      dict(
+        prompt=[dict(role='user', content='a')], completion=[dict(role='assistant')]
+      ),
+      r'completion\[0\]: content is missing',
+    ),
   ],
 )
 def test_records_that_cannot_be_used(record, match):

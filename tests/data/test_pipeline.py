@@ -364,9 +364,9 @@ def test_a_state_of_something_else_is_refused():
     (dict(records=()), 'data set is empty'),
     (
       dict(records=[dict(question='q')]),
-      r"record 0: record has columns \['question'\]",
+      r"memory row 0: record has columns \['question'\]",
     ),
-    (dict(records=[dict(text='a'), dict(text='')]), 'record 1: text'),
+    (dict(records=[dict(text='a'), dict(text='')]), 'memory row 1: text'),
   ],
 )
 def test_errors_before_anything_is_read(options, match):
@@ -374,11 +374,17 @@ def test_errors_before_anything_is_read(options, match):
     make(**options)
 
 
+def test_a_source_without_places_has_its_records_counted():
+  source = [dict(text='a'), dict(text='')]
+  with pytest.raises(ValueError, match=r'^record 1: text: expected a non-empty'):
+    pipeline.make(source, BYTE, batch_size=1, max_length=8)
+
+
 @pytest.mark.parametrize('workers', [0, 1])
 def test_errors_while_reading_name_the_record(workers):
   records = [dict(text='a') for _ in range(20)] + [dict(text='')]
   batches = make(records, shuffle=False, workers=workers)
-  with pytest.raises(ValueError, match='record 20: text: expected a non-empty'):
+  with pytest.raises(ValueError, match='memory row 20: text: expected a non-empty'):
     take(batches, 9)
   batches.close()
 

@@ -291,7 +291,11 @@ def test_respond_can_be_sent_to_a_worker_process():
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [
-    (dict(task='no_such_task', size=1), 'no task'),
+    (dict(task='no_such_task', size=1), r"no task 'no_such_task'; (there are|did you)"),
+    (
+      dict(task='word_sequence_reversl', size=1),
+      r"no task 'word_sequence_reversl'; did you mean 'word_sequence_reversal'\?$",
+    ),
     (dict(task='chain_sum', size=1, digits=2), 'digits.*its settings are.*max_digits'),
     (dict(task='chain_sum', size=1, min_digits=5, max_digits=2), 'its settings are'),
     (dict(task='chain_sum', size=1, part='test'), "'heldout'"),

@@ -197,3 +197,8 @@ def test_another_model_is_refused_by_name(tmp_path, folder, options, complaint):
   file = write(tmp_path / 'm.gguf', folder, **options)
   with pytest.raises(ValueError, match=complaint):
     gguf.load(path=str(file))
+
+
+def test_a_setting_that_cannot_be_is_not_blamed_on_the_file(tmp_path, folder):
+  with pytest.raises(ValueError, match=r"^remat = 'dotz' is none of"):
+    gguf.load(path=str(write(tmp_path / 'm.gguf', folder)), remat='dotz')

@@ -107,3 +107,8 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     file.write_bytes(junk)
     with pytest.raises(ValueError, match=complaint):
       llama2c.load(path=str(file))
+
+
+def test_a_setting_that_cannot_be_is_not_blamed_on_the_file(tmp_path):
+  with pytest.raises(ValueError, match=r"^remat = 'dotz' is none of"):
+    llama2c.load(path=write(tmp_path / 'm.bin'), remat='dotz')

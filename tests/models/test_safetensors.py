@@ -201,3 +201,8 @@ def test_an_index_without_a_map_is_refused(tmp_path, content):
   (tmp_path / 'm' / ours.INDEX).write_text(content)
   with pytest.raises(ValueError, match=r'index.json: no weight_map; fetch it again'):
     ours.load(path=str(tmp_path / 'm'))
+
+
+def test_a_setting_that_cannot_be_is_not_blamed_on_the_file(folder):
+  with pytest.raises(ValueError, match=r"^remat = 'dotz' is none of"):
+    ours.load(path=str(folder), remat='dotz')

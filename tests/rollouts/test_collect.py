@@ -1,3 +1,4 @@
+import functools
 import math
 
 import jax
@@ -242,7 +243,18 @@ def broken(record, transcript):
     (dict(environment=always(Turn(None, 'good', True, {}))), "'a': the reward is 'good'"),
     (dict(environment=always(Turn(None, math.inf, True, {}))), 'reward is inf'),
     (dict(environment=always(Turn(None, 1.0, True, {'outcome': 'fine'}))), "'fine'"),
-    (dict(environment=Environment(RECORDS, broken)), 'every row raised.*ZeroDivision'),
+    (
+      dict(environment=Environment(RECORDS, functools.partial(broken))),
+      r"every row raised: environment .*test_collect.*record 'a': ZeroDivisionError: "
+      r'division by zero \(test_collect.py line \d+\)',
+    ),
+    (
+      dict(environment=Environment(RECORDS, lambda *_: Turn(None, 1.0, True))),
+      r"record 'a': TypeError: .*missing 1 required positional argument: 'info'",
+    ),
+    (dict(environment=always(1.0)), r"'a': respond returned 1.0; it must return Turn"),
+    (dict(environment=always((None, 1.0, True, {}))), 'must return Turn'),
+    (dict(environment=always(Turn(None, 1.0, True, None))), 'info a dict'),
   ],
 )  # fmt: skip
 def test_bad_input_is_one_clear_line(plain, options, message):

@@ -8,9 +8,10 @@ import pytest
 import toy
 
 from educe import paths
+from educe.data import tokenizer
 from educe.losses.logprobs import score
 from educe.models import gguf, policy, presets
-from educe.rollouts import sampler
+from educe.rollouts import sampler, texts
 from educe.rollouts.sampler import bucket, sample
 from educe.rollouts.stop_strings import automaton
 from educe.types import Batch
@@ -397,6 +398,16 @@ def test_bad_input_is_one_clear_line(prompts, options, message):
   assert '\n' not in str(error.value)
 
 
+@pytest.mark.parametrize('temperature', [0.0, 1.0])
+def test_a_model_with_nan_weights_is_refused(temperature):
+  """One number is enough: blanks are no answer."""
+  model, table = toy.model()
+  options = dict(max_new_tokens=1, temperature=temperature)
+  sample(model, table, [[1], [2]], KEY, **options)
+  with pytest.raises(ValueError, match=r'not finite \(NaN logits\): its weights'):
+    sample(model, table.at[3, 5].set(jnp.nan), [[1], [2]], KEY, **options)
+
+
 def test_the_context_may_be_filled_to_the_brim():
   model, table = toy.model()
   samples = sample(model, table, [[1] * 60], KEY, max_new_tokens=4)
@@ -477,6 +488,17 @@ def test_greedy_tokens_of_smollm2_equal_transformers(smollm2):
   steps = len(expected[0])
   samples = sample(model, params, prompts, KEY, max_new_tokens=steps, temperature=0)
   assert samples.tokens.tolist() == expected
+
+
+def test_smollm2_knows_the_capital_of_france(smollm2):
+  """From a text through the chat template, sampler and tokenizer to a text."""
+  model, params, _, _ = smollm2
+  words = tokenizer.load(path=SMOLLM2)
+  question = [{'role': 'user', 'content': 'What is the capital of France?'}]
+  options = dict(key=KEY, max_new_tokens=24, temperature=0.0)
+  (answer,) = texts.complete(model, params, words, [question], **options)
+  assert 'Paris' in answer.text
+  assert answer.stopped
 
 
 def test_on_policy_log_probs_of_smollm2_equal_score(smollm2):

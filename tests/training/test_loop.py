@@ -3,6 +3,7 @@
 import functools
 import os
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -37,27 +38,29 @@ def algorithm(data, end=10**9):
     batch = Batch(np.full((2, 3), data.given, np.int32), np.ones((2, 3), np.float32))
     return batch, {'data/given': data.given}
 
-  return Algorithm(next_batch, None, data)
+  return Algorithm(next_batch, None, data, 2)
 
 
-def step(state, batch, bad=()):
+def step(state, batch, bad=(), nan=()):
   """Params collect the batches seen, so that order and repetition show."""
   number = int(batch.tokens[0, 0])
   values = {'loss': jnp.float32(number), 'skipped_in_a_row': jnp.int32(0)}
+  if number in nan:
+    values['loss'] = jnp.float32(jnp.nan)
   if number in bad:
     values['skipped_in_a_row'] = jnp.int32(sum(n <= number for n in bad))
   params = state.params * 10 + number
   return TrainState(state.step + 1, params, state.opt_state, state.key), values
 
 
-def run(tmp_path, steps, *, data=None, end=10**9, bad=(), **options):
+def run(tmp_path, steps, *, data=None, end=10**9, bad=(), nan=(), **options):
   data = data or Counter()
   like = TrainState(jnp.int32(0), jnp.float32(0), (), jax.random.key(0))
   manager = checkpoint.open_manager(tmp_path / 'checkpoints', keep=9)
   state = checkpoint.restore(manager, like, data) or like
   out = loop.run(
     state,
-    functools.partial(step, bad=bad),
+    functools.partial(step, bad=bad, nan=nan),
     algorithm(data, end),
     steps=steps,
     run_dir=tmp_path,
@@ -166,6 +169,67 @@ def test_endless_nonfinite_gradients_abort_and_leave_the_batch(tmp_path):
   dumped = np.load(tmp_path / 'nonfinite_4.npz', allow_pickle=False)
   np.testing.assert_array_equal(dumped['tokens'], np.full((2, 3), 4))
   assert records(tmp_path)[-1]['step'] == 4  # the evidence is in the metrics too
+
+
+def test_a_first_loss_that_is_not_finite_aborts_at_once(tmp_path):
+  with pytest.raises(
+    loop.NonFinite, match=r'loss nan .*before any update.*config.model'
+  ):
+    run(tmp_path, 9, bad=(1,), nan=(1,))
+  assert [r['step'] for r in records(tmp_path)] == [1]
+  assert (tmp_path / 'nonfinite_1.npz').exists()
+  assert saved(tmp_path) == []
+
+
+def test_a_first_update_that_is_skipped_with_a_finite_loss_is_let_pass(tmp_path):
+  assert run(tmp_path, 9, bad=(1,))[1]
+
+
+def test_a_loss_of_nothing_is_no_reason_to_abort(tmp_path):
+  """0 of 0 tokens trained: the loss is NaN, the gradients are 0, nothing is skipped."""
+  assert run(tmp_path, 4, nan=(1, 2, 3, 4))[1]
+
+
+@pytest.mark.parametrize('steps', [1, 3])
+def test_a_run_shorter_than_abort_after_does_not_end_as_done(tmp_path, steps):
+  bad = tuple(range(1, steps + 1))
+  with pytest.raises(loop.NonFinite, match=f'up to step {steps}: look at config.model'):
+    run(tmp_path, steps, bad=bad, abort_after=10)
+
+
+def test_skipped_updates_at_the_end_of_a_longer_run_do_not_undo_it(tmp_path):
+  assert run(tmp_path, 5, bad=(3, 4, 5), abort_after=4)[1]
+
+
+def test_the_first_step_and_evaluations_are_left_out_of_the_bars_rate(
+  tmp_path, monkeypatch
+):
+  """The first compiles: an ETA from it would frighten off whoever looks."""
+  bars = []
+  make = metrics.progress
+  monkeypatch.setattr(metrics, 'progress', lambda *a: bars.append(make(*a)) or bars[-1])
+
+  def slow(batch):
+    if batch.tokens[0, 0] == 1:
+      time.sleep(1.5)
+    return batch
+
+  def evaluate(state):
+    time.sleep(0.5)
+    return {'accuracy': 0.0}
+
+  like = TrainState(jnp.int32(0), jnp.float32(0), (), jax.random.key(0))
+  manager = checkpoint.open_manager(tmp_path / 'checkpoints')
+  loop.run(
+    like, step, algorithm(Counter()), steps=3, run_dir=tmp_path, manager=manager,
+    config={}, place=slow, log=metrics.Log(tmp_path), evaluate=evaluate,
+  )  # fmt: skip
+  checkpoint.wait(manager)
+  manager.close()
+  (bar,) = bars
+  assert (bar.n, bar.initial) == (3, 1)
+  rate = bar.format_dict['rate']
+  assert rate is None or rate > 1
 
 
 def test_data_that_end_too_early_say_where(tmp_path):

@@ -1,3 +1,5 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -114,14 +116,43 @@ def test_schedules_by_hand(schedule, want):
   [
     ({'name': 'adamwww'}, "name='adamwww': Optax has no such optimizer"),
     ({'name': 'chain'}, "name='chain': Optax has no such optimizer"),
-    ({'beta1': 0.9}, "adamw does not take 'beta1'"),
+    (
+      {'beta1': 0.9},
+      r"optimizer.beta1=0.9: adamw takes no 'beta1'; choose.*'clip_norm'",
+    ),
+    (
+      {'learning_rat': 1},
+      r"learning_rat=1: adamw takes no.*did you mean 'learning_rate'",
+    ),
+    ({'clipnorm': 1.0}, "clipnorm=1.0: adamw takes no.*did you mean 'clip_norm'"),
     ({'schedule': 'cosin'}, "schedule='cosin' is not one of"),
-    ({'warmup_steps': 11}, 'warmup_steps=11 exceeds steps=10'),
+    ({'warmup_steps': 11}, 'warmup_steps=11 exceeds steps=10; lower it'),
+    ({'learning_rate': -1}, 'optimizer.learning_rate=-1 must be more than 0'),
+    ({'learning_rate': 0.0}, 'learning_rate=0.0 must be more than 0'),
+    ({'learning_rate': math.nan}, 'learning_rate=nan must be more than 0'),
+    ({'learning_rate': math.inf}, 'learning_rate=inf must be more than 0, and finite'),
+    ({'clip_norm': 0.0}, 'clip_norm=0.0 must be more than 0'),
+    ({'clip_norm': -1.0}, 'clip_norm=-1.0 must be more than 0'),
+    ({'warmup_steps': -1}, 'warmup_steps=-1 must be at least 0'),
+    ({'final_fraction': 1.5}, 'final_fraction=1.5 must be from 0 to 1'),
+    ({'b2': 1.0}, 'b2=1.0 must be at least 0 and less than 1'),
+    ({'b1': -0.1}, 'b1=-0.1 must be at least 0'),
+    ({'name': 'sgd', 'momentum': 1.0}, 'momentum=1.0 must be'),
+    ({'weight_decay': -0.1}, 'weight_decay=-0.1 must be at least 0'),
+    ({'eps': -1e-8}, 'eps=-1e-08 must be at least 0'),
   ],
 )
 def test_bad_settings_are_refused(bad, message):
   with pytest.raises(ValueError, match=message):
     optimizer.make(**{'steps': 10, 'learning_rate': 0.1} | bad)
+
+
+@pytest.mark.parametrize(
+  'edge', [{'final_fraction': 1.0}, {'b1': 0.0}, {'clip_norm': None}, {'eps': 0.0}]
+)
+def test_numbers_at_the_edge_of_what_makes_sense_pass(edge):
+  tx = optimizer.make(10, learning_rate=0.1, **edge)
+  assert float(tx.learning_rate(0)) == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize(

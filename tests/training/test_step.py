@@ -166,14 +166,18 @@ def test_a_batch_without_trained_tokens_is_harmless():
 
 
 def test_the_step_never_allocates_the_logits():
-  """Issue's own measure: temporaries of the compiled step stay under [B, T, V]."""
+  """Temporaries of the compiled step stay well under [B, T, V].
+
+  They do not grow with the rows as the logits do: a chunk of them and its gradient, and
+  the head's. Measured with 16 rows 0.60 of the logits, with 64 rows 0.20.
+  """
   architecture = presets.debug.__class__(
     vocab_size=32_768, dim=32, layers=1, heads=4, kv_heads=2, head_dim=8, ffn=64,
     max_length=256,
   )  # fmt: skip
   model = policy.build(architecture)
   tx = optimizer.make(steps=10, name='sgd', learning_rate=0.1)
-  rows, length = 16, 128
+  rows, length = 64, 128
   state = jax.eval_shape(
     lambda key: init_state(model.init(key), tx, key), jax.random.key(0)
   )
@@ -183,7 +187,7 @@ def test_the_step_never_allocates_the_logits():
   )
   compiled = make_step(model, sft.loss, tx).lower(state, batch).compile()
   logits = rows * length * architecture.vocab_size * 4
-  assert compiled.memory_analysis().temp_size_in_bytes < logits
+  assert compiled.memory_analysis().temp_size_in_bytes < 0.3 * logits
 
 
 def test_three_adamw_steps_equal_torch():

@@ -167,6 +167,10 @@ def normalize(messages: Any, column: str = 'messages') -> list[dict[str, Any]]:
     if 'role' not in message:
       raise ValueError(f'{column}[{i}]: no role (it has {sorted(message)})')
     content = message.get('content')
+    if content is None and not message.get('tool_calls'):
+      raise ValueError(
+        f'{column}[{i}]: content is missing or null; give a text, or drop the record'
+      )
     if isinstance(content, Sequence) and not isinstance(content, str):
       for part in content:
         if not isinstance(part, Mapping) or not isinstance(part.get('text'), str):
@@ -193,7 +197,12 @@ def encode_conversation(
   Raises ValueError when nothing would be trained, when an assistant turn has no stop
   token, when the template writes BOS twice, or when it is not prefix-stable.
   """
-  messages = normalize(messages)
+  ids, _, mask = _conversation(tokenizer, normalize(messages), tools)
+  return _encoded(ids, mask)
+
+
+def _conversation(tokenizer, messages, tools):
+  """(ids, the characters of each, mask) of the whole conversation."""
   turns = [i for i, message in enumerate(messages) if message['role'] == 'assistant']
   if not turns:
     raise ValueError(
@@ -215,7 +224,7 @@ def encode_conversation(
   for span in spans:
     first, last = _tokens_inside(offsets, span)
     mask[first : _stop(tokenizer, ids, first, last) + 1] = 1
-  return _encoded(ids, mask)
+  return ids, offsets, mask
 
 
 def _prefix_span(tokenizer, messages, turn, tools, whole, last=False):
@@ -377,10 +386,7 @@ def _encode_chat_completion(tokenizer, prompt, completion, tools) -> Encoded:
       'completion must start with the assistant, got role '
       f'{completion[0]["role"]!r}: move what comes before it to the prompt'
     )
-  messages = [*prompt, *completion]
-  whole = encode_conversation(tokenizer, messages, tools=tools)
+  ids, offsets, mask = _conversation(tokenizer, [*prompt, *completion], tools)
   start = render(prompt, tokenizer=tokenizer, add_generation_prompt=True, tools=tools)
-  text = render(messages, tokenizer=tokenizer, tools=tools).text
-  _, offsets = tokenizer.encode_with_offsets(text)
   inside = np.array([end > len(start.text) for _, end in offsets], np.float32)
-  return _encoded(whole.tokens.tolist(), whole.mask * inside)
+  return _encoded(ids, mask * inside)

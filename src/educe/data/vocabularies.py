@@ -319,9 +319,12 @@ def _json(path: pathlib.Path) -> dict[str, Any]:
   if not path.exists():
     return {}
   try:
-    return json.loads(path.read_text(encoding='utf-8'))
+    found = json.loads(path.read_text(encoding='utf-8'))
   except ValueError as error:
     raise ValueError(f'{path}: not JSON ({error})') from None
+  if not isinstance(found, dict):
+    raise ValueError(f'{path}: expected an object, got {found!r:.60}; fetch it again')
+  return found
 
 
 def _special(token: str) -> tokenizers.AddedToken:

@@ -48,6 +48,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from educe.environments import answers, countdown, problems
+from educe.spelling import near
 from educe.types import Environment, Turn
 
 # One right answer; the package's own scorer is wrong (the first) or calls eval.
@@ -312,7 +313,6 @@ def _library(task: str) -> tuple[Any, Any]:
     ) from error
   if task not in factory.DATASETS:
     raise ValueError(
-      f'reasoning-gym has no task {task!r}; '
-      f'it has {", ".join(sorted(factory.DATASETS))}'
+      f'reasoning-gym has no task {task!r}' + near(task, factory.DATASETS)
     )
   return gym, factory

@@ -77,8 +77,14 @@ def evaluate(
   workers, time_limit (seconds): of the verifier's processes, as for rollouts; with 0 the
     environment judges in this process, where nothing can stop it.
   """
-  if repeats > 1 and not temperature:
-    raise ValueError(f'evaluation.repeats={repeats} greedy completions would be equal')
+  check(
+    max_new_tokens=max_new_tokens,
+    temperature=temperature,
+    repeats=repeats,
+    batch_size=batch_size,
+    workers=workers,
+    time_limit=time_limit,
+  )
   ask = functools.partial(
     collect,
     model,
@@ -98,6 +104,34 @@ def evaluate(
   judges = verifiers.judges(environment.respond, workers=workers, time_limit=time_limit)
   with judges as judge:
     return accuracy(ask(judge=judge).transcripts)
+
+
+def check(
+  *,
+  max_new_tokens: int,
+  temperature: float,
+  repeats: int,
+  batch_size: int,
+  workers: int,
+  time_limit: float,
+) -> None:
+  """Raises ValueError for arguments of `evaluate` that no model could make good."""
+  for name, value, low in (
+    ('max_new_tokens', max_new_tokens, 1),
+    ('repeats', repeats, 1),
+    ('batch_size', batch_size, 1),
+    ('workers', workers, 0),
+  ):
+    if value < low:
+      raise ValueError(f'{name}={value} must be at least {low}')
+  if not 0 <= temperature < math.inf:
+    raise ValueError(f'temperature={temperature} must be a number ≥ 0')
+  if not time_limit > 0:
+    raise ValueError(f'time_limit={time_limit} must be more than 0 seconds')
+  if repeats > 1 and not temperature:
+    raise ValueError(
+      f'repeats={repeats} greedy completions would be equal; set temperature=1.0'
+    )
 
 
 def wilson(successes: int, total: int) -> tuple[float, float]:

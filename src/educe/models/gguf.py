@@ -5,6 +5,7 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 
 import numpy as np
@@ -28,10 +29,11 @@ def load(
   another family than Llama, and tensors that are missing, left over or misshapen.
   """
   reader, file = _open(path)
-  architecture = _architecture(
-    reader,
-    file,
-    dict(param_dtype=param_dtype, compute_dtype=compute_dtype, remat=remat),
+  architecture = dataclasses.replace(
+    _architecture(reader, file),
+    param_dtype=param_dtype,
+    compute_dtype=compute_dtype,
+    remat=remat,
   )
   tensors = {tensor.name: tensor for tensor in reader.tensors}
   rows = weights.plan(architecture, 'gguf', _found(reader), file=file)
@@ -49,9 +51,7 @@ def load(
 def report(*, path: str) -> list[weights.Mapped]:
   """Every tensor of the file and where it goes; reads no weights."""
   reader, file = _open(path)
-  return weights.plan(
-    _architecture(reader, file, {}), 'gguf', _found(reader), file=file
-  )
+  return weights.plan(_architecture(reader, file), 'gguf', _found(reader), file=file)
 
 
 def _open(path: str):
@@ -83,7 +83,7 @@ def _found(reader) -> dict[str, weights.Found]:
   }
 
 
-def _architecture(reader, file: pathlib.Path, options: dict) -> Architecture:
+def _architecture(reader, file: pathlib.Path) -> Architecture:
   family = _field(reader, file, 'general.architecture')
   if family != 'llama':
     raise ValueError(
@@ -121,7 +121,6 @@ def _architecture(reader, file: pathlib.Path, options: dict) -> Architecture:
       # A float32 in the file: the shortest decimal that rounds to it is what was meant.
       norm_eps=float(str(np.float32(value('attention.layer_norm_rms_epsilon')))),
       tied='output.weight' not in names,
-      **options,
     )
   except ValueError as error:
     raise ValueError(f'{file}: {error}') from error

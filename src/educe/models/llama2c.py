@@ -8,6 +8,7 @@ RoPE turns neighbouring pairs, its base is 10,000; the norm's epsilon is 1e-5.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import pathlib
 
@@ -64,10 +65,11 @@ def _open(
     raise ValueError(f'{file}: its first 28 bytes are no llama2.c header: {head}')
   try:
     architecture = Architecture(
-      head_dim=head['dim'] // head['heads'], tied=tied, **head, **options
+      head_dim=head['dim'] // head['heads'], tied=tied, **head
     )
   except ValueError as error:
     raise ValueError(f'{file}: no llama2.c checkpoint: {error}') from error
+  architecture = dataclasses.replace(architecture, **options)
   return architecture, _tensors(architecture, file, size), file
 
 

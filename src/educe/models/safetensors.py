@@ -5,6 +5,7 @@ https://huggingface.co/docs/safetensors and `transformers`' LlamaForCausalLM.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -187,7 +188,9 @@ def _json(file: pathlib.Path) -> dict:
 def _open(path: str, **options):
   """(architecture, tensor name -> open file that holds it, folder)."""
   folder = paths.resolve(path)
-  architecture = _architecture(folder / 'config.json', options)
+  architecture = _architecture(folder / 'config.json')
+  # What the file says and what the user chose are refused apart.
+  architecture = dataclasses.replace(architecture, **options)
   if (folder / INDEX).exists():
     index = _json(folder / INDEX).get('weight_map')
     if not isinstance(index, dict) or not index:
@@ -233,7 +236,7 @@ def _found(files: dict) -> dict[str, weights.Found]:
   return found
 
 
-def _architecture(file: pathlib.Path, options: dict) -> Architecture:
+def _architecture(file: pathlib.Path) -> Architecture:
   config = _json(file)
   if (family := config.get('model_type')) != 'llama':
     raise ValueError(f"{file}: model_type is {family!r}; only 'llama' can be loaded")
@@ -263,7 +266,6 @@ def _architecture(file: pathlib.Path, options: dict) -> Architecture:
     return Architecture(
       **{field: config[key] for field, key in KEYS.items()},
       rope_theta=float(theta),
-      **options,
     )
   except (TypeError, ValueError) as error:
     raise ValueError(f'{file}: {error}') from error

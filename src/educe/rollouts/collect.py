@@ -6,7 +6,10 @@ tokens sampled. Text is only what the judge and the transcripts see.
 
 from __future__ import annotations
 
+import functools
 import math
+import pathlib
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -82,10 +85,10 @@ def collect(
   )
   texts = [[done.text] for done in completions]
   rows = list(zip(repeated, texts, strict=True))
-  turns = list(judge(rows) if judge else _in_process(environment, rows))
+  names = [records[row // group].get('id', row // group) for row in range(len(rows))]
+  turns = list(judge(rows) if judge else _in_process(environment, rows, names))
   if len(turns) != len(rows):
     raise ValueError(f'the judge answered {len(turns)} rows, {len(rows)} were asked')
-  names = [records[row // group].get('id', row // group) for row in range(len(rows))]
   rewards: Any = np.array(
     [_reward(*row) for row in zip(turns, names, strict=True)], np.float32
   )
@@ -136,22 +139,40 @@ def _encode(tokenizer, record, index) -> list[int]:
   return encode_prompt(tokenizer, record['prompt'], tools=record.get('tools'))
 
 
-def _in_process(environment: Environment, rows) -> list[Turn]:
+def _in_process(environment: Environment, rows, names) -> list[Turn]:
   turns, errors = [], []
   for record, transcript in rows:
     try:
       turns.append(environment.respond(record, transcript))
     except Exception as error:  # the text is a model's: anything may happen
-      errors.append(f'{type(error).__name__}: {error}')
+      frame = traceback.extract_tb(error.__traceback__)[-1]
+      place = f'{pathlib.Path(frame.filename).name} line {frame.lineno}'
+      errors.append(f'{type(error).__name__}: {error} ({place})')
       info = {'outcome': 'error', 'error': errors[-1]}
       turns.append(Turn(None, None, True, info))
   if len(errors) == len(rows):
-    raise ValueError(f'the reward of every row raised; the first: {errors[0]}')
+    raise ValueError(
+      f'the reward of every row raised: environment {_name(environment)}; the first, '
+      f'record {names[0]!r}: {errors[0]}'
+    )
   return turns
 
 
-def _reward(turn: Turn, name) -> Any:
+def _name(environment: Environment) -> str:
+  """The module that its verdicts come from."""
+  respond: Any = environment.respond
+  while isinstance(respond, functools.partial):
+    respond = respond.func
+  return getattr(respond, '__module__', None) or type(respond).__name__
+
+
+def _reward(turn: Any, name) -> Any:
   """NaN if not scored."""
+  if not isinstance(turn, Turn) or not isinstance(turn.info, Mapping):
+    raise ValueError(
+      f'record {name!r}: respond returned {turn!r:.120}; it must return '
+      'Turn(observation, reward, done, info), info a dict (see types.py)'
+    )
   if not turn.done:
     raise ValueError(
       f'record {name!r}: the environment asks for another turn; collect has only one'

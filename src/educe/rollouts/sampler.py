@@ -62,7 +62,8 @@ def sample(
   Returns host arrays. Compiled once per (model, batch_size, bucket of the longest
   prompt, max_new_tokens, which options are on); the numbers themselves are traced.
 
-  Raises ValueError for bad input, before any device work.
+  Raises ValueError for bad input, before any device work, and for a model whose
+  probabilities are not finite.
   """
   settings = _settings(temperature, top_k, top_p, min_p)
   vocabulary = vocabulary_size(model, params)
@@ -108,7 +109,13 @@ def sample(
       out.logp[row, :count] = host.logp[slot, columns]
       out.kept[row, :count] = host.kept[slot, columns]
       out.length[row], out.stopped[row] = count, host.stopped[slot]
+    row_of_ended = row_of[ended]
     row_of[ended] = -1
+    if not np.isfinite(out.logp[row_of_ended]).all():
+      raise ValueError(
+        'the model gives probabilities that are not finite (NaN logits): its weights are '
+        'damaged, or overflow in its compute_dtype'
+      )
     if progress:
       progress(len(ended))
     if not waiting and (row_of < 0).all():

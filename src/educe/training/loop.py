@@ -6,6 +6,7 @@ save, then evaluate, every so often; stop cleanly on SIGTERM; abort on endless N
 
 from __future__ import annotations
 
+import math
 import pathlib
 import signal
 import threading
@@ -54,8 +55,11 @@ def run(
     place: a batch of host arrays onto the devices.
     evaluate_every: steps between calls of `evaluate`, which also runs before the first
       step and after the last; 0 means only there.
-    abort_after: raise NonFinite after this many skipped updates in a row.
+    abort_after: raise NonFinite after this many skipped updates in a row; at once if the
+      very first loss is not finite either, for then no update can be to blame.
     flops_per_token: of a training step, for MFU (≈ 6 · params).
+
+  Raises NonFinite too if not a single update of the run was applied.
   """
   stop, before = catch_sigterm()
   start = int(state.step)
@@ -85,13 +89,25 @@ def run(
       f'loss {values["loss"]:.4f}, {rate:.0f} tok/s, mfu {values["perf/mfu"]:.0%}',
       refresh=False,
     )
-    bar.update()
-    if values['skipped_in_a_row'] >= abort_after:
+    if number == start + 1:
+      bar.initial = bar.n = bar.n + 1  # it compiled: no measure of those to come
+      bar.refresh()
+    else:
+      bar.update()
+    skipped = int(values['skipped_in_a_row'])
+    broken = number == 1 and skipped == 1 and not math.isfinite(values['loss'])
+    if broken or skipped >= min(abort_after, steps):
       dump = run_dir / f'nonfinite_{number}.npz'
       np.savez(dump, **{k: v for k, v in batch._asdict().items() if v is not None})
+      if skipped == number:  # from the first on
+        raise NonFinite(
+          f'loss {values["loss"]} and gradients that are not finite before any update, '
+          f'up to step {number}: look at config.model (its weights, its dtypes) and '
+          f'config.loss; the batch is in {dump}'
+        )
       raise NonFinite(
-        f'gradients were not finite for {abort_after} steps in a row, up to step '
-        f'{number}; its batch is in {dump}. Lower optimizer.learning_rate, or look there'
+        f'gradients were not finite for {skipped} steps in a row, up to step {number}; '
+        f'its batch is in {dump}. Lower optimizer.learning_rate, or look there'
       )
 
   def due(number: int) -> bool:
@@ -103,6 +119,7 @@ def run(
     if due(number) and number not in log.evaluated:
       assert evaluate is not None
       log.write(number, evaluate(state))
+      bar.unpause()  # the time that it took is no step's
     clock = time.perf_counter()
 
   try:

@@ -10,6 +10,7 @@ its signature.
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,9 +19,29 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from educe.spelling import near
 from educe.types import Params
 
 SCHEDULES = ('constant', 'linear', 'cosine')
+# What a number must be: (the words, the test, the settings that it is asked of).
+RULES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
+  (
+    'more than 0, and finite',
+    lambda x: 0 < x < math.inf,
+    ('learning_rate', 'clip_norm'),
+  ),
+  (
+    'at least 0, and finite',
+    lambda x: 0 <= x < math.inf,
+    ('warmup_steps', 'weight_decay', 'eps'),
+  ),
+  ('from 0 to 1', lambda x: 0 <= x <= 1, ('final_fraction',)),
+  (
+    'at least 0 and less than 1',
+    lambda x: 0 <= x < 1,
+    ('b1', 'b2', 'b3', 'momentum', 'decay'),
+  ),
+)
 
 
 class Optimizer(NamedTuple):
@@ -65,19 +86,29 @@ def make(
     **options: go to the Optax function (b1, b2, eps, weight_decay, …).
 
   Raises:
-    ValueError: an unknown name, schedule or option.
+    ValueError: an unknown name, schedule or option, or a number that makes no sense.
   """
+  given = locals() | options
   factory = getattr(optax, name, None)
   accepted = inspect.signature(factory).parameters if callable(factory) else {}
   if factory is None or 'learning_rate' not in accepted:
     raise ValueError(f'optimizer.name={name!r}: Optax has no such optimizer')
-  unknown = sorted(set(options) - set(accepted))
-  if unknown:
+  ours = inspect.signature(make).parameters.keys() - {'steps', 'name', 'options'}
+  for key in sorted(set(options) - set(accepted)):
     raise ValueError(
-      f'optimizer: {name} does not take {unknown[0]!r}; it takes {sorted(accepted)}'
+      f'optimizer.{key}={options[key]!r}: {name} takes no {key!r}'
+      + near(key, ours | set(accepted))
     )
+  for must, holds, keys in RULES:
+    for key in keys:
+      value = given.get(key)
+      if isinstance(value, int | float) and not holds(value):
+        raise ValueError(f'optimizer.{key}={value!r} must be {must}')
   if warmup_steps > steps:
-    raise ValueError(f'optimizer.warmup_steps={warmup_steps} exceeds steps={steps}')
+    raise ValueError(
+      f'optimizer.warmup_steps={warmup_steps} exceeds steps={steps}; lower it, or raise '
+      'steps'
+    )
   rate = make_schedule(schedule, learning_rate, steps, warmup_steps, final_fraction)
   for mask in {'mask', 'weight_decay_mask'} & set(accepted):
     options[mask] = lambda params: paths(params, lambda path: not hit(no_decay, path))
