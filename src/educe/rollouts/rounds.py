@@ -184,10 +184,7 @@ class Rounds:
     greedy: also judge the greedy completion of each prompt (ReMax's baseline).
     """
     waiting, self._waiting = self._waiting, None
-    if waiting is None:
-      current = self._round(params, step, greedy)
-    else:
-      current = waiting.result()
+    current = waiting.result() if waiting else self._round(params, step, greedy)
     if self._executor is not None:
       self._waiting = self._launch(params, step, greedy)
     self._look(current)
