@@ -1,5 +1,6 @@
-# make demo   fine-tune a real model and see what changed (6 to 10 minutes on 2 CPU cores)
-# make test   lint, types and the whole test-suite
+# make demo          SFT, then GRPO, on a real model; what changed (README says how long)
+# make demo-smollm   the same story, told for an hour
+# make test          lint, types and the whole test-suite
 # Each makes its own virtual environment in .venv on first use.
 
 PYTHON ?= python3
@@ -7,10 +8,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test lint clean
+.PHONY: demo demo-smollm test lint clean
 
 demo: $(VENV)/demo
-	$(BIN)/python -m educe train --config=configs/sft.py:demo --run_dir=runs/demo
+	$(BIN)/python -m educe train --config=configs/r1.py:demo --run_dir=runs/demo
+
+demo-smollm: $(VENV)/demo
+	$(BIN)/python -m educe train --config=configs/r1.py:smollm --run_dir=runs/smollm
 
 test: $(VENV)/dev lint
 	$(BIN)/python -m pytest

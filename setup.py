@@ -2,7 +2,7 @@
 
 import setuptools
 
-DEMO = ['matplotlib>=3.9', 'reasoning-gym>=0.1.25']
+DEMO = ['matplotlib>=3.9', 'math-verify>=0.9.0', 'reasoning-gym>=0.1.25']
 
 setuptools.setup(
   name='educe',
@@ -22,6 +22,7 @@ setuptools.setup(
     'importlib-resources>=6.0',  # tensorflow-datasets imports it without declaring it
     'ml-collections>=1.1.0',
     'absl-py>=2.1',
+    'cloudpickle>=3.1',
     'gguf>=0.19',
     'jaxtyping>=0.3.7',
     'jinja2>=3.1.6',

@@ -150,10 +150,10 @@ def chain(preset):
   model = dict(name='scratch', preset='chain')
   exam = dict(
     name='accuracy',
-    environment=dict(name='chain', depth=2, part='train'),
+    environment=dict(name='chain', depth=2, part='heldout'),
     max_new_tokens=3,
     temperature=1.0,
-    repeats=8,
+    repeats=16,
   )
   pretrain = ml_collections.ConfigDict()
   pretrain.seed = 0
@@ -180,7 +180,7 @@ def chain(preset):
   config = base()
   config.model = dict(model)
   config.tokenizer = dict(path=alphabet)
-  config.steps = 400
+  config.steps = 100
   config.environment = dict(name='chain', depth=2, part='train')
   config.rollouts = dict(
     prompts=16, group=16, max_new_tokens=3, batch_size=256, workers=0
@@ -188,9 +188,9 @@ def chain(preset):
   config.optimizer = dict(
     name='adamw', learning_rate=5e-4, schedule='constant', warmup_steps=10, b2=0.95
   )
-  config.save_every = 200
+  config.save_every = 50
   config.evaluation = exam
-  config.evaluate_every = 50
+  config.evaluate_every = 5
   both = ml_collections.ConfigDict()
   both.stages = ('pretrain', 'grpo')
   both.pretrain = pretrain

@@ -22,7 +22,7 @@ import tqdm
 from educe import config as config_lib
 from educe import sharding
 from educe.data import tokenizer as tokenizers
-from educe.measurement import curves
+from educe.measurement import curves, transcript_page
 from educe.models import policy
 from educe.rollouts import transcripts
 from educe.rollouts.sampler import vocabulary_size
@@ -32,6 +32,7 @@ from educe.types import Model, Params
 
 # The sections that `train` itself reads; the others must be read by one another.
 READ = ('model', 'tokenizer', 'algorithm', 'loss', 'optimizer', 'evaluation', 'mesh')
+PAGE = 64  # completions on the page of transcripts
 
 
 def train(
@@ -181,7 +182,7 @@ def train(
     )
     checkpoint.wait(manager)
   if finished:
-    say(f'done: {run_dir}' + (f', {curves.draw(run_dir)}' if has_matplotlib() else ''))
+    say(f'done: {", ".join(map(str, [run_dir, *pictures(run_dir)]))}')
   else:
     say(
       f'stopped at step {int(state.step)}, saved; the same command goes on from there'
@@ -222,8 +223,16 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
     ) from None
 
 
-def has_matplotlib() -> bool:
-  return importlib.util.find_spec('matplotlib') is not None
+def pictures(run_dir: pathlib.Path) -> list[pathlib.Path]:
+  """What to look at: the curves, and a page of the last rollouts if there are any."""
+  made = []
+  if importlib.util.find_spec('matplotlib') is not None:
+    made.append(curves.draw(run_dir))
+  if rounds := sorted((run_dir / 'rollouts').glob('*.jsonl')):
+    lines = rounds[-1].read_text().splitlines()[:PAGE]
+    rows = [json.loads(line) for line in lines]
+    made.append(transcript_page.page(rows, run_dir / 'transcripts.html'))
+  return made
 
 
 def say(text: str) -> None:

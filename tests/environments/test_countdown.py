@@ -73,6 +73,7 @@ def test_the_parser_computes_as_python_does():
     ('7+(5*3)', 'verified'),
     ('(((3*5)))+7', 'verified'),
     ('3 × 5 + 7', 'verified'),
+    ('-(-7 - 3 * 5)', 'verified'),
     (r'\boxed{3 \times 5 + 7}', 'verified'),
     (r'\boxed{\left(3 \cdot 5\right) + 7}', 'verified'),
     ('$3 * 5 + 7$', 'verified'),

@@ -177,14 +177,11 @@ def test_stop_string_inside_the_jit():
   text = [b''.join(token_bytes[t] for t in row) for row in free.tokens.tolist()]
   assert len(text[0]) > 9
   needle = text[0][4:8].decode()
-  samples = sample(
-    model,
-    table,
-    [[1], [6]],
-    KEY,
-    max_new_tokens=20,
-    stop=automaton([needle], token_bytes),
-  )
+  options = dict(max_new_tokens=20, stop=automaton([needle], token_bytes))
+  samples = sample(model, table, [[1], [6]], KEY, **options)
+  # A slot used again forgets what its last row had matched.
+  late = sample(model, table, [[1], [6]], KEY, batch_size=1, **options)
+  np.testing.assert_array_equal(samples.tokens, late.tokens)
   for row in range(2):
     tokens = free.tokens[row].tolist()
     ends = [

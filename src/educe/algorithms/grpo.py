@@ -153,6 +153,7 @@ def make(
     if data.whole is None or data.used >= data.steps:
       current = rollouts.next(state.params, int(state.step), greedy='greedy' in wants)
       data.number, data.used = current.number, 0
+      data.steps = epochs * minibatches
       data.whole, info = prepare(state, current)
     epoch, part = divmod(data.used, minibatches)
     data.used += 1

@@ -121,8 +121,10 @@ def records(*, completion: str = '{answer}', **options: Any) -> list[dict[str, A
 def evaluate(text: str) -> tuple[Fraction, list[int]]:
   """Value of an expression, and the numbers that it uses, in order.
 
-  expression = term { (+|-) term } · term = factor { (*|/) factor }
+  expression = [-] term { (+|-) term } · term = factor { (*|/) factor }
   factor = number | ( expression )
+
+  (A sign before an expression reaches no target ≥ 0 that could not be reached without.)
 
   Raises ValueError for anything else, a division by zero, and more than 200 characters.
   """
@@ -145,7 +147,9 @@ def evaluate(text: str) -> tuple[Fraction, list[int]]:
 
 
 def _expression(tokens: list[str], at: int, used: list[int]) -> tuple[Fraction, int]:
-  value, at = _term(tokens, at, used)
+  negative = tokens[at] == '-'
+  value, at = _term(tokens, at + negative, used)
+  value = -value if negative else value
   while tokens[at] in ('+', '-'):
     right, after = _term(tokens, at + 1, used)
     value = value + right if tokens[at] == '+' else value - right

@@ -1,132 +1,296 @@
-"""One picture of a run: loss at every step, held-out accuracy where it was measured."""
+"""One picture of a run: what was logged at every step, accuracy where it was measured.
+
+A run that logged `reward` gets a small panel for each of what reinforcement learning is
+watched by; any other gets its loss and accuracy, larger.
+"""
 
 from __future__ import annotations
 
+import functools
+import math
 import os
 import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from educe.training import metrics
 
-INK, LOSS, ACCURACY, GRID, AXIS = '#263238', '#1565c0', '#c2410c', '#e3e8eb', '#90a4ae'
+# Blue and orange stay apart for every kind of colour vision, and in grey by lightness.
+INK, BLUE, ORANGE, GRID, AXIS = '#263238', '#1565c0', '#c2410c', '#e3e8eb', '#90a4ae'
+SOLVED = {'all': BLUE, 'some': '#9cc4ee', 'none': '#f2b48c'}
+
+# The panels of reinforcement learning after reward, accuracy and groups: (title, {metric:
+# legend}, what its axis means). Titles carry the unit.
+LINES = (
+  ('completion length (tokens)', {'completions/mean_length': ''}, 'number'),
+  ('completions cut off', {'completions/clipped_ratio': ''}, 'share'),
+  ('KL to reference (nats)', {'kl': ''}, 'number'),
+  ('entropy (nats per token)', {'entropy': ''}, 'number'),
+  ('clipped', {'clip_ratio/low': 'low', 'clip_ratio/high': 'high'}, 'share'),
+  ('loss', {'loss': ''}, 'number'),
+)
+
+Row = Mapping[str, Any]
+Panel = tuple[str, Callable[[Any], None]]  # a title, and what draws on the axes
 
 
 def draw(run_dir: str | os.PathLike, *, title: str = '') -> pathlib.Path:
   """Reads run_dir/metrics.jsonl, writes run_dir/curves.png and returns its path.
 
-  The loss is shown as logged (light) and smoothed (bold). A record with `accuracy`
-  (0..1) is a point of the lower panel, with its interval if `accuracy/low` and
-  `accuracy/high` are there. Without any, that panel is left out.
+  A metric is shown as logged (light) and smoothed (bold); the reward in a band of
+  ± `reward_std`; `accuracy` (0..1) as points, with `accuracy/low` and `accuracy/high` as
+  their interval; `groups/solved_{none,some,all}` (0..1) as smoothed shares on top of each
+  other. What was not logged has no panel.
 
-  Raises ValueError if there is no such file or no loss in it.
+  Raises ValueError if no record has a loss or a reward that is a finite number.
   """
   run_dir = pathlib.Path(run_dir)
-  steps, losses, points = _read(run_dir / 'metrics.jsonl')
+  path = run_dir / 'metrics.jsonl'
+  rows = sorted(metrics.read(path), key=lambda row: row['step'])
+  if _has(rows, 'reward'):
+    panels = _reinforcement(rows)
+  elif _has(rows, 'loss'):
+    panels = _supervised(rows)
+  else:
+    raise ValueError(
+      f'{path} holds no loss and no reward that is a finite number: the run took no step,'
+      ' or its numbers were not finite from the first'
+    )
   try:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
   except ModuleNotFoundError as error:
     raise ValueError(
       'curves.png needs the package matplotlib; `pip install matplotlib` brings it'
     ) from error
-  # The object API: no global state, no display, nothing left open. Six inches wide and
-  # type of 12 points and more can be read on a phone.
-  panels = 2 if points else 1
-  figure = Figure(figsize=(6, 0.8 + 2.8 * panels), dpi=180, layout='constrained')
-  canvas = FigureCanvasAgg(figure)
-  axes = list(figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0])
-  _draw_loss(axes[0], steps, losses)
-  if points:
-    _draw_accuracy(axes[1], points)
-  for each in axes:
-    each.grid(color=GRID, linewidth=1)
-    each.set_axisbelow(True)
-    each.spines[['top', 'right']].set_visible(False)
-    each.spines[['left', 'bottom']].set_color(AXIS)
-    each.tick_params(labelsize=12, colors=INK, length=0)
-    each.yaxis.label.set(size=13, color=INK)
-  axes[-1].set_xlabel('optimizer step', size=13, color=INK)
-  axes[-1].xaxis.set_major_locator(MaxNLocator(6, integer=True))
-  if title:
-    axes[0].set_title(title, size=14, color=INK, loc='left', pad=10)
+  picture = figure(panels, [row['step'] for row in rows], title=title)
   path = run_dir / 'curves.png'
-  canvas.print_png(path)
+  FigureCanvasAgg(picture).print_png(path)
   return path
+
+
+def figure(panels: Sequence[Panel], steps: Sequence[int], *, title: str = ''):
+  """The panels as a Matplotlib figure over the same steps: a column, or two of more.
+
+  An odd number of them in two columns leaves the first one the whole width.
+  """
+  from matplotlib.figure import Figure
+  from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+  # The object API: no global state, no display, nothing left open. Six inches wide and
+  # type of 10 points and more can be read on a phone.
+  columns = 2 if len(panels) > 2 else 1
+  lines = math.ceil(len(panels) / columns)
+  height = 0.8 + (1.8 if columns == 2 else 2.8) * lines
+  layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06)
+  picture = Figure(figsize=(6, height), dpi=180, layout=layout)
+  if title:
+    picture.suptitle(title, size=14, color=INK, x=0.02, ha='left')
+  grid = picture.add_gridspec(lines, columns)
+  missing = lines * columns - len(panels)
+  for index, (name, paint) in enumerate(panels):
+    wide = columns == 1 or (index == 0 and missing > 0)
+    line, column = divmod(index + missing if index else 0, columns)
+    axes = picture.add_subplot(grid[line, :] if wide else grid[line, column])
+    paint(axes)
+    _style(axes, name, steps, wide=wide, last=line == lines - 1)
+  return picture
 
 
 def smooth(values: np.ndarray, width: float) -> np.ndarray:
   """Gaussian mean over neighbours; `width` is its standard deviation in samples.
 
   Centred, so that it does not lag behind a falling loss; the weights sum to 1 at the
-  ends too; values that are not finite count for nothing.
+  ends too; values that are not finite count for nothing. Where no neighbour within four
+  widths is finite, so is the mean.
   """
-  index = np.arange(len(values))
-  weights = np.exp(-0.5 * ((index[:, None] - index[None]) / max(width, 1e-6)) ** 2)
-  weights = weights * np.isfinite(values)[None]
-  total = weights.sum(-1)
-  mean = weights @ np.nan_to_num(values, posinf=0, neginf=0)
+  radius = min(math.ceil(4 * width), len(values) - 1)
+  offsets = np.arange(-radius, radius + 1)
+  kernel = np.exp(-0.5 * (offsets / max(width, 1e-6)) ** 2)
+  finite = np.isfinite(values)
+
+  def around(x):
+    return np.convolve(x, kernel)[radius : radius + len(x)]
+
+  total = around(finite.astype(float))
+  mean = around(np.where(finite, values, 0.0))
   return np.divide(mean, total, out=np.full(len(values), np.nan), where=total > 0)
 
 
-def _draw_loss(axes, steps, losses) -> None:
-  bold = smooth(losses, width=len(losses) / 40)
-  axes.plot(steps, losses, color=LOSS, alpha=0.3, linewidth=1.2)
-  axes.plot(steps, bold, color=LOSS, linewidth=2.4)
-  axes.set_ylabel('loss (nats per token)')
-  # From zero, so that heights compare; one early spike must not flatten the rest.
-  top = 1.1 * max(np.nanmax(bold), np.nanquantile(losses, 0.98))
-  if np.nanmin(losses) >= 0 and top > 0:
-    axes.set_ylim(0, top)
+def _supervised(rows: Sequence[Row]) -> list[Panel]:
+  loss = functools.partial(_lines, rows=rows, names={'loss': ''})
+  panels: list[Panel] = [('loss (nats per token)', loss)]
+  if points := _points(rows):
+    panels.append(('held-out accuracy', functools.partial(_accuracy, points=points)))
+  return panels
 
 
-def _draw_accuracy(axes, points) -> None:
-  from matplotlib.ticker import PercentFormatter
+def _reinforcement(rows: Sequence[Row]) -> list[Panel]:
+  has_std = _has(rows, 'reward_std')
+  title = 'reward (band: ± reward_std)' if has_std else 'reward'
+  panels: list[Panel] = [(title, functools.partial(_reward, rows=rows))]
+  if points := _points(rows):
+    panels.append(('held-out accuracy', functools.partial(_accuracy, points=points)))
+  if all(_has(rows, f'groups/solved_{name}') for name in SOLVED):
+    panels.append(('solved', functools.partial(_solved, rows=rows)))
+  for title, names, kind in LINES:
+    there = {k: v for k, v in names.items() if _has(rows, k)}
+    if there:
+      paint = functools.partial(_lines, rows=rows, names=there, share=kind == 'share')
+      panels.append((title, paint))
+  return panels
 
+
+def _lines(axes, *, rows, names, share: bool = False) -> None:
+  """Each metric as logged and smoothed; told apart by colour, dashes and a legend."""
+  everything, bolds = [], []
+  styles = zip((BLUE, ORANGE), ('-', (0, (3, 1.2))), strict=True)
+  for (name, label), (color, dashes) in zip(names.items(), styles, strict=False):
+    steps, values = _series(rows, name)
+    bold = smooth(values, width=len(values) / 40)
+    axes.plot(steps, values, color=color, alpha=0.3, linewidth=1.2)
+    axes.plot(steps, bold, color=color, linewidth=2.4, linestyle=dashes, label=label)
+    everything.append(values)
+    bolds.append(bold)
+  if any(names.values()):
+    _legend(axes)
+  if share:
+    _percent(axes)
+  _limits(axes, np.concatenate(everything), np.concatenate(bolds))
+
+
+def _reward(axes, *, rows) -> None:
+  steps, values = _series(rows, 'reward')
+  bold = smooth(values, width=len(values) / 40)
+  shown = bold
+  if _has(rows, 'reward_std'):
+    std = np.array([row.get('reward_std') for row in rows if 'reward' in row], float)
+    std = smooth(std, width=len(values) / 40)
+    axes.fill_between(steps, bold - std, bold + std, color=BLUE, alpha=0.13, lw=0)
+    shown = np.concatenate([bold - std, bold + std])
+  axes.plot(steps, values, color=BLUE, alpha=0.3, linewidth=1.2)
+  axes.plot(steps, bold, color=BLUE, linewidth=2.4)
+  _limits(axes, values, shown)
+
+
+def _solved(axes, *, rows) -> None:
+  """Shares of groups on top of each other: all solved, some (these teach), none."""
+  shares = []
+  for name in SOLVED:
+    steps, values = _series(rows, f'groups/solved_{name}')
+    shares.append(smooth(values, width=len(values) / 40))
+  axes.stackplot(
+    steps, *shares, colors=list(SOLVED.values()), labels=list(SOLVED), linewidth=0
+  )
+  axes.set_ylim(0, 1)
+  _percent(axes)
+  _legend(axes)
+
+
+def _accuracy(axes, *, points) -> None:
   at, rates, low, high = np.array(points, float).T
   axes.errorbar(
     at,
     rates,
     yerr=np.maximum([rates - low, high - rates], 0),
-    color=ACCURACY,
+    color=ORANGE,
     linewidth=2.4,
     marker='o',
-    markersize=8,
+    markersize=8 if len(points) < 8 else 5,
     elinewidth=1.6,
-    capsize=5,
+    capsize=5 if len(points) < 8 else 3,
     clip_on=False,
     zorder=3,
   )
   ends = {0, len(points) - 1}
-  for index in sorted(ends if len(points) > 5 else range(len(points))):
+  for index in sorted(ends if len(points) > 4 else range(len(points))):
     axes.annotate(
       f'{rates[index]:.0%}',
       (at[index], high[index]),
       xytext=(0, 7),
       textcoords='offset points',
       ha='center',
-      color=ACCURACY,
+      color=ORANGE,
       weight='bold',
-      size=14,
+      size=13,
     )
-  axes.set_ylim(0, 1.15)  # room for a label above 100 %
-  axes.set_yticks(np.linspace(0, 1, 6))
-  axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-  axes.set_ylabel('held-out accuracy')
+  axes.set_ylim(0, 1.2)  # room for a label above 100 %
+  axes.set_yticks(np.linspace(0, 1, 5))
+  _percent(axes)
 
 
-def _read(path: pathlib.Path):
-  """(steps, losses, [(step, accuracy, low, high)]) in order of steps."""
-  rows = sorted(metrics.read(path), key=lambda row: row['step'])
-  # A loss that was not finite is null in the file: a gap in the line.
-  losses = [(row['step'], row['loss']) for row in rows if 'loss' in row]
-  if not any(loss is not None for _, loss in losses):
-    raise ValueError(f'{path} holds no loss')
+def _style(axes, title: str, steps: Sequence[int], *, wide: bool, last: bool) -> None:
+  from matplotlib.ticker import MaxNLocator
+
+  # Room for the labels of the first and the last point, wide as the text is.
+  margin = (0.05 if wide else 0.1) * max(steps[-1] - steps[0], 1)
+  axes.set_xlim(steps[0] - margin, steps[-1] + margin)
+  axes.set_title(title, size=12, color=INK, loc='left', pad=6)
+  axes.grid(color=GRID, linewidth=1)
+  axes.set_axisbelow(True)
+  axes.spines[['top', 'right']].set_visible(False)
+  axes.spines[['left', 'bottom']].set_color(AXIS)
+  axes.tick_params(labelsize=11, colors=INK, length=0, labelbottom=last)
+  axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+  if last:
+    axes.set_xlabel('optimizer step', size=12, color=INK)
+
+
+def _legend(axes) -> None:
+  axes.legend(
+    loc='lower right',
+    bbox_to_anchor=(1.0, 1.0),
+    ncols=3,
+    frameon=False,
+    fontsize=10,
+    handlelength=0.8,
+    handletextpad=0.3,
+    columnspacing=0.6,
+    borderpad=0.3,
+    borderaxespad=0,
+    labelcolor=INK,
+  )
+
+
+def _limits(axes, values: np.ndarray, shown: np.ndarray) -> None:
+  """From zero, so that heights compare; one early spike must not flatten the rest."""
+  from matplotlib.ticker import MaxNLocator
+
+  axes.yaxis.set_major_locator(MaxNLocator(4))
+  finite = values[np.isfinite(values)]
+  bottom = min(np.nanmin(shown), np.quantile(finite, 0.02), 0)
+  top = max(np.nanmax(shown), np.quantile(finite, 0.98), 0)
+  if top > bottom:
+    axes.set_ylim(1.1 * bottom, 1.1 * top)
+
+
+def _percent(axes) -> None:
+  from matplotlib.ticker import FuncFormatter
+
+  axes.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f'{100 * x:.3g}%'))
+
+
+def _has(rows: Sequence[Row], name: str) -> bool:
+  """Whether any record has it as a finite number."""
+  return any(row.get(name) is not None for row in rows)
+
+
+def _series(rows: Sequence[Row], name: str) -> tuple[np.ndarray, np.ndarray]:
+  """(steps, values) of the records that have it.
+
+  A number that was not finite is null in the file, NaN here, and a gap in the line.
+  """
+  pairs = [(row['step'], row[name]) for row in rows if name in row]
+  steps, values = np.array(pairs, float).T
+  return steps, values
+
+
+def _points(rows: Sequence[Row]) -> list[tuple[int, float, float, float]]:
+  """[(step, accuracy, low, high)]; without an interval all three are the rate."""
   points = []
   for row in rows:
     if (rate := row.get('accuracy')) is not None:
       bounds = row.get('accuracy/low', rate), row.get('accuracy/high', rate)
       points.append((row['step'], rate, *bounds))
-  steps, values = np.array(losses, float).T
-  return steps, values, points
+  return points

