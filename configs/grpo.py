@@ -111,6 +111,8 @@ def with_preset(config, name):
     del config.advantage
   with config.unlocked():
     config.update(changes)
+    # Room of its own for the punishment: what the task needs stays unpunished.
+    config.rollouts.max_new_tokens += config.algorithm.get('overlong_buffer', 0)
     if config.loss.get('aggregate') == 'constant':
       config.loss.max_completion_length = config.rollouts.get_ref('max_new_tokens')
   return config

@@ -60,6 +60,7 @@ DEBUG = {
   'rollouts.group': 4,
   'rollouts.max_new_tokens': 4,
   'rollouts.workers': 0,
+  'algorithm.minibatches': 2,
   'evaluation.max_new_tokens': 4,
 }
 
@@ -200,8 +201,7 @@ def call(section: str, values: Mapping[str, Any], **supply: Any) -> Any:
   the section in front of what the function itself refuses or does not find.
   """
   function = bound(section, values)
-  parameters = inspect.signature(function.func).parameters.values()
-  wanted = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+  wanted = _supplied(function.func)
   for name in wanted:
     if supply.get(name) is None:
       raise ConfigError(f'config.{section} needs a section config.{name}')
@@ -229,14 +229,21 @@ def check(section: str, values: Mapping[str, Any]) -> None:
     raise ConfigError(f'config.{section}.{error}') from error
 
 
-def check_used(section: str, values: Mapping[str, Any], others: Mapping) -> None:
-  """Raises ConfigError for a section in `others` that is given but not read by this one."""
-  function = resolve(section, values.get('name'))
-  for name, value in others.items():
-    if value is not None and name not in inspect.signature(function).parameters:
+def check_used(config: Mapping[str, Any], read: Sequence[str]) -> None:
+  """Raises ConfigError for a section that is given but that no other section reads.
+
+  read: sections that the program itself reads
+  """
+  sections = {n: x for n, x in config.items() if n in PLACES and x is not None}
+  used = set(read)
+  for section, values in sections.items():
+    function = resolve(section, values.get('name'))
+    used |= set(_supplied(function))
+  for name in sections:
+    if name not in used:
       raise ConfigError(
-        f'config.{name} is given, but config.{section}.name={values.get("name")!r} reads '
-        f'no {name}; delete it'
+        f'config.{name} is given, but config.algorithm.name='
+        f'{sections["algorithm"].get("name")!r} has no use for it; delete it'
       )
 
 
@@ -249,6 +256,12 @@ def bound(section: str, values: Mapping[str, Any]) -> functools.partial:
   named = '{name}' in PLACES[section]
   function = resolve(section, values.pop('name') if named else None)
   return functools.partial(function, **values)
+
+
+def _supplied(function: Callable) -> list[str]:
+  """What a section's function takes from the program: all before the *."""
+  parameters = inspect.signature(function).parameters.values()
+  return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
 
 
 def _checked(value: Any, hint: Any, path: str) -> Any:

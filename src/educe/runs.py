@@ -6,6 +6,7 @@ to bottom as the story of a run.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -29,6 +30,8 @@ from educe.training import checkpoint, loop, metrics
 from educe.training.step import init_state, make_step
 from educe.types import Model, Params
 
+# The sections that `train` itself reads; the others must be read by one another.
+READ = ('model', 'tokenizer', 'algorithm', 'loss', 'optimizer', 'evaluation', 'mesh')
 PAGE = 64  # completions on the page of transcripts
 
 
@@ -84,10 +87,11 @@ def train(
     if config[name] < low:
       raise ValueError(f'config.{name}={config[name]} must be at least {low}')
   tx = call('optimizer', optimizer, steps=steps)
+  config_lib.check_used(config, READ)
   if evaluation:
     config_lib.check('evaluation', evaluation)
-  sections = dict(data=data, rollouts=rollouts, advantage=advantage)
-  config_lib.check_used('algorithm', algorithm, sections)
+  if init_from is not None and not (pathlib.Path(init_from) / 'checkpoints').is_dir():
+    raise ValueError(f'init_from={init_from!r} is not the folder of a run')
   try:
     words = call('tokenizer', tokenizer)
   except config_lib.ConfigError as error:
@@ -117,57 +121,63 @@ def train(
   flops_per_token = 6.0 * size
   params = sharding.place(params, net.axes, grid)
 
-  # Where batches come from.
-  supply = dict(model=net, tokenizer=words, environment=world, seed=seed)
-  method = call(
-    'algorithm',
-    algorithm,
-    **supply,
-    data=batches,
-    rollouts=rollouts and call('rollouts', rollouts, **supply),
-    advantage=advantage and config_lib.bound('advantage', advantage),
-    loss=config_lib.bound('loss', loss),
-    place=place,
-    run_dir=run_dir,
-  )
-  sharding.check_batch(method.rows * jax.process_count(), microbatches, grid)
-  has_reference = method.reference_every is not None
-  state = init_state(params, tx, jax.random.key(seed), reference=has_reference)
-  state = sharding.replicate_rest(state, grid)
-  del params  # the state owns them now
+  with contextlib.ExitStack() as closing:  # also when something below is refused
+    # Where batches come from.
+    supply = dict(model=net, tokenizer=words, environment=world, seed=seed)
+    rounds = rollouts and call('rollouts', rollouts, **supply)
+    if rounds:
+      closing.callback(rounds.close)
+    method = call(
+      'algorithm',
+      algorithm,
+      **supply,
+      data=batches,
+      rollouts=rounds,
+      advantage=advantage and config_lib.bound('advantage', advantage),
+      loss=config_lib.bound('loss', loss),
+      place=place,
+      run_dir=run_dir,
+    )
+    closing.callback(method.data.close)
+    sharding.check_batch(method.rows * jax.process_count(), microbatches, grid)
+    has_reference = method.reference_every is not None
+    state = init_state(params, tx, jax.random.key(seed), reference=has_reference)
+    state = sharding.replicate_rest(state, grid)
+    del params  # the state owns them now
 
-  # Where it stood, if it ran before.
-  run_dir.mkdir(parents=True, exist_ok=True)
-  manager = checkpoint.open_manager(run_dir / 'checkpoints', keep=keep)
-  resumed = checkpoint.restore(manager, state, method.data)
-  if resumed is not None:
-    state = resumed
-  say(
-    f'{"resuming from" if resumed else "starting at"} step {int(state.step)} of {steps}: '
-    f'{size:,} parameters on {jax.device_count()} {jax.devices()[0].platform} device(s); '
-    'the first step also compiles'
-  )
-  write_config(run_dir, config)
-  log = metrics.Log(run_dir, step=int(state.step), tensorboard=tensorboard)
+    # Where it stood, if it ran before.
+    run_dir.mkdir(parents=True, exist_ok=True)
+    manager = checkpoint.open_manager(run_dir / 'checkpoints', keep=keep)
+    closing.callback(manager.close)
+    resumed = checkpoint.restore(manager, state, method.data)
+    if resumed is not None:
+      state = resumed
+    say(
+      f'{"resuming from" if resumed else "starting at"} step {int(state.step)} of '
+      f'{steps}: {size:,} parameters on {jax.device_count()} '
+      f'{jax.devices()[0].platform} device(s); the first step also compiles'
+    )
+    write_config(run_dir, config)
+    log = metrics.Log(run_dir, step=int(state.step), tensorboard=tensorboard)
+    closing.callback(log.close)
 
-  def evaluate(state) -> dict[str, Any]:
-    step = int(state.step)
-    score = exam(net, state.params, words)
-    transcripts.save(score.transcripts, run_dir / 'samples' / f'{step}.jsonl')
-    say(f'\n{transcripts.show(score.transcripts, limit=3)}')
-    say(f'\nstep {step}: solves {score}')
-    return score.metrics()
+    def evaluate(state) -> dict[str, Any]:
+      step = int(state.step)
+      score = exam(net, state.params, words)
+      transcripts.save(score.transcripts, run_dir / 'samples' / f'{step}.jsonl')
+      say(f'\n{transcripts.show(score.transcripts, limit=3)}')
+      say(f'\nstep {step}: solves {score}')
+      return score.metrics()
 
-  step = make_step(
-    net,
-    method.loss,
-    tx,
-    microbatches=microbatches,
-    temperature=method.temperature,
-    reference_every=method.reference_every,
-    state_shardings=jax.tree.map(lambda x: x.sharding, state),
-  )
-  try:
+    step = make_step(
+      net,
+      method.loss,
+      tx,
+      microbatches=microbatches,
+      temperature=method.temperature,
+      reference_every=method.reference_every,
+      state_shardings=jax.tree.map(lambda x: x.sharding, state),
+    )
     state, finished = loop.run(
       state,
       step,
@@ -185,10 +195,6 @@ def train(
       flops_per_token=flops_per_token,
     )
     checkpoint.wait(manager)
-  finally:
-    manager.close()
-    log.close()
-    method.data.close()
   if finished:
     say(f'done: {", ".join(map(str, [run_dir, *pictures(run_dir)]))}')
   else:
@@ -299,9 +305,11 @@ def run_all(argv: Sequence[str], run_dir: pathlib.Path, *, sweep: bool) -> None:
         )
         for stage in stages
       }
+    for config in runs.values():
+      config_lib.check_used(config, READ)
     previous = None
     for folder, config in runs.items():
-      if stages and (folder / 'checkpoints' / str(config['steps'])).is_dir():
+      if stages and is_done(folder, config):
         say(f'{folder} is already done')
       else:
         if previous is not None and config['init_from'] is None:
@@ -313,6 +321,15 @@ def run_all(argv: Sequence[str], run_dir: pathlib.Path, *, sweep: bool) -> None:
       say(story(list(runs)))
 
 
+def is_done(folder: pathlib.Path, config: dict[str, Any]) -> bool:
+  """Its last step is saved and, where there is an evaluation, evaluated."""
+  last = config['steps']
+  saved = (folder / 'checkpoints' / str(last)).is_dir()
+  lines = metrics.read(folder / 'metrics.jsonl') if saved else []
+  exams = [line['step'] for line in lines if 'loss' not in line]
+  return saved and (config['evaluation'] is None or last in exams)
+
+
 def story(folders: Sequence[pathlib.Path]) -> str:
   """Accuracy before the first of these runs and after each, as a table."""
   lines: list[str] = []
@@ -322,4 +339,4 @@ def story(folders: Sequence[pathlib.Path]) -> str:
       if exam and (label != 'before' or not lines):
         interval = f'[{exam[0]["accuracy/low"]:.1%}, {exam[0]["accuracy/high"]:.1%}]'
         lines.append(f'{label:>12}  {exam[0]["accuracy"]:6.1%}  95 % {interval}')
-  return '\n'.join(['held-out accuracy', *lines])
+  return '\n'.join(['accuracy before and after each stage', *lines])

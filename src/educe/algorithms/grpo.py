@@ -60,8 +60,12 @@ def make(
       a completion loses from 0 to 1 as it goes through the last so many tokens of
       max_new_tokens.
     drop_truncated: completions that ran out of room are not trained on.
-    drop_equal: nor are groups whose rewards are all equal. Their advantages are 0, but
-      their tokens count in the loss's average unless they are dropped.
+    drop_equal: nor are groups whose rewards, as the environment gave them, are all
+      equal. Relative to their group they have advantage 0, but their tokens count in
+      the loss's average unless they are dropped.
+
+  With top_k, top_p or min_p the sampler's log-probs are those of what they left
+  standing, so that a correction against them is one for the truncation too.
 
   Raises ValueError for what cannot be, before anything is sampled: settings that the
   loss or the advantages refuse, groups that do not divide into minibatches.
@@ -71,8 +75,13 @@ def make(
       f'algorithm: {epochs=} and {minibatches=} must be at least 1, and '
       f'rollouts.prompts={rollouts.prompts} a multiple of minibatches'
     )
-  if not kl_in_reward >= 0 or overlong_buffer < 0:
-    raise ValueError(f'algorithm: {kl_in_reward=}, {overlong_buffer=} must be ≥ 0')
+  if not kl_in_reward >= 0 or (reference_every or 0) < 0:
+    raise ValueError(f'algorithm: {kl_in_reward=}, {reference_every=} must be ≥ 0')
+  if not 0 <= overlong_buffer <= rollouts.max_new_tokens:
+    raise ValueError(
+      f'algorithm.overlong_buffer={overlong_buffer} must be in 0..rollouts.'
+      f'max_new_tokens={rollouts.max_new_tokens}'
+    )
   wants = inspect.signature(advantage.func).parameters
   needs_kl = bool(kl_in_reward or advantage.keywords.get('kl_coef'))
   if needs_kl and reference_every is None:
@@ -123,10 +132,11 @@ def make(
       rewards, r.group, **{name: x for name, x in supply.items() if name in wants}
     )
     values = np.asarray(values if values.ndim == 2 else values[:, None] * mask)
+    drawn = np.asarray(r.sampler_logp)
     arrays: dict[str, Any] = dict(
       tokens=np.asarray(r.tokens),
       mask=mask,
-      sampler_logp=np.asarray(r.sampler_logp),
+      sampler_logp=drawn if r.kept is None else drawn - np.log(r.kept),
       old_logp=old,
       ref_logp=ref,
       advantages=(values * mask).astype(np.float32),
@@ -140,9 +150,10 @@ def make(
 
   def next_batch(state: TrainState) -> tuple[Batch, dict[str, Any]]:
     info: dict[str, Any] = {}
-    if data.whole is None or data.used == data.steps:
+    if data.whole is None or data.used >= data.steps:
       current = rollouts.next(state.params, int(state.step), greedy='greedy' in wants)
       data.number, data.used = current.number, 0
+      data.steps = epochs * minibatches
       data.whole, info = prepare(state, current)
     epoch, part = divmod(data.used, minibatches)
     data.used += 1

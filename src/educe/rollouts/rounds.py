@@ -75,27 +75,40 @@ def make(
       times a round. What is still equal then stays.
     overlong_prompts: 'error', or 'drop' those that leave no room for max_new_tokens.
     workers, time_limit (seconds a completion), error_limit: of the verifier's
-      processes, see environments/verifiers.py; workers=0 judges in this process.
+      processes, see environments/verifiers.py; workers=0 judges in this process,
+      without limits.
     ahead: sample the next round while this one is trained on, one round off policy.
     show_every: rounds between samples on the terminal; 0 shows none.
 
-  Raises ValueError for values out of range and an environment without prompts.
+  Raises ValueError for values out of range, prompts that do not fit and an environment
+  without prompts.
   """
+  if jax.process_count() > 1:  # all would ask, and train on, the same
+    raise ValueError(f'rollouts: sampled in one process, not {jax.process_count()}')
   if prompts < 1 or group < 1:
     raise ValueError(f'rollouts: {prompts=} and {group=} must be at least 1')
   if pool not in ('uniform', 'adaptive'):
     raise ValueError(f"rollouts.pool={pool!r} must be 'uniform' or 'adaptive'")
   if refills < 0 or workers < 0 or show_every < 0:
     raise ValueError(f'rollouts: {refills=}, {workers=}, {show_every=} must be ≥ 0')
+  if not 0 < temperature < float('inf'):
+    raise ValueError(f'rollouts.temperature={temperature} must be above 0: it divides')
+  if max_new_tokens < 1:
+    raise ValueError(f'rollouts.max_new_tokens={max_new_tokens} must be at least 1')
   if overlong_prompts not in ('error', 'drop'):
     raise ValueError(
       f"rollouts.overlong_prompts={overlong_prompts!r} must be 'error' or 'drop'"
     )
-  records = list(environment.prompts)
-  if overlong_prompts == 'drop':
-    records = fitting(model, tokenizer, records, max_new_tokens=max_new_tokens)
-    if dropped := len(environment.prompts) - len(records):
-      _say(f'{dropped} of {len(environment.prompts)} prompts are too long: dropped')
+  every = list(environment.prompts)
+  records = fitting(model, tokenizer, every, max_new_tokens=max_new_tokens)
+  if dropped := len(every) - len(records):
+    much = (
+      f'{dropped} of {len(every)} prompts leave no room for rollouts.max_new_tokens='
+      f"{max_new_tokens} in the model's context of {model.architecture.max_length}"
+    )
+    if overlong_prompts == 'error':
+      raise ValueError(f"{much}; lower it, or set rollouts.overlong_prompts='drop'")
+    _say(f'{much}: dropped')
   if not records:
     raise ValueError('rollouts: the environment has no prompts that fit')
   judge = None
@@ -107,13 +120,16 @@ def make(
       error_limit=error_limit,
     )
 
+  def respond(prompt, transcript):
+    return verifiers.check(environment.respond(prompt, transcript))
+
   def sample(params, chosen, key, *, group=group, **changes):
     options = {'temperature': temperature, 'top_k': top_k, 'top_p': top_p}
     return collect(
       model,
       params,
       tokenizer,
-      environment,
+      environment._replace(respond=respond),  # of use where there is no judge
       [records[index] for index in chosen],
       group=group,
       key=key,
@@ -167,11 +183,9 @@ class Rounds:
 
     greedy: also judge the greedy completion of each prompt (ReMax's baseline).
     """
-    if self._executor is None:
-      current = self._round(params, step, greedy)
-    else:
-      waiting = self._waiting or self._launch(params, step, greedy)
-      current = waiting.result()
+    waiting, self._waiting = self._waiting, None
+    current = waiting.result() if waiting else self._round(params, step, greedy)
+    if self._executor is not None:
       self._waiting = self._launch(params, step, greedy)
     self._look(current)
     return current
@@ -192,7 +206,9 @@ class Rounds:
       silent = np.flatnonzero(statistics.equal(rollouts))
       if not len(silent):
         break
-      fresh = self._pool.draw(len(silent))
+      # A power of two: few widths, so that few programs are compiled.
+      wanted = 2 ** int(len(silent) - 1).bit_length()
+      fresh = self._pool.draw(min(wanted, self.prompts))
       more = self._ask(params, fresh, jax.random.fold_in(key, 1 + attempt))
       asked += len(fresh)
       spoken = np.flatnonzero(~statistics.equal(more))
@@ -223,7 +239,7 @@ class Rounds:
       _say(f'\n{transcripts.show(current.rollouts.transcripts, limit=1)}\n')
     signs = {
       'no_signal': (
-        current.info['frac_reward_zero_std'] == 1,
+        bool(statistics.equal(current.rollouts).all()),
         'in every group all rewards are equal: nothing can be learned; choose easier '
         'or harder prompts, or a larger rollouts.group',
       ),
@@ -263,7 +279,7 @@ class Rounds:
     self._number = state['number']
     self._pool.set_state(state['pool'])
     self._waiting = None
-    if state['waiting'] is not None and self.ahead:
+    if state['waiting'] is not None:  # it is the next, even if `ahead` is off by now
       self._waiting = concurrent.futures.Future()
       self._waiting.set_result(decode(state['waiting']))
 

@@ -1,0 +1,423 @@
+"""Rounds: the right groups in the right places, and nothing lost between two runs."""
+
+import functools
+import itertools
+import json
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+import toy
+
+from educe.data import tokenizer as tokenizers
+from educe.environments import chain, reward_functions
+from educe.models import scratch
+from educe.rollouts import rounds, statistics
+from educe.rollouts.pool import Pool
+from educe.types import Environment, Rollouts, StateMismatch, Turn
+
+SMALL = dict(prompts=4, group=3, max_new_tokens=3, workers=0, show_every=0)
+WORDS = tokenizers.load(path=f'characters:{chain.ALPHABET}')
+
+
+@functools.cache
+def policy():
+  return scratch.load(preset='chain')
+
+
+def real(environment=None, **changes):
+  """Rounds of a random tiny transformer on the chain world."""
+  world = environment or chain.make(depth=2, part='train')
+  return rounds.make(policy()[0], WORDS, world, 0, **(SMALL | changes))
+
+
+class Oracle:
+  """Stands in for sampler and judge: prompt i's completions say (i, row, call).
+
+  reward(i, row, call) decides what they earn. Rows are wider with every call.
+  """
+
+  def __init__(self, reward, cut=()):
+    self.reward, self.cut, self.calls = reward, cut, []
+
+  def __call__(self, params, chosen, key, *, group=3, temperature=1.0):
+    call = len(self.calls)
+    self.calls.append((params, list(chosen), group, temperature))
+    rows = [(i, row) for i in chosen for row in range(group)]
+    width = 4 + call
+    tokens = np.zeros((len(rows), width), np.int32)
+    tokens[:, :3] = [(i, row, call) for i, row in rows]
+    tokens[:, -1] = 999
+    mask = np.zeros((len(rows), width), np.float32)
+    mask[:, 1:3] = 1
+    rewards = [self.reward(i, row, call) for i, row in rows]
+    transcripts = [
+      {'id': i, 'row': row, 'call': call, 'reward': reward, 'length': 2, 'rewards': {},
+       'outcome': 'verified' if reward == 1 else 'wrong', 'stopped': True,
+       'prompt': str(i), 'completion': str(row), 'answer': ''}
+      for (i, row), reward in zip(rows, rewards, strict=True)
+    ]  # fmt: skip
+    return Rollouts(
+      tokens,
+      mask,
+      -mask * tokens,
+      np.ones(len(rows), np.int32),
+      np.array(rewards, np.float32),
+      group,
+      transcripts,
+      kept=np.full(mask.shape, 0.5, np.float32) if call in self.cut else None,
+    )
+
+
+def fake(oracle, size=20, adaptive=False, **changes):
+  settings = dict(
+    seed=0, prompts=4, group=3, max_new_tokens=3, temperature=1.0, refills=0,
+    ahead=False, show_every=0,
+  )  # fmt: skip
+  pool = Pool(size, seed=0, adaptive=adaptive)
+  return rounds.Rounds(oracle, pool, None, **(settings | changes))
+
+
+def check_rows(current):
+  """Tokens, mask, log-probs, rewards and transcripts of a row speak of one sample."""
+  r = current.rollouts
+  for at, transcript in enumerate(r.transcripts):
+    i, row, call = (int(x) for x in r.tokens[at, :3])
+    assert (i, row, call) == tuple(transcript[k] for k in ('id', 'row', 'call'))
+    assert row == at % r.group
+    assert i == r.tokens[at - row, 0]  # one prompt a group
+    assert r.rewards[at] == np.float32(transcript['reward'])
+    assert r.mask[at].sum() == 2
+    np.testing.assert_array_equal(r.sampler_logp[at], -r.mask[at] * r.tokens[at])
+    assert np.flatnonzero(r.tokens[at] == 999).tolist() == [3 + call]
+
+
+def mixed(i, row, call):
+  """Even prompts say nothing, odd ones do."""
+  return float(row == i % 3) if i % 2 else 0.0
+
+
+def test_refills_put_whole_groups_where_silent_ones_were():
+  oracle = Oracle(mixed)
+  current = fake(oracle, refills=10).next(None, 5)
+  check_rows(current)
+  assert not statistics.equal(current.rollouts).any()
+  ids = current.rollouts.tokens[::3, 0].tolist()
+  assert len(set(ids)) == 4
+  assert all(i % 2 for i in ids)
+  # Those that spoke at once stay where they were.
+  first = oracle.calls[0][1]
+  assert [i for i in first if i % 2] == [i for i in ids if i in first]
+  assert all(ids[place] == i for place, i in enumerate(first) if i % 2)
+  asked = [i for _, chosen, *_ in oracle.calls for i in chosen]
+  assert asked == Pool(20, seed=0, adaptive=False).draw(len(asked))
+  assert current.info['sampling/prompts'] == len(asked)
+  assert (current.number, current.step) == (0, 5)
+  # The policy is described by the prompts as they came.
+  share = sum(i % 2 == 0 for i in first) / 4
+  assert current.info['frac_reward_zero_std'] == share > 0
+
+
+@pytest.mark.parametrize('refills', [0, 1, 3])
+def test_refills_are_bounded_and_what_stays_silent_stays(refills):
+  oracle = Oracle(lambda i, row, call: 0.0)
+  current = fake(oracle, refills=refills).next(None, 0)
+  check_rows(current)
+  assert len(oracle.calls) == 1 + refills
+  assert len(current.rollouts.rewards) == 12
+  assert current.rollouts.tokens[::3, 0].tolist() == oracle.calls[0][1]
+
+
+def test_refills_ask_for_few_different_numbers_of_prompts():
+  """Each width is a program to compile: powers of two, and never more than a round."""
+  oracle = Oracle(lambda i, row, call: float(row == 0) if i % 5 == 0 else 0.0)
+  r = fake(oracle, size=200, prompts=6, refills=6)
+  for _ in range(12):
+    check_rows(r.next(None, 0))
+  assert {len(chosen) for _, chosen, *_ in oracle.calls} <= {1, 2, 4, 6}
+
+
+def test_truncation_seen_in_one_part_of_a_round_is_kept_for_it_alone():
+  for cut in ((0,), (1,), (0, 1)):
+    current = fake(Oracle(mixed, cut), refills=1).next(None, 0)
+    check_rows(current)
+    r = current.rollouts
+    want = np.where(np.isin(r.tokens[:, 2], cut), 0.5, 1.0)
+    for column in (1, 2):  # what was sampled
+      np.testing.assert_array_equal(r.kept[:, column], want)
+
+
+def test_the_greedy_baseline_is_of_the_prompts_that_were_kept():
+  oracle = Oracle(lambda i, row, call: mixed(i, row, call) if call < 2 else i / 100)
+  current = fake(oracle, refills=1).next(None, 0, greedy=True)
+  _, chosen, group, temperature = oracle.calls[-1]
+  assert (group, temperature) == (1, 0.0)
+  assert chosen == current.rollouts.tokens[::3, 0].tolist() != oracle.calls[0][1]
+  np.testing.assert_allclose(current.greedy, np.array(chosen) / 100, rtol=1e-6)
+  assert fake(Oracle(mixed)).next(None, 0).greedy is None
+
+
+def test_the_pool_hears_of_every_prompt_that_was_sampled():
+  r = fake(Oracle(lambda i, row, call: float(row < i % 3)), adaptive=True, refills=2)
+  r.next(None, 0)
+  visited = [i for _, chosen, *_ in r._sample.calls for i in chosen]
+  for i in range(20):
+    assert (r._pool.tried[i] > 0) == (i in visited)
+    if visited.count(i) == 1:
+      assert (r._pool.tried[i], r._pool.solved[i]) == (3, i % 3)
+
+
+def test_different_rounds_and_seeds_draw_different_samples_and_repeat_exactly():
+  model, params = policy()
+
+  def tokens(seed, count):
+    r = rounds.make(model, WORDS, chain.make(depth=1, size=4), seed, **SMALL)
+    return [r.next(params, 0).rollouts.tokens for _ in range(count)]
+
+  one, two = tokens(0, 2)
+  assert (one[:, 3:] != two[:, 3:]).any()
+  np.testing.assert_array_equal(tokens(0, 1)[0], one)
+  assert (tokens(1, 1)[0] != one).any()
+
+
+class Slow(Oracle):
+  def __call__(self, *arguments, **options):
+    time.sleep(0.05)
+    return super().__call__(*arguments, **options)
+
+
+def test_ahead_is_one_round_behind_and_never_more():
+  oracle = Slow(mixed)
+  r = fake(oracle, ahead=True)
+  got = [r.next({'w': np.full(1, step)}, step) for step in range(0, 40, 10)]
+  assert [x.number for x in got] == [0, 1, 2, 3]
+  assert [x.step for x in got] == [0, 0, 10, 20]
+  r.get_state()  # waits for the one under way
+  r.close()
+  used = [int(params['w'][0]) for params, *_ in oracle.calls]
+  assert used == [0, 0, 10, 20, 30]  # what a round says of its policy is true
+  asked = [i for _, chosen, *_ in oracle.calls for i in chosen]
+  assert asked == Pool(20, seed=0, adaptive=False).draw(20)
+
+
+def test_ahead_samples_with_params_of_its_own():
+  """The step donates the params; who samples meanwhile must not see them go."""
+  begin, oracle = threading.Event(), Oracle(mixed)
+
+  def sample(params, *arguments, **options):
+    if len(oracle.calls):
+      assert begin.wait(10)
+    return oracle(np.asarray(params['w']), *arguments, **options)
+
+  r = fake(sample, ahead=True)
+  params = {'w': jax.numpy.arange(3.0)}
+  r.next(params, 0)
+  params['w'].delete()
+  begin.set()
+  np.testing.assert_array_equal(r._waiting.result() and oracle.calls[1][0], [0, 1, 2])
+  r.close()
+
+
+@pytest.mark.parametrize('ahead', [False, True])
+@pytest.mark.parametrize('adaptive', [False, True])
+def test_a_restored_run_asks_and_gets_the_same(ahead, adaptive):
+  """… with the round that was under way, bit for bit, NaN and extras included."""
+
+  def reward(i, row, call):
+    return np.nan if (i + row) % 7 == 0 else mixed(i, row, call)
+
+  options = dict(ahead=ahead, adaptive=adaptive, refills=2)
+  oracle = Oracle(reward, cut=(0, 3))
+  r = fake(oracle, **options)
+  for step in range(3):
+    r.next({'w': np.zeros(1)}, step, greedy=True)
+  state = json.loads(json.dumps(r.get_state()))
+  calls = len(oracle.calls)
+  want = [r.next({'w': np.zeros(1)}, step, greedy=True) for step in (3, 4, 5)]
+  r.close()
+
+  again = Oracle(reward, cut=(0, 3))
+  again.calls = [None] * calls
+  other = fake(again, **options)
+  other.set_state(state)
+  got = [other.next({'w': np.zeros(1)}, step, greedy=True) for step in (3, 4, 5)]
+  other.close()
+  for a, b in zip(want, got, strict=True):
+    assert (a.number, a.step) == (b.number, b.step)
+    np.testing.assert_array_equal(a.greedy, b.greedy)
+    for name in rounds.ARRAYS:
+      x, y = getattr(a.rollouts, name), getattr(b.rollouts, name)
+      assert (x is None) == (y is None)
+      if x is not None:
+        np.testing.assert_array_equal(x, y)
+        assert x.dtype == y.dtype
+    assert json.dumps(list(a.rollouts.transcripts)) == json.dumps(
+      list(b.rollouts.transcripts)
+    )
+    times = {'timing/rollout_seconds'}
+    assert {k: v for k, v in a.info.items() if k not in times} == pytest.approx(
+      {k: v for k, v in b.info.items() if k not in times}, rel=0, abs=0, nan_ok=True
+    )
+
+
+def test_a_round_that_waits_is_used_even_when_ahead_was_switched_off():
+  r = fake(Oracle(mixed), ahead=True)
+  r.next({'w': np.zeros(1)}, 0)
+  state = json.loads(json.dumps(r.get_state()))
+  r.close()
+  other = fake(Oracle(mixed))
+  other.set_state(state)
+  assert [other.next(None, step).number for step in (1, 2)] == [1, 2]
+
+
+@pytest.mark.parametrize(('name', 'value'), [('prompts', 2), ('group', 2), ('seed', 1)])
+def test_a_state_of_other_rollouts_is_refused(name, value):
+  state = fake(Oracle(mixed)).get_state()
+  with pytest.raises(StateMismatch, match=rf'{name}=\d but this run has {value}'):
+    fake(Oracle(mixed), **{name: value}).set_state(state)
+  with pytest.raises(StateMismatch, match='size=20 but this run has 30'):
+    fake(Oracle(mixed), size=30).set_state(state)
+
+
+def test_rounds_that_teach_nothing_are_said_after_a_while_not_at_once(capsys):
+  r = fake(Oracle(lambda i, row, call: 0.25))
+  for number in range(1, 2 * rounds.PATIENCE + 1):
+    r.next(None, 0)
+    warned = 'all rewards are equal' in capsys.readouterr().err
+    assert warned == (number % rounds.PATIENCE == 0)
+
+
+def test_a_refilled_round_is_no_reason_to_warn(capsys):
+  """Before the refill nothing had a signal; what is trained on has."""
+  r = fake(Oracle(lambda i, row, call: float(row == 0 and call % 2)), refills=1)
+  for _ in range(rounds.PATIENCE):
+    assert r.next(None, 0).info['frac_reward_zero_std'] == 1
+  assert 'warning' not in capsys.readouterr().err
+
+
+def test_a_model_that_never_ends_is_said(capsys):
+  model, params = toy.model(vocabulary=WORDS.vocab_size)
+  params = params.at[:, np.array(WORDS.eos_ids)].set(-1e9)
+  r = rounds.make(model, WORDS, chain.make(depth=2, part='train'), 0, **SMALL)
+  for _ in range(rounds.PATIENCE):
+    assert r.next(params, 0).info['completions/clipped_ratio'] == 1
+  said = capsys.readouterr().err
+  assert f'for {rounds.PATIENCE} rounds over 90 % of completions are cut off' in said
+
+
+def test_a_sample_is_shown_now_and_then(capsys):
+  r = fake(Oracle(mixed), show_every=2)
+  for number in range(4):
+    r.next(None, 0)
+    assert ('wrong; right is' in capsys.readouterr().err) == (number % 2 == 0)
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    (dict(prompts=0), r'prompts=0'),
+    (dict(group=0), r'group=0'),
+    (dict(pool='best'), r"rollouts.pool='best' must be 'uniform' or 'adaptive'"),
+    (dict(refills=-1), r'refills=-1'),
+    (dict(workers=-1), r'workers=-1'),
+    (dict(show_every=-1), r'show_every=-1'),
+    (dict(overlong_prompts='cut'), r"overlong_prompts='cut'"),
+    (dict(temperature=0.0), r'rollouts.temperature=0.0 must be above 0'),
+    (dict(temperature=float('nan')), r'rollouts.temperature=nan'),
+    (dict(max_new_tokens=0), r'rollouts.max_new_tokens=0'),
+    (
+      dict(max_new_tokens=13),
+      r"192 of 192 prompts leave no room for rollouts.max_new_tokens=13 in the model's "
+      r"context of 16; lower it, or set rollouts.overlong_prompts='drop'",
+    ),
+    (dict(max_new_tokens=13, overlong_prompts='drop'), r'no prompts that fit'),
+    (dict(workers=1, time_limit=0.0), r'time_limit=0'),
+    (dict(workers=1, error_limit=2.0), r'error_limit=2'),
+  ],
+)
+def test_bad_input_is_one_line_before_anything_is_sampled(change, message):
+  with pytest.raises(ValueError, match=message) as caught:
+    real(**change)
+  assert '\n' not in str(caught.value)
+
+
+def test_prompts_that_do_not_fit_are_dropped_whole_and_counted(capsys):
+  prompts = [{'prompt': 'a' * n, 'answer': ''} for n in (2, 14, 5, 15, 13)]
+  world = Environment(prompts, chain.make(depth=1).respond)
+  r = real(world, overlong_prompts='drop', prompts=3)
+  assert '2 of 5 prompts leave no room' in capsys.readouterr().err
+  rollouts = r.next(policy()[1], 0).rollouts
+  asked = sorted(len(row['prompt']) for row in rollouts.transcripts[::3])
+  assert asked == [2, 5, 13]  # 13 + 3 is the context, exactly
+
+
+BAD = [
+  ('raises', lambda p, c, r: 1 / 0, 'ZeroDivisionError'),
+  ('nan', lambda p, c, r: float('nan'), 'nan'),
+  ('string', lambda p, c, r: '1', r"'1' \(str\)"),
+  ('list', lambda p, c, r: [1.0], r'\[1.0\]'),
+  ('bool', lambda p, c, r: True, 'True'),
+]
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+@pytest.mark.parametrize(
+  ('reward', 'message'), [b[1:] for b in BAD], ids=[b[0] for b in BAD]
+)
+def test_a_reward_that_is_none_stops_the_run_in_one_line(reward, message, workers):
+  world = reward_functions.make(
+    prompts=[{'prompt': 'a'}] * 4, functions={'mine': reward}
+  )
+  r = real(world, workers=workers)
+  with pytest.raises(ValueError, match=message) as caught:
+    r.next(policy()[1], 0)
+  r.close()
+  assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('answer', [float('nan'), '1', True])
+def test_an_environment_of_ones_own_is_held_to_the_same_without_workers(answer):
+  """One bad row of many is an 'error', not scored; it never becomes a number."""
+  calls = itertools.count()
+
+  def respond(prompt, transcript):
+    bad = next(calls) == 2
+    return Turn(None, answer if bad else 0.0, True, {})
+
+  r = real(Environment([{'prompt': 'a', 'answer': ''}] * 4, respond))
+  rollouts = r.next(policy()[1], 0).rollouts
+  assert [row['outcome'] for row in rollouts.transcripts].count('error') == 1
+  assert np.flatnonzero(np.isnan(rollouts.rewards)).tolist() == [2]
+
+
+def test_a_reward_that_hangs_is_a_timeout_and_not_scored():
+  def slow(prompt, completion, record):
+    import time
+
+    if record['answer'] == 'hang':
+      time.sleep(60)
+    return 1.0
+
+  prompts = [{'prompt': 'a', 'answer': x} for x in ('', 'hang', '', '')]
+  world = reward_functions.make(prompts=prompts, functions={'slow': slow})
+  r = real(world, group=1, workers=1, time_limit=0.3, error_limit=0.5)
+  rollouts = r.next(policy()[1], 0).rollouts
+  r.close()
+  outcomes = {row['answer']: row['outcome'] for row in rollouts.transcripts}
+  assert outcomes == {'': 'verified', 'hang': 'timeout'}
+  assert np.isnan(rollouts.rewards).sum() == 1
+
+
+def test_a_judge_that_answers_the_wrong_number_of_rows_is_refused(monkeypatch):
+  class Judge:
+    def __call__(self, rows):
+      return [Turn(None, 1.0, True, {})] * (len(rows) - 1)
+
+    def close(self):
+      pass
+
+  monkeypatch.setattr(rounds.verifiers, 'judges', lambda *a, **k: Judge())
+  with pytest.raises(ValueError, match='answered 11 rows, 12 were asked'):
+    real(workers=1).next(policy()[1], 0)
