@@ -270,8 +270,10 @@ def pictures(run_dir: pathlib.Path) -> list[pathlib.Path]:
   if importlib.util.find_spec('matplotlib') is not None:
     made.append(curves.draw(run_dir))
   if rounds := sorted((run_dir / 'rollouts').glob('*.jsonl')):
-    lines = rounds[-1].read_text().splitlines()[:PAGE]
-    rows = [json.loads(line) for line in lines]
+    for file in reversed(rounds):  # the last one with everything on it
+      rows = [json.loads(line) for line in file.read_text().splitlines()[:PAGE]]
+      if 'log_ratio' in rows[0]:
+        break
     made.append(transcript_page.page(rows, run_dir / 'transcripts.html'))
   return made
 

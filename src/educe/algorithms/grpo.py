@@ -111,7 +111,10 @@ def make(
     """The whole round as one batch."""
     r = current.rollouts
     mask, info = np.array(r.mask), dict(current.info)
-    old = logp(state.params, r.tokens, mask) if scored else None
+    # The update may not need it, but the rounds that people look at show it.
+    shown = rollouts.show_every and current.number % rollouts.show_every == 0
+    seen = logp(state.params, r.tokens, mask) if scored or shown else None
+    old = seen if scored else None
     ref = None
     if reference_every is not None:
       ref = logp(state.reference, r.tokens, mask)
@@ -143,7 +146,7 @@ def make(
     )
     batch = Batch(**arrays)
     info['sampling/staleness_steps'] = int(state.step) - current.step
-    _write(run_dir, tokenizer, current, batch, int(state.step))
+    _write(run_dir, tokenizer, current, batch, seen, int(state.step))
     return batch, info
 
   data = Position(rollouts, epochs * minibatches)
@@ -230,7 +233,7 @@ def _overlong(rollouts: Rollouts, limit: int, buffer: int) -> np.ndarray:
   return np.clip((lengths - (limit - buffer)) / buffer, 0, 1)
 
 
-def _write(run_dir, tokenizer, current: Round, batch: Batch, step: int) -> None:
+def _write(run_dir, tokenizer, current: Round, batch: Batch, seen, step: int) -> None:
   rows = []
   for row, transcript in enumerate(current.rollouts.transcripts):
     at = np.flatnonzero(np.asarray(current.rollouts.mask)[row])
@@ -241,8 +244,8 @@ def _write(run_dir, tokenizer, current: Round, batch: Batch, step: int) -> None:
       'tokens': [tokenizer.decode([t]) for t in np.asarray(batch.tokens)[row, at]],
       'advantages': [round(float(x), 5) for x in advantages],
     }
-    if batch.old_logp is not None:
-      difference = np.asarray(batch.old_logp) - np.asarray(batch.sampler_logp)
+    if seen is not None:
+      difference = seen - np.asarray(batch.sampler_logp)
       extra['log_ratio'] = [round(float(x), 6) for x in difference[row, at]]
     rows.append({**transcript, **extra})
   transcripts.save(rows, run_dir / 'rollouts' / f'{current.number:06}.jsonl')
