@@ -39,8 +39,8 @@ def demo():
 
 
 def smollm():
-  """About 50 minutes on 2 CPU cores."""
-  return sequence(cold=sft(steps=16), grpo=grpo(steps=200, held_out=512))
+  """About an hour on 2 CPU cores."""
+  return sequence(cold=sft(steps=16), grpo=grpo(steps=150, held_out=512))
 
 
 def zero():
