@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from educe import cli, config
+from educe import config, runs
 from educe.config import ConfigError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -16,7 +16,7 @@ DEMO = str(ROOT / 'configs' / 'sft.py')
 
 def load(*overrides, recipe='demo,debug'):
   values = config.load([f'--config={DEMO}:{recipe}', *overrides])
-  return config.expand(values, cli.train)
+  return config.expand(values, runs.train)
 
 
 def test_defaults_of_every_section_are_filled_in():
@@ -26,7 +26,7 @@ def test_defaults_of_every_section_are_filled_in():
   }  # fmt: skip
   assert full['data']['overlong'] == 'truncate'
   assert full['data']['shuffle'] is True  # pipeline.make's own default
-  assert full['keep'] == 2  # cli.train's
+  assert full['keep'] == 2  # runs.train's
   json.dumps(full)
 
 
@@ -84,7 +84,7 @@ def test_a_missing_value_is_named():
   values = config.load([f'--config={DEMO}:demo'])
   del values['optimizer']['learning_rate']
   with pytest.raises(ConfigError, match=r'config.optimizer.learning_rate is missing'):
-    config.expand(values, cli.train)
+    config.expand(values, runs.train)
 
 
 @pytest.mark.parametrize(

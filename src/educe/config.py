@@ -59,6 +59,7 @@ DEBUG = {
   'rollouts.max_new_tokens': 4,
   'rollouts.workers': 0,
   'algorithm.minibatches': 2,
+  'algorithm.keep': 'best',  # nothing that a random model says is right
   'evaluation.max_new_tokens': 4,
 }
 
