@@ -5,10 +5,8 @@ import os
 import pathlib
 import signal
 
-import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from educe import cli, runs
 from educe.models import scratch
@@ -57,20 +55,7 @@ def get_config():
 """
 
 
-@pytest.fixture(scope='module', autouse=True)
-def compile_once(tmp_path_factory):
-  """These runs compile the same programs again and again."""
-  names = ('jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs')
-  before = [getattr(jax.config, name) for name in names]
-  for name, value in zip(
-    names, (str(tmp_path_factory.mktemp('cache')), 0), strict=True
-  ):
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()
-  yield
-  for name, value in zip(names, before, strict=True):
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()
+pytestmark = pytest.mark.usefixtures('compile_once')
 
 
 @pytest.fixture(scope='module')
@@ -94,7 +79,7 @@ def params_of(folder):
 
 
 @pytest.fixture(scope='module')
-def both(config, tmp_path_factory):
+def both(config, compile_once, tmp_path_factory):
   """The folder of a sequence that ran to its end."""
   folder = tmp_path_factory.mktemp('both')
   assert go(config, folder) == 0

@@ -54,6 +54,8 @@ DEBUG = {
   'optimizer.warmup_steps': 0,
   'evaluation.environment.size': 2,
   'environment.size': 4,
+  'evaluation.repeats': 1,
+  'source.size': 64,
   'rollouts.prompts': 2,
   'rollouts.group': 4,
   'rollouts.max_new_tokens': 4,

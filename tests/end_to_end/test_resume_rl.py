@@ -18,10 +18,12 @@ from educe.training import checkpoint, metrics
 
 STEPS = 13  # rounds of 4 steps; checkpoints every 3, so inside rounds
 CONFIG = """
+import time
 import ml_collections
 from educe.environments import reward_functions
 
 def letters(prompt, completion, record):  # in half of the groups all are equal
+  time.sleep(0.01)  # time to be killed in
   return float(len(completion)) if prompt < '3' else float('a' in completion)
 
 def world():
@@ -52,9 +54,6 @@ def get_config():
 def start(folder, name):
   environment = {
     **os.environ,
-    # Many processes compile the same programs: once is enough.
-    'JAX_COMPILATION_CACHE_DIR': str(folder / 'cache'),
-    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     'XLA_FLAGS': '',
     'PYTHONPATH': os.pathsep.join([str(folder), os.environ.get('PYTHONPATH', '')]),
   }
@@ -90,6 +89,16 @@ def weights(folder, name):
   return {key: bytes(memoryview(params[key])) for key in ('embedding',)}
 
 
+@pytest.fixture(scope='module', autouse=True)
+def cache(tmp_path_factory):
+  """Seven processes compile the same programs: once is enough."""
+  with pytest.MonkeyPatch.context() as patch:
+    folder = str(tmp_path_factory.mktemp('cache'))
+    patch.setenv('JAX_COMPILATION_CACHE_DIR', folder)
+    patch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+    yield
+
+
 @pytest.mark.parametrize('ahead', [False, True])
 def test_killed_and_resumed_equals_never_killed(tmp_path, ahead):
   (tmp_path / 'world.py').write_text(CONFIG.format(steps=STEPS, ahead=ahead))
@@ -111,7 +120,8 @@ def test_killed_and_resumed_equals_never_killed(tmp_path, ahead):
     deadline = time.time() + 240
     while process.poll() is None and time.time() < deadline:
       done = history(tmp_path, 'killed')
-      if done and done[-1]['step'] >= step:
+      kept = (tmp_path / 'killed' / 'checkpoints').glob('[1-9]*')
+      if done and done[-1]['step'] >= step and any(x.name.isdigit() for x in kept):
         break
       time.sleep(0.005)
     else:

@@ -19,7 +19,6 @@ import orbax.checkpoint as ocp
 
 from educe.types import StateMismatch, TrainState
 
-
 # What a checkpoint is compared by before it is read, and what each says it belongs to.
 KINDS = {'params': 'model', 'opt_state': 'optimizer', 'reference': 'kind of run'}
 
