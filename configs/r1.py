@@ -49,7 +49,10 @@ def zero():
 
 def r1():
   return sequence(
-    cold=sft(steps=8), grpo=grpo(steps=40), reject=reject(steps=20), again=grpo(steps=40)
+    cold=sft(steps=8),
+    grpo=grpo(steps=40),
+    reject=reject(steps=20),
+    again=grpo(steps=40),
   )
 
 
@@ -146,7 +149,9 @@ def reject(steps, held_out=128):
   config = stage(steps, held_out)
   config.environment = dict(name='reasoning_gym', part='train', size=1000, **PROBLEMS)
   config.rollouts = dict(prompts=64, group=8, max_new_tokens=LONGEST)
-  config.algorithm = dict(name='expert_iteration', batch_size=8, per_prompt=2)
+  config.algorithm = dict(
+    name='expert_iteration', batch_size=8, keep='verified', per_prompt=2
+  )
   config.loss = dict(name='sft')
   config.optimizer = dict(
     name='adamw', learning_rate=2e-5, schedule='linear', warmup_steps=2, b2=0.95

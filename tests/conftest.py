@@ -10,6 +10,7 @@ os.environ['XLA_FLAGS'] = (
 import jax
 import jaxtyping
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 # jaxtyping's annotations are promises; here they are kept.
 jaxtyping.install_import_hook(['educe.kernels', 'educe.losses'], 'beartype.beartype')
@@ -30,3 +31,18 @@ def mesh_of():
     )
 
   return make
+
+
+@pytest.fixture(scope='module')
+def compile_once(tmp_path_factory):
+  """Whole runs compile the same programs again and again: they share a cache."""
+  names = ('jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs')
+  before = [getattr(jax.config, name) for name in names]
+  cache = str(tmp_path_factory.mktemp('cache'))
+  for name, value in zip(names, (cache, 0), strict=True):
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+  yield
+  for name, value in zip(names, before, strict=True):
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()

@@ -56,11 +56,14 @@ DEBUG = {
   'optimizer.warmup_steps': 0,
   'evaluation.environment.size': 2,
   'environment.size': 4,
+  'evaluation.repeats': 1,
+  'source.size': 64,
   'rollouts.prompts': 2,
   'rollouts.group': 4,
   'rollouts.max_new_tokens': 4,
   'rollouts.workers': 0,
   'algorithm.minibatches': 2,
+  'algorithm.keep': 'best',  # nothing that a random model says is right
   'evaluation.max_new_tokens': 4,
 }
 

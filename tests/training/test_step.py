@@ -16,7 +16,7 @@ from educe.losses.logprobs import score
 from educe.models import policy, presets, safetensors
 from educe.training import optimizer
 from educe.training.step import accumulate, init_state, make_step
-from educe.types import Batch, Mean
+from educe.types import Batch, Max, Mean
 
 GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
 MODEL = policy.build(presets.debug)
@@ -238,3 +238,47 @@ def test_the_learning_rate_reported_is_the_one_that_was_used():
     state, metrics = step(state, part)
     rates.append(float(metrics['learning_rate']))
   np.testing.assert_allclose(rates, [0.5, 0.45, 0.45, 0.4], rtol=1e-6)
+
+
+@pytest.mark.parametrize('microbatches', [1, 2, 4])
+def test_a_maximum_is_over_all_microbatches(microbatches):
+  def loss(scores, batch):
+    mean = sft.loss(scores, batch)[0]
+    return mean, {'largest': Max(batch.mask.sum(-1).max()), 'nll': mean}
+
+  tx = optimizer.make(10, learning_rate=0.1)
+  state = init_state(params(), tx, jax.random.key(0))
+  batch = draw()
+  _, metrics = make_step(MODEL, loss, tx, microbatches=microbatches)(state, batch)
+  assert metrics['largest'] == batch.mask.sum(-1).max()
+  np.testing.assert_allclose(metrics['nll'], metrics['loss'], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ('every', 'copied'), [(None, []), (0, []), (1, [1, 2, 3, 4, 5]), (2, [2, 4])]
+)
+def test_the_reference_is_the_policy_of_every_nth_step(every, copied):
+  tx = optimizer.make(10, name='sgd', learning_rate=0.5, schedule='constant')
+  state = init_state(params(), tx, jax.random.key(0), reference=every is not None)
+  step = make_step(MODEL, sft.loss, tx, reference_every=every)
+  want = np.array(state.params['head'])
+  for number in range(1, 6):
+    state, _ = step(state, draw(seed=number))
+    if number in copied:
+      want = np.array(state.params['head'])
+    if every is None:
+      assert state.reference is None
+    else:
+      np.testing.assert_array_equal(state.reference['head'], want)
+      assert (number in copied) == np.array_equal(want, state.params['head'])
+
+
+def test_the_temperature_divides_the_logits_that_are_scored():
+  tx = optimizer.make(10, learning_rate=0.1)
+  batch, sharp = draw(), {**params(), 'head': params()['head'] * 30}
+  seen = []
+  for temperature, start in ((0.5, sharp), (1.0, {**sharp, 'head': sharp['head'] * 2})):
+    state = init_state(jax.tree.map(jnp.copy, start), tx, jax.random.key(0))
+    step = make_step(MODEL, sft.loss, tx, temperature=temperature)
+    seen.append(float(step(state, batch)[1]['loss']))
+  np.testing.assert_allclose(*seen, rtol=1e-5)

@@ -19,6 +19,9 @@ import orbax.checkpoint as ocp
 
 from educe.types import StateMismatch, TrainState
 
+# What a checkpoint is compared by before it is read, and what each says it belongs to.
+KINDS = {'params': 'model', 'opt_state': 'optimizer', 'reference': 'kind of run'}
+
 
 class CheckpointError(RuntimeError):
   """A checkpoint could not be written or read; the message says which and what to do."""
@@ -145,7 +148,7 @@ def _is_param(path: str) -> bool:
 
 
 def _shapes(tree: Any) -> dict[str, tuple]:
-  """path → shape of every param and optimizer array, whatever the containers are."""
+  """path → shape of every array of KINDS, whatever the containers are."""
   leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
 
   def name(path):
@@ -154,7 +157,7 @@ def _shapes(tree: Any) -> dict[str, tuple]:
     )
 
   shapes = {name(path): tuple(x.shape) for path, x in leaves if hasattr(x, 'shape')}
-  return {n: shape for n, shape in shapes.items() if n.startswith(('params/', 'opt'))}
+  return {n: shape for n, shape in shapes.items() if n.split('/')[0] in KINDS}
 
 
 def _same_model(folder, found: dict[str, tuple], wanted: dict[str, tuple]) -> None:
@@ -162,7 +165,7 @@ def _same_model(folder, found: dict[str, tuple], wanted: dict[str, tuple]) -> No
   for name in names:
     there, here = found.get(name), wanted.get(name)
     if there != here:
-      what = 'model' if _is_param(name) else 'optimizer'
+      what = KINDS[name.split('/')[0]]
       a, b = ('absent' if x is None else x for x in (there, here))
       raise CheckpointError(
         f'{folder} belongs to another {what}: {name} is {a} there and {b} here; '

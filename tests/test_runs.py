@@ -1,0 +1,307 @@
+"""Runs and sequences of them, called as a user calls them: a config file and a folder."""
+
+import json
+import os
+import pathlib
+import signal
+
+import numpy as np
+import pytest
+
+from educe import cli, runs
+from educe.models import scratch
+from educe.rollouts import rounds
+from educe.training import checkpoint, metrics
+
+# Two stages on the chain world, small; the suite has eight virtual devices.
+CONFIG = """
+import ml_collections
+
+def stage(**sections):
+  return dict(
+    seed=0, save_every=2,
+    model=dict(name='scratch', preset='chain'),
+    tokenizer=dict(path='characters:012345abcdefgh='),
+    mesh=dict(data=-1),
+    **sections,
+  )
+
+def get_config():
+  exam = dict(
+    name='accuracy', environment=dict(name='chain', depth=1, size=8), max_new_tokens=2,
+  )
+  base = stage(
+    steps=4,
+    source=dict(
+      name='educe.environments.chain:records', size=256, exposure=1.0, shares=(1.0,),
+    ),
+    data=dict(batch_size=16, max_length=8),
+    algorithm=dict(name='sft'),
+    loss=dict(name='sft'),
+    optimizer=dict(name='adamw', learning_rate=3e-2),
+    evaluation=exam,
+  )
+  rl = stage(
+    steps=3,
+    environment=dict(name='chain', depth=1, reward='outcome'),
+    rollouts=dict(prompts=4, group=4, max_new_tokens=2, workers=0, temperature=1.3),
+    advantage=dict(name='rloo'),
+    algorithm=dict(name='grpo', minibatches=2),
+    loss=dict(name='grpo'),
+    optimizer=dict(name='adamw', learning_rate=1e-9, schedule='constant'),
+    evaluation=exam,
+  )
+  return ml_collections.ConfigDict(dict(stages=('base', 'rl'), base=base, rl=rl))
+"""
+
+
+pytestmark = pytest.mark.usefixtures('compile_once')
+
+
+@pytest.fixture(scope='module')
+def config(tmp_path_factory):
+  path = tmp_path_factory.mktemp('config') / 'config.py'
+  path.write_text(CONFIG)
+  return f'--config={path}'
+
+
+def go(config, folder, *flags):
+  return cli.main(['train', config, f'--run_dir={folder}', *flags])
+
+
+def losses(folder):
+  return [r['loss'] for r in metrics.read(folder / 'metrics.jsonl') if 'loss' in r]
+
+
+def params_of(folder):
+  like = scratch.load(preset='chain')[1]
+  return checkpoint.saved_params(folder / 'checkpoints', like)
+
+
+@pytest.fixture(scope='module')
+def both(config, compile_once, tmp_path_factory):
+  """The folder of a sequence that ran to its end."""
+  folder = tmp_path_factory.mktemp('both')
+  assert go(config, folder) == 0
+  return folder
+
+
+def test_a_stage_starts_from_the_weights_of_the_one_before(both):
+  saved = json.loads((both / 'rl' / 'config.json').read_text())
+  assert saved['init_from'] == str(both / 'base')
+  base, rl = params_of(both / 'base'), params_of(both / 'rl')
+  fresh = scratch.load(preset='chain')[1]
+  # With a learning rate of 1e-9 three updates move nothing by more than 3e-9.
+  np.testing.assert_allclose(rl['embedding'], base['embedding'], atol=1e-7)
+  assert np.abs(base['embedding'] - fresh['embedding']).max() > 1e-2
+  ends = [r['accuracy'] for r in metrics.read(both / 'base/metrics.jsonl')
+          if 'accuracy' in r]  # fmt: skip
+  begins = [r['accuracy'] for r in metrics.read(both / 'rl/metrics.jsonl')
+            if 'accuracy' in r]  # fmt: skip
+  assert begins[0] == ends[-1]
+
+
+def test_the_log_says_how_far_the_sampler_is_from_the_trainer(both):
+  """On policy at T = 1.3, through sampler, judge, mesh and step (float32)."""
+  records = [r for r in metrics.read(both / 'rl/metrics.jsonl') if 'loss' in r]
+  assert [r['step'] for r in records] == [1, 2, 3]
+  for record in records:
+    mean, worst = (record[f'sampling/logp_difference/{x}'] for x in ('mean', 'max'))
+    assert 0 <= mean <= worst <= 1e-4
+    assert record['importance_ratio'] == pytest.approx(1, abs=1e-4)
+  assert [r.get('sampling/staleness_steps') for r in records] == [0, None, 0]
+  assert 'reward' in records[0]
+  written = sorted(p.name for p in (both / 'rl' / 'rollouts').iterdir())
+  assert written == ['000000.jsonl', '000001.jsonl']
+
+
+def test_finished_stages_are_left_alone(config, both, capsys):
+  before = {p: p.stat().st_mtime_ns for p in both.rglob('metrics.jsonl')}
+  assert go(config, both) == 0
+  said = capsys.readouterr().err
+  assert said.count('is already done') == 2
+  assert {p: p.stat().st_mtime_ns for p in both.rglob('metrics.jsonl')} == before
+  table = said[said.index('accuracy before and after') :].splitlines()
+  assert [line.split()[0] for line in table[1:4]] == ['before', 'base', 'rl']
+
+
+def test_a_stage_is_done_once_its_last_step_is_measured(both, tmp_path):
+  folder = tmp_path / 'x'
+  (folder / 'checkpoints' / '3').mkdir(parents=True)
+  config = {'steps': 3, 'evaluation': {}}
+  lines = (both / 'rl' / 'metrics.jsonl').read_text()
+  (folder / 'metrics.jsonl').write_text(lines)
+  assert runs.is_done(folder, config)
+  (folder / 'metrics.jsonl').write_text(''.join(lines.splitlines(True)[:-1]))
+  assert not runs.is_done(folder, config)
+  assert runs.is_done(folder, {'steps': 3, 'evaluation': None})
+  assert not runs.is_done(folder, {'steps': 4, 'evaluation': None})
+
+
+def test_sigterm_ends_the_sequence_and_the_same_command_goes_on(
+  config, both, tmp_path, monkeypatch, capsys
+):
+  write = metrics.Log.write
+
+  def and_terminate(self, step, values):
+    write(self, step, values)
+    if step == 1 and 'loss' in values:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(metrics.Log, 'write', and_terminate)
+    assert go(config, tmp_path) == 0
+  assert 'saved; the same command goes on' in capsys.readouterr().err
+  assert 1 <= len(losses(tmp_path / 'base')) < 4
+  assert not (tmp_path / 'rl').exists()
+  assert go(config, tmp_path) == 0
+  assert losses(tmp_path / 'base') == losses(both / 'base')
+  assert losses(tmp_path / 'rl') == losses(both / 'rl')
+
+
+MISTAKES = [
+  ("algorithm=dict(name='grpo'", "source=dict(name='jsonl', path='x'), ", 'grpo'),
+  ("algorithm=dict(name='sft'", "environment=dict(name='chain', depth=2), ", 'sft'),
+  ("algorithm=dict(name='sft'", "advantage=dict(name='rloo'), ", 'sft'),
+  ("algorithm=dict(name='sft'", 'rollouts=dict(prompts=1, group=1, max_new_tokens=1), ',
+   'sft'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(('before', 'extra', 'algorithm'), MISTAKES)
+def test_a_section_that_nothing_reads_is_refused(
+  tmp_path, capsys, before, extra, algorithm
+):
+  path = tmp_path / 'config.py'
+  path.write_text(CONFIG.replace(before, extra + before))
+  assert go(f'--config={path}', tmp_path / 'run') == 1
+  (line,) = capsys.readouterr().err.splitlines()
+  name = extra.partition('=')[0]
+  assert f'config.{name} is given' in line
+  assert f"config.algorithm.name='{algorithm}' has no use for it" in line
+  assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+  ('flag', 'message'),
+  [
+    ('--config.rl.rollouts.prompt=3', "did you mean 'prompts'"),
+    ('--config.rl.algorithm.name=grp', "did you mean 'grpo'"),
+    ("--config.stages=('base',)", "'rl' is not both a stage and a section"),
+    ("--config.stages=('base', 'rl', 'more')", "'more' is not both"),
+  ],
+)
+def test_what_any_stage_cannot_do_is_said_before_the_first(
+  config, tmp_path, capsys, flag, message
+):
+  assert go(config, tmp_path / 'run', flag) == 1
+  (line,) = capsys.readouterr().err.splitlines()
+  assert message in line
+  assert not (tmp_path / 'run').exists()
+
+
+@pytest.fixture
+def alone(config, tmp_path):
+  """Only the second stage, from random weights."""
+  text = pathlib.Path(config.partition('=')[2]).read_text()
+  path = tmp_path / 'alone.py'
+  path.write_text(text.replace("dict(stages=('base', 'rl'), base=base, rl=rl)", 'rl'))
+  return f'--config={path}'
+
+
+@pytest.mark.parametrize(
+  ('flags', 'message'),
+  [
+    (['--config.rollouts.group=1'], 'compares the completions of a prompt: group=1'),
+    (['--config.loss.kl_coef=0.1'], 'kl_coef=0.1 needs log-probs of a reference'),
+    (['--config.algorithm.minibatches=3'], 'a multiple of minibatches'),
+    (['--config.rollouts.max_new_tokens=15'], "in the model's context of 16; lower"),
+    (['--config.microbatches=2'], 'does not divide into 2 microbatches'),
+    (['--config.init_from=nowhere'], "init_from='nowhere' is not the folder of a run"),
+  ],
+)
+def test_what_a_run_cannot_do_is_one_line_before_anything_is_sampled(
+  alone, tmp_path, capsys, monkeypatch, flags, message
+):
+  closed = []
+  monkeypatch.setattr(rounds, 'collect', lambda *a, **k: pytest.fail('sampled'))
+  close = rounds.Rounds.close
+  monkeypatch.setattr(
+    rounds.Rounds, 'close', lambda self: (closed.append(1), close(self))
+  )
+  folder = tmp_path / 'run'
+  # With workers: were they not closed, their processes would outlive this test.
+  assert go(alone, folder, '--config.rollouts.workers=1', *flags) == 1
+  first, line = capsys.readouterr().err.splitlines()
+  assert first == f'run {folder}'
+  assert message in line
+  assert not folder.exists()
+  assert not pathlib.Path('nowhere').exists()
+  made = 'max_new_tokens' not in flags[0] and 'init_from' not in flags[0]
+  assert len(closed) == made
+
+
+def test_a_missing_section_is_named(alone, tmp_path, capsys):
+  text = pathlib.Path(alone.partition('=')[2]).read_text()
+  path = tmp_path / 'without.py'
+  path.write_text(text.replace("advantage=dict(name='rloo'),", ''))
+  assert go(f'--config={path}', tmp_path / 'run') == 1
+  said = capsys.readouterr().err
+  assert 'config.algorithm needs a section config.advantage' in said
+
+
+def test_a_reference_survives_and_stays_what_it_was(alone, tmp_path):
+  """Frozen at the start: the KL to it is 0 at first and grows, also after a restart."""
+  flags = [
+    '--config.algorithm.reference_every=0', '--config.algorithm.minibatches=1',
+    '--config.optimizer.learning_rate=1e-3', '--config.loss.kl_coef=0.01',
+  ]  # fmt: skip
+  assert go(alone, tmp_path / 'whole', *flags, '--config.steps=4') == 0
+  assert go(alone, tmp_path / 'cut', *flags, '--config.steps=2') == 0
+  assert go(alone, tmp_path / 'cut', *flags, '--config.steps=4') == 0
+  whole, cut = (
+    [r['kl'] for r in metrics.read(tmp_path / x / 'metrics.jsonl') if 'loss' in r]
+    for x in ('whole', 'cut')
+  )
+  assert whole == cut
+  assert whole[0] < 1e-9 < 1e-7 < whole[3]
+
+
+def test_going_on_with_a_reference_that_was_not_kept_is_refused(
+  alone, tmp_path, capsys
+):
+  assert go(alone, tmp_path / 'run') == 0
+  capsys.readouterr()
+  flags = ['--config.algorithm.reference_every=0', '--config.steps=4']
+  assert go(alone, tmp_path / 'run', *flags) == 1
+  said = capsys.readouterr().err
+  assert 'reference' in said
+  assert 'damaged' not in said
+
+
+def test_one_step_off_runs_on_a_mesh(alone, tmp_path):
+  """The sampler and the step share eight devices from two threads."""
+  assert go(alone, tmp_path / 'run', '--config.rollouts.ahead=True') == 0
+  records = metrics.read(tmp_path / 'run' / 'metrics.jsonl')
+  stale = [r['sampling/staleness_steps'] for r in records if 'reward' in r]
+  assert stale == [0, 2]
+
+
+def test_a_story_is_told_of_those_that_were_measured(tmp_path):
+  def write(name, *exams):
+    (tmp_path / name).mkdir()
+    lines = [{'step': 1, 'loss': 1.0}]
+    lines += [
+      {'step': i, 'accuracy': a, 'accuracy/low': a - 0.1, 'accuracy/high': a + 0.1}
+      for i, a in enumerate(exams)
+    ]
+    text = ''.join(json.dumps(line) + '\n' for line in lines)
+    (tmp_path / name / 'metrics.jsonl').write_text(text)
+    return tmp_path / name
+
+  told = runs.story([write('a', 0.2, 0.3), write('b'), write('c', 0.3, 0.5)])
+  assert [line.split() for line in told.splitlines()[1:]] == [
+    ['before', '20.0%', '95', '%', '[10.0%,', '30.0%]'],
+    ['a', '30.0%', '95', '%', '[20.0%,', '40.0%]'],
+    ['c', '50.0%', '95', '%', '[40.0%,', '60.0%]'],
+  ]
