@@ -238,7 +238,7 @@ def test_what_a_run_cannot_do_is_one_line_before_anything_is_sampled(
   assert not folder.exists()
   assert not pathlib.Path('nowhere').exists()
   made = 'max_new_tokens' not in flags[0] and 'init_from' not in flags[0]
-  assert len(closed) == made
+  assert bool(closed) == made
 
 
 def test_a_missing_section_is_named(alone, tmp_path, capsys):
