@@ -24,7 +24,7 @@ def main():
   axis.annotate(
     'ρ, how often the base saw a composition',
     (axis.get_xlim()[1], run['exposure']),
-    (0, 4),
+    (-6, 4),
     textcoords='offset points',
     ha='right',
     color='#555',

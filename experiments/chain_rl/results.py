@@ -1,10 +1,11 @@
 """Run folders of configs/grpo.py:chain → results/<name>.json.
 
-  python experiments/chain_rl/results.py cpu2 runs/chain0 runs/chain1 runs/chain2
+python experiments/chain_rl/results.py cpu2 runs/chain0 runs/chain1 runs/chain2
 """
 
 import json
 import pathlib
+import statistics
 import sys
 
 HERE = pathlib.Path(__file__).parent
@@ -26,7 +27,9 @@ def read(run: pathlib.Path) -> dict:
       'logp_difference_max': max(
         (r.get('sampling/logp_difference/max', 0) for r in rows), default=0
       ),
-      'seconds': sum(r.get('timing/step_seconds', 0) for r in rows),
+      'median_step_seconds': statistics.median(
+        r['timing/step_seconds'] for r in rows if 'timing/step_seconds' in r
+      ),
     }
   config = json.loads((run / 'pretrain' / 'config.json').read_text())
   stages['seed'] = config['seed']
