@@ -20,5 +20,7 @@ def test_parameter_count(name, parameters):
 
 
 def test_an_unknown_name_lists_the_known_ones():
-  with pytest.raises(ValueError, match=r"'gpt5'; there are \['debug', 'llama2_7b'"):
+  with pytest.raises(
+    ValueError, match=r"'gpt5'; there are \['chain', 'debug', 'llama2_7b'"
+  ):
     presets.get('gpt5')

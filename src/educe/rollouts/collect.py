@@ -18,6 +18,7 @@ from jaxtyping import Array, Key
 
 from educe.data.chat import encode_prompt
 from educe.data.tokenizer import Tokenizer
+from educe.environments import verifiers
 from educe.rollouts.sampler import bucket
 from educe.rollouts.texts import Completion, generate
 from educe.types import OUTCOMES, Environment, Model, Params, Rollouts, Turn
@@ -210,9 +211,7 @@ def _arrays(prompts, completions: Sequence[Completion]):
 
 def _transcript(name, record, done: Completion, turn: Turn, reward) -> dict[str, Any]:
   scored = not math.isnan(reward)
-  outcome = turn.info.get('outcome')
-  if outcome is None:
-    outcome = 'unparsable' if not scored else 'verified' if reward >= 1 else 'wrong'
+  outcome = verifiers.outcome(turn)
   if outcome not in OUTCOMES:
     raise ValueError(f'record {name!r}: outcome {outcome!r} is none of {OUTCOMES}')
   row = {
