@@ -210,7 +210,7 @@ def _arrays(prompts, completions: Sequence[Completion]):
 
 
 def _transcript(name, record, done: Completion, turn: Turn, reward) -> dict[str, Any]:
-  scored = not math.isnan(reward)
+  turn = turn._replace(reward=None if math.isnan(reward) else float(reward))
   outcome = verifiers.outcome(turn)
   if outcome not in OUTCOMES:
     raise ValueError(f'record {name!r}: outcome {outcome!r} is none of {OUTCOMES}')
@@ -219,7 +219,7 @@ def _transcript(name, record, done: Completion, turn: Turn, reward) -> dict[str,
     'prompt': record['prompt'],
     'completion': done.text,
     'answer': record.get('answer'),
-    'reward': float(reward) if scored else None,
+    'reward': turn.reward,
     'rewards': dict(turn.info.get('rewards', {})),
     'outcome': outcome,
     'length': len(done.tokens),
