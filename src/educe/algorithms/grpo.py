@@ -23,7 +23,7 @@ import numpy as np
 from educe.data.tokenizer import Tokenizer
 from educe.losses.logprobs import score
 from educe.rollouts import statistics, transcripts
-from educe.rollouts.rounds import Round, Rounds, pack, unpack
+from educe.rollouts.rounds import Round, Rounds, pack, rows_of, unpack
 from educe.types import Algorithm, Batch, LossFn, Model, Rollouts, Scores, TrainState
 
 
@@ -165,7 +165,7 @@ def make(
     order = np.random.default_rng([rollouts.seed, data.number, epoch])
     groups = order.permutation(rollouts.prompts)
     chosen = np.array_split(groups, minibatches)[part]
-    rows = (chosen[:, None] * rollouts.group + np.arange(rollouts.group)).ravel()
+    rows = rows_of(chosen, rollouts.group)
     return jax.tree.map(lambda x: x[rows], data.whole), info
 
   return Algorithm(next_batch, loss, data, size, rollouts.temperature, reference_every)
@@ -235,6 +235,7 @@ def _overlong(rollouts: Rollouts, limit: int, buffer: int) -> np.ndarray:
 
 def _write(run_dir, tokenizer, current: Round, batch: Batch, seen, step: int) -> None:
   rows = []
+  difference = None if seen is None else seen - np.asarray(batch.sampler_logp)
   for row, transcript in enumerate(current.rollouts.transcripts):
     at = np.flatnonzero(np.asarray(current.rollouts.mask)[row])
     advantages = np.asarray(batch.advantages)[row, at]
@@ -244,8 +245,7 @@ def _write(run_dir, tokenizer, current: Round, batch: Batch, seen, step: int) ->
       'tokens': [tokenizer.decode([t]) for t in np.asarray(batch.tokens)[row, at]],
       'advantages': [round(float(x), 5) for x in advantages],
     }
-    if seen is not None:
-      difference = seen - np.asarray(batch.sampler_logp)
+    if difference is not None:
       extra['log_ratio'] = [round(float(x), 6) for x in difference[row, at]]
     rows.append({**transcript, **extra})
   transcripts.save(rows, run_dir / 'rollouts' / f'{current.number:06}.jsonl')

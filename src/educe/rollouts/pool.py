@@ -28,7 +28,7 @@ class Pool:
   def draw(self, count: int) -> list[int]:
     start, self.drawn = self.drawn, self.drawn + count
     if not self.adaptive:
-      return [self._in_order(position) for position in range(start, self.drawn)]
+      return self._in_order(start, self.drawn)
     if count > self.size:
       raise ValueError(
         f'rollouts.prompts={count} of {self.size} prompts: an adaptive pool repeats none '
@@ -39,9 +39,14 @@ class Pool:
     rng = np.random.default_rng([self.seed, start])
     return rng.choice(self.size, count, False, weights / weights.sum()).tolist()
 
-  def _in_order(self, position: int) -> int:
-    epoch, place = divmod(position, self.size)
-    return int(np.random.default_rng([self.seed, epoch]).permutation(self.size)[place])
+  def _in_order(self, start: int, stop: int) -> list[int]:
+    """Positions start..stop−1 of the epochs' orders, one after another."""
+    epochs = range(start // self.size, (stop - 1) // self.size + 1)
+    orders = [
+      np.random.default_rng([self.seed, e]).permutation(self.size) for e in epochs
+    ]
+    first = epochs.start * self.size
+    return np.concatenate(orders)[start - first : stop - first].tolist()
 
   def report(self, indices: list[int], tried: int, solved: np.ndarray) -> None:
     """`solved[i]` of `tried` completions of prompt indices[i] were verified."""

@@ -295,9 +295,8 @@ def replace_groups(rollouts: Rollouts, places, others: Rollouts, which) -> Rollo
   """`rollouts` with the groups at `places` replaced by those `which` of others."""
   if not len(places):
     return rollouts
-  group = rollouts.group
-  at = (np.asarray(places)[:, None] * group + np.arange(group)).ravel()
-  of = (np.asarray(which)[:, None] * group + np.arange(group)).ravel()[: len(at)]
+  at = rows_of(places, rollouts.group)
+  of = rows_of(which, rollouts.group)[: len(at)]
   width = max(rollouts.tokens.shape[1], others.tokens.shape[1])
   changed: dict[str, Any] = {}
   for name in ARRAYS:
@@ -315,6 +314,11 @@ def replace_groups(rollouts: Rollouts, places, others: Rollouts, which) -> Rollo
   for place, source in zip(at, of, strict=True):
     rows[place] = others.transcripts[source]
   return rollouts._replace(**changed, transcripts=rows)
+
+
+def rows_of(groups, size: int) -> np.ndarray:
+  """The rows of these groups of `size`, group by group."""
+  return (np.asarray(groups)[:, None] * size + np.arange(size)).ravel()
 
 
 def _widen(array: np.ndarray, width: int, fill: float) -> np.ndarray:
