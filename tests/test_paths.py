@@ -52,3 +52,28 @@ def test_without_a_data_folder_the_variable_is_named(tmp_path, monkeypatch):
   assert paths.data_root() is None
   with pytest.raises(FileNotFoundError, match='set EDUCE_DATA'):
     paths.resolve('data://x')
+
+
+def test_a_file_is_there_whole_or_not_at_all(tmp_path):
+  file = tmp_path / 'a.json'
+  paths.write(file, 'old')
+
+  def fails():
+    with paths.whole(file) as temporary:
+      temporary.write_text('half')
+      raise KeyError
+
+  with pytest.raises(KeyError):
+    fails()
+  assert file.read_text() == 'old'
+  assert [x.name for x in tmp_path.iterdir()] == ['a.json']
+
+
+def test_what_cannot_be_written_is_named_with_the_mend(tmp_path):
+  with pytest.raises(OSError, match=r'none/a\.txt: could not .* is the disk full'):
+    paths.write(tmp_path / 'none' / 'a.txt', 'x')
+
+
+def test_half_a_surrogate_pair_is_written_as_its_escape(tmp_path):
+  paths.write(tmp_path / 'a.txt', 'ü\ud83d')
+  assert (tmp_path / 'a.txt').read_bytes() == 'ü\\ud83d'.encode()

@@ -20,8 +20,9 @@ from educe import config as config_lib
 from educe import paths
 from educe.data import tokenizer as tokenizers
 from educe.models import gguf, llama2c, safetensors, weights
+from educe.progress import say
 from educe.rollouts import texts
-from educe.runs import check_vocabulary, read_config, run_all, say
+from educe.runs import check_vocabulary, read_config, run_all
 from educe.training import checkpoint, loop
 
 LOADERS = {'.gguf': gguf, '.bin': llama2c}

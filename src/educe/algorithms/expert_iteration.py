@@ -18,8 +18,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from educe.algorithms.grpo import Position
+from educe.losses.dry_run import dry_run
 from educe.rollouts import transcripts
+from educe.rollouts.position import Position
 from educe.rollouts.rounds import Rounds
 from educe.types import Algorithm, Batch, LossFn, Rollouts, TrainState
 
@@ -58,25 +59,20 @@ def make(
     raise ValueError(
       f'algorithm.per_prompt={per_prompt} must be in 1..rollouts.group={rollouts.group}'
     )
-  data = Position(rollouts, 0)
+  dry_run(loss)
+  data = Position(rollouts)
 
   def next_batch(state: TrainState) -> tuple[Batch, dict[str, Any]]:
     info: dict[str, Any] = {}
-    if data.whole is None or data.used == data.steps:
-      data.whole, info = imitate(state)
-      data.steps = epochs * -(-len(data.whole.tokens) // batch_size)
-      data.used = 0
-    rows = len(data.whole.tokens)
-    epoch, part = divmod(data.used, data.steps // epochs)
-    data.used += 1
-    order = np.random.default_rng([rollouts.seed, data.number, epoch]).permutation(rows)
-    chosen = order[part * batch_size : (part + 1) * batch_size]
-    batch = jax.tree.map(lambda x: x[chosen], data.whole)
+    if data.spent:
+      info = imitate(state)
+    assert data.whole is not None
+    chosen = data.take(len(data.whole.tokens), batch_size)
     missing = ((0, batch_size - len(chosen)), (0, 0))
-    return jax.tree.map(lambda x: np.pad(x, missing), batch), info
+    return jax.tree.map(lambda x: np.pad(x, missing), data.rows(chosen)), info
 
-  def imitate(state: TrainState) -> tuple[Batch, dict[str, Any]]:
-    """The next round that keeps anything, and its numbers."""
+  def imitate(state: TrainState) -> dict[str, Any]:
+    """Begins the next round that keeps anything. Its numbers."""
     for _ in range(PATIENCE):
       current = rollouts.next(state.params, int(state.step))
       r, info = current.rollouts, dict(current.info)
@@ -89,13 +85,14 @@ def make(
         ],
         run_dir / 'rollouts' / f'{current.number:06}.jsonl',
       )
-      data.number = current.number
       info |= {'kept/rows': len(rows), 'kept/prompts': len({*(rows // r.group)})}
       if len(rows):
         chosen: dict[str, Any] = dict(
           tokens=np.asarray(r.tokens)[rows], mask=np.asarray(r.mask)[rows]
         )
-        return Batch(**chosen), info
+        steps = epochs * -(-len(rows) // batch_size)
+        data.begin(Batch(**chosen), current.number, steps)
+        return info
     raise ValueError(
       f'no completion was kept in {PATIENCE} rounds: choose easier prompts, a larger '
       "rollouts.group, or keep='best'"

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -21,10 +20,12 @@ import jax
 import numpy as np
 
 from educe.data.tokenizer import Tokenizer
+from educe.losses.dry_run import dry_run
 from educe.losses.logprobs import score
 from educe.rollouts import statistics, transcripts
-from educe.rollouts.rounds import Round, Rounds, pack, rows_of, unpack
-from educe.types import Algorithm, Batch, LossFn, Model, Rollouts, Scores, TrainState
+from educe.rollouts.position import Position
+from educe.rollouts.rounds import Round, Rounds, rows_of
+from educe.types import Algorithm, Batch, LossFn, Model, Rollouts, TrainState
 
 
 def make(
@@ -91,7 +92,18 @@ def make(
     )
   several = epochs * minibatches > 1
   scored = several or needs_kl or rollouts.ahead
-  _try(advantage, wants, rollouts, loss, reference_every is not None, scored)
+
+  def assign(rewards, **supply):
+    named = {name: x for name, x in supply.items() if name in wants}
+    return advantage(rewards, rollouts.group, **named)
+
+  # What they refuse is said now.
+  rows = rollouts.prompts * rollouts.group
+  ones = np.ones((rows, 2), np.float32)
+  assign(np.zeros(rows), mask=ones, kl=ones, greedy=np.zeros(rollouts.prompts))
+  fields = {'old_logp': scored, 'ref_logp': reference_every is not None}
+  given = [name for name, there in fields.items() if there]
+  dry_run(loss, 'sampler_logp', 'advantages', *given)
   read = jax.jit(
     lambda params, batch: (
       score(model, params, batch, temperature=rollouts.temperature).logp
@@ -130,10 +142,7 @@ def make(
       mask = mask * np.asarray(r.stopped)[:, None]
     if drop_equal:
       mask = mask * np.repeat(~statistics.equal(r), r.group)[:, None]
-    supply = {'mask': mask, 'kl': kl, 'greedy': current.greedy}
-    values = advantage(
-      rewards, r.group, **{name: x for name, x in supply.items() if name in wants}
-    )
+    values = assign(rewards, mask=mask, kl=kl, greedy=current.greedy)
     values = np.asarray(values if values.ndim == 2 else values[:, None] * mask)
     drawn = np.asarray(r.sampler_logp)
     arrays: dict[str, Any] = dict(
@@ -149,82 +158,20 @@ def make(
     _write(run_dir, tokenizer, current, batch, seen, int(state.step))
     return batch, info
 
-  data = Position(rollouts, epochs * minibatches)
+  data = Position(rollouts)
 
   def next_batch(state: TrainState) -> tuple[Batch, dict[str, Any]]:
     info: dict[str, Any] = {}
-    if data.whole is None or data.used >= data.steps:
+    if data.spent:
       current = rollouts.next(state.params, int(state.step), greedy='greedy' in wants)
-      data.number, data.used = current.number, 0
-      data.steps = epochs * minibatches
-      data.whole, info = prepare(state, current)
-    epoch, part = divmod(data.used, minibatches)
-    data.used += 1
+      whole, info = prepare(state, current)
+      data.begin(whole, current.number, epochs * minibatches)
+    groups = data.take(rollouts.prompts, rollouts.prompts // minibatches)
     if not several:
-      return data.whole, info
-    order = np.random.default_rng([rollouts.seed, data.number, epoch])
-    groups = order.permutation(rollouts.prompts)
-    chosen = np.array_split(groups, minibatches)[part]
-    rows = rows_of(chosen, rollouts.group)
-    return jax.tree.map(lambda x: x[rows], data.whole), info
+      groups.sort()  # the whole round, as it was sampled
+    return data.rows(rows_of(groups, rollouts.group)), info
 
   return Algorithm(next_batch, loss, data, size, rollouts.temperature, reference_every)
-
-
-class Position:
-  """What must survive a restart: the rounds, and the one that is being trained on."""
-
-  def __init__(self, rollouts: Rounds, steps: int):
-    self.rollouts, self.steps = rollouts, steps  # steps a round
-    self.whole: Batch | None = None
-    self.number = 0  # its round
-    self.used = 0  # steps taken on it
-
-  def get_state(self) -> bytes:
-    state: dict[str, Any] = {'rollouts': self.rollouts.get_state(), 'used': self.used}
-    if self.whole is not None and self.used < self.steps:
-      arrays = {n: x for n, x in self.whole._asdict().items() if x is not None}
-      state |= {'number': self.number, 'steps': self.steps, 'whole': pack(arrays)}
-    return json.dumps(state).encode()
-
-  def set_state(self, text: bytes) -> None:
-    state = json.loads(text)
-    self.rollouts.set_state(state['rollouts'])
-    self.used, self.whole = state['used'], None
-    if 'whole' in state:
-      self.steps = state['steps']
-      arrays: dict[str, Any] = unpack(state['whole'])
-      self.number, self.whole = state['number'], Batch(**arrays)
-
-  def start_prefetch(self) -> None:
-    """Grain's handler asks for it after a restore; nothing runs ahead here."""
-
-  def close(self) -> None:
-    self.rollouts.close()
-
-
-def _try(advantage, wants, rollouts: Rounds, loss: LossFn, reference, scored) -> None:
-  """Runs loss and advantages on nothing, so that what they refuse is said now."""
-  rows = rollouts.prompts * rollouts.group
-  mask = np.ones((rows, 2), np.float32)
-  supply = {'mask': mask, 'kl': mask, 'greedy': np.zeros(rollouts.prompts)}
-  advantage(
-    np.zeros(rows),
-    rollouts.group,
-    **{name: x for name, x in supply.items() if name in wants},
-  )
-  floats = jax.ShapeDtypeStruct((2, 2), np.float32)
-  ints = jax.ShapeDtypeStruct((2, 2), np.int32)
-  scores: Any = Scores(floats, floats)  # type: ignore[arg-type]
-  batch = Batch(
-    ints,  # type: ignore[arg-type]
-    floats,  # type: ignore[arg-type]
-    sampler_logp=floats,  # type: ignore[arg-type]
-    old_logp=floats if scored else None,  # type: ignore[arg-type]
-    ref_logp=floats if reference else None,  # type: ignore[arg-type]
-    advantages=floats,  # type: ignore[arg-type]
-  )
-  jax.eval_shape(loss, scores, batch)
 
 
 def _overlong(rollouts: Rollouts, limit: int, buffer: int) -> np.ndarray:

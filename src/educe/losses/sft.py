@@ -44,6 +44,7 @@ def loss(
   nll = -scores.logp
   smoothed = nll
   if label_smoothing:
+    assert scores.mean_logp is not None
     smoothed = (1 - label_smoothing) * nll - label_smoothing * scores.mean_logp
   metrics = {
     'nll': agg.token_mean(nll, batch.mask),

@@ -6,12 +6,11 @@ https://huggingface.co/docs/safetensors and `transformers`' LlamaForCausalLM.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -123,7 +122,7 @@ def export(
       )
       arrays[row.source] = weights.to_file(row, array)
       where[row.source] = name
-    _atomic(folder / name, functools.partial(_save, arrays))
+    _save(folder / name, arrays)
   if len(shards) > 1:
     total = dtype.itemsize * sum(math.prod(row.shape) for row in rows)
     _write(folder / INDEX, {'metadata': {'total_size': total}, 'weight_map': where})
@@ -146,29 +145,17 @@ def export(
   return rows
 
 
-def _save(arrays: dict[str, np.ndarray], file: pathlib.Path) -> None:
-  safetensors.numpy.save_file(arrays, file, {'format': 'pt'})
+def _save(file: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
+  with paths.whole(file) as temporary:
+    try:
+      safetensors.numpy.save_file(arrays, temporary, {'format': 'pt'})
+    except safetensors.SafetensorError as error:
+      raise OSError(str(error)) from error
 
 
 def _write(file: pathlib.Path, value: dict) -> None:
-  text = json.dumps(
-    {key: x for key, x in value.items() if x is not None}, indent=2, sort_keys=True
-  )
-  _atomic(file, lambda temporary: temporary.write_text(text + '\n'))
-
-
-def _atomic(file: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
-  """Writes beside `file` and renames; a failure leaves nothing behind."""
-  temporary = file.with_name(f'.{file.name}.partial')
-  try:
-    write(temporary)
-    os.replace(temporary, file)
-  except (OSError, safetensors.SafetensorError) as error:
-    temporary.unlink(missing_ok=True)
-    raise OSError(
-      f'{file}: could not be written ({error}); is the disk full, or the folder '
-      'read-only?'
-    ) from error
+  present = {key: x for key, x in value.items() if x is not None}
+  paths.write(file, json.dumps(present, indent=2, sort_keys=True) + '\n')
 
 
 def _json(file: pathlib.Path) -> dict:

@@ -21,7 +21,7 @@ from educe.data.tokenizer import Tokenizer
 from educe.environments import verifiers
 from educe.rollouts.sampler import bucket
 from educe.rollouts.texts import Completion, generate
-from educe.types import OUTCOMES, Environment, Model, Params, Rollouts, Turn
+from educe.types import Environment, Model, Params, Rollouts, Turn
 
 Record = Mapping[str, Any]
 # (record, transcript: the completion's text, turn by turn) of each row -> their Turns
@@ -48,8 +48,8 @@ def collect(
   seeds: one integer a row, P·G of them; 0, 1, 2 … by default. A row's sample depends
     on (key, its seed, its prompt) alone, so a step should bring a fresh key.
   judge: answers all rows at once, in order, such as a pool of worker processes; None
-    asks environment.respond here, one row after the other. A reward that raises is the
-    outcome 'error' and not scored; if all of them raise, so does this function.
+    asks environment.respond here, one row after the other. A reward that raises or
+    is no number is the outcome 'error' and not scored; if all are, this raises.
   sampling: temperature, top_k, top_p, min_p, stop, batch_size, show of `texts.generate`
 
   Rows are padded to a bucket of the longest (`sampler.bucket`), so that few training
@@ -87,12 +87,8 @@ def collect(
   texts = [[done.text] for done in completions]
   rows = list(zip(repeated, texts, strict=True))
   names = [records[row // group].get('id', row // group) for row in range(len(rows))]
-  turns = list(judge(rows) if judge else _in_process(environment, rows, names))
-  if len(turns) != len(rows):
-    raise ValueError(f'the judge answered {len(turns)} rows, {len(rows)} were asked')
-  rewards: Any = np.array(
-    [_reward(*row) for row in zip(turns, names, strict=True)], np.float32
-  )
+  turns = _asked(judge, rows, names) if judge else _here(environment, rows, names)
+  rewards: Any = np.array([_nan(turn.reward) for turn in turns], np.float32)
   truncated = any(mass < 1 for done in completions for mass in done.kept)
   tokens, mask, logp, kept, stopped = _arrays(repeated_ids, completions)
   return Rollouts(
@@ -103,8 +99,7 @@ def collect(
     rewards=rewards,
     group=group,
     transcripts=[
-      _transcript(*row)
-      for row in zip(names, repeated, completions, turns, rewards, strict=True)
+      _transcript(*row) for row in zip(names, repeated, completions, turns, strict=True)
     ],
     kept=kept if truncated else None,
   )
@@ -140,11 +135,23 @@ def _encode(tokenizer, record, index) -> list[int]:
   return encode_prompt(tokenizer, record['prompt'], tools=record.get('tools'))
 
 
-def _in_process(environment: Environment, rows, names) -> list[Turn]:
+def _asked(judge: Judge, rows, names) -> list[Turn]:
+  turns = judge(rows)
+  if len(turns) != len(rows):
+    raise ValueError(f'the judge answered {len(turns)} rows, {len(rows)} were asked')
+  for turn, name in zip(turns, names, strict=True):
+    try:
+      _verdict(turn)
+    except ValueError as error:
+      raise ValueError(f'record {name!r}: {error}') from None
+  return list(turns)
+
+
+def _here(environment: Environment, rows, names) -> list[Turn]:
   turns, errors = [], []
   for record, transcript in rows:
     try:
-      turns.append(environment.respond(record, transcript))
+      turns.append(_verdict(environment.respond(record, transcript)))
     except Exception as error:  # the text is a model's: anything may happen
       frame = traceback.extract_tb(error.__traceback__)[-1]
       place = f'{pathlib.Path(frame.filename).name} line {frame.lineno}'
@@ -167,26 +174,15 @@ def _name(environment: Environment) -> str:
   return getattr(respond, '__module__', None) or type(respond).__name__
 
 
-def _reward(turn: Any, name) -> Any:
-  """NaN if not scored."""
-  if not isinstance(turn, Turn) or not isinstance(turn.info, Mapping):
-    raise ValueError(
-      f'record {name!r}: respond returned {turn!r:.120}; it must return '
-      'Turn(observation, reward, done, info), info a dict (see types.py)'
-    )
+def _verdict(turn: Any) -> Turn:
+  turn = verifiers.check(turn)
   if not turn.done:
-    raise ValueError(
-      f'record {name!r}: the environment asks for another turn; collect has only one'
-    )
-  if turn.reward is None:
-    return math.nan
-  number = isinstance(turn.reward, (int, float, np.number))
-  if not number or math.isinf(turn.reward):
-    raise ValueError(
-      f'record {name!r}: the reward is {turn.reward!r}; it must be a finite number, or '
-      'None where a completion is not scored'
-    )
-  return float(turn.reward)
+    raise ValueError('the environment asks for another turn; collect has only one')
+  return turn
+
+
+def _nan(reward: float | None) -> float:
+  return math.nan if reward is None else reward
 
 
 def _arrays(prompts, completions: Sequence[Completion]):
@@ -209,11 +205,7 @@ def _arrays(prompts, completions: Sequence[Completion]):
   return tokens, mask, logp, kept, stopped
 
 
-def _transcript(name, record, done: Completion, turn: Turn, reward) -> dict[str, Any]:
-  turn = turn._replace(reward=None if math.isnan(reward) else float(reward))
-  outcome = verifiers.outcome(turn)
-  if outcome not in OUTCOMES:
-    raise ValueError(f'record {name!r}: outcome {outcome!r} is none of {OUTCOMES}')
+def _transcript(name, record, done: Completion, turn: Turn) -> dict[str, Any]:
   row = {
     'id': name,
     'prompt': record['prompt'],
@@ -221,7 +213,7 @@ def _transcript(name, record, done: Completion, turn: Turn, reward) -> dict[str,
     'answer': record.get('answer'),
     'reward': turn.reward,
     'rewards': dict(turn.info.get('rewards', {})),
-    'outcome': outcome,
+    'outcome': verifiers.outcome(turn),
     'length': len(done.tokens),
     'stopped': done.stopped,
   }

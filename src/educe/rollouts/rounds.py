@@ -11,7 +11,6 @@ import concurrent.futures
 import dataclasses
 import io
 import json
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,10 +18,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 
 from educe.data.tokenizer import Tokenizer
 from educe.environments import verifiers
+from educe.progress import say
 from educe.rollouts import statistics, transcripts
 from educe.rollouts.collect import collect, fitting
 from educe.rollouts.pool import Pool
@@ -108,7 +107,7 @@ def make(
     )
     if overlong_prompts == 'error':
       raise ValueError(f"{much}; lower it, or set rollouts.overlong_prompts='drop'")
-    _say(f'{much}: dropped')
+    say(f'{much}: dropped')
   if not records:
     raise ValueError('rollouts: the environment has no prompts that fit')
   judge = None
@@ -120,25 +119,23 @@ def make(
       error_limit=error_limit,
     )
 
-  def respond(prompt, transcript):
-    return verifiers.check(environment.respond(prompt, transcript))
-
-  def sample(params, chosen, key, *, group=group, **changes):
-    options = {'temperature': temperature, 'top_k': top_k, 'top_p': top_p}
+  def sample(params, chosen, key, *, group=group, temperature=temperature):
     return collect(
       model,
       params,
       tokenizer,
-      environment._replace(respond=respond),  # of use where there is no judge
+      environment,
       [records[index] for index in chosen],
       group=group,
       key=key,
       max_new_tokens=max_new_tokens,
       judge=judge,
+      temperature=temperature,
+      top_k=top_k,
+      top_p=top_p,
       min_p=min_p,
       stop=stop,
       batch_size=batch_size,
-      **(options | changes),
     )
 
   return Rounds(
@@ -236,7 +233,7 @@ class Rounds:
   def _look(self, current: Round) -> None:
     """A sample now and then; a warning when there has been nothing to learn from."""
     if self.show_every and current.number % self.show_every == 0:
-      _say(f'\n{transcripts.show(current.rollouts.transcripts, limit=1)}\n')
+      say(f'\n{transcripts.show(current.rollouts.transcripts, limit=1)}\n')
     signs = {
       'no_signal': (
         bool(statistics.equal(current.rollouts).all()),
@@ -252,7 +249,7 @@ class Rounds:
     for name, (seen, warning) in signs.items():
       self._dull[name] = self._dull[name] + 1 if seen else 0
       if self._dull[name] and self._dull[name] % PATIENCE == 0:
-        _say(f'warning: for {self._dull[name]} rounds {warning}')
+        say(f'warning: for {self._dull[name]} rounds {warning}')
 
   def get_state(self) -> dict[str, Any]:
     """A JSON-able dict; waits for the round that is being sampled."""
@@ -365,7 +362,3 @@ def pack(arrays: Mapping[str, np.ndarray]) -> str:
 def unpack(text: str) -> dict[str, np.ndarray]:
   with np.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False) as file:
     return dict(file)
-
-
-def _say(text: str) -> None:
-  tqdm.tqdm.write(text, file=sys.stderr)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from educe import paths
 
 
 def save(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
@@ -14,11 +17,13 @@ def save(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   lines = (json.dumps(row, ensure_ascii=False, default=str) for row in rows)
-  temporary = path.with_name(f'.{path.name}.partial')
-  # A model may write half a surrogate pair, which UTF-8 cannot hold.
-  text = ''.join(f'{line}\n' for line in lines)
-  temporary.write_text(text, encoding='utf-8', errors='backslashreplace')
-  os.replace(temporary, path)
+  paths.write(path, ''.join(f'{line}\n' for line in lines))
+
+
+def load(path: str | os.PathLike, limit: int | None = None) -> list[dict[str, Any]]:
+  """The first rows of what `save` wrote."""
+  with open(path, encoding='utf-8', newline='\n') as lines:  # a text may hold U+2028
+    return [json.loads(line) for line in itertools.islice(lines, limit)]
 
 
 def show(rows: Sequence[Mapping[str, Any]], limit: int = 5) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from educe import progress
 from educe.training import checkpoint as ckpt
 from educe.training import metrics as metrics_lib
 from educe.training.step import Step
@@ -64,7 +65,7 @@ def run(
   stop, before = catch_sigterm()
   start = int(state.step)
   peak = metrics_lib.peak_flops()
-  bar = metrics_lib.progress(steps, start)
+  bar = progress.steps(steps, start)
   clock = time.perf_counter()
   pending: tuple[int, Batch, dict, dict] | None = None
 

@@ -1,18 +1,18 @@
-"""Where numbers go: a JSONL line per record, TensorBoard if asked, one progress bar."""
+"""Where numbers go: a JSONL line per record, TensorBoard if asked."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import pathlib
-import sys
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import tqdm
+
+from educe import paths
 
 # Dense bf16 peak of one device, FLOP/s (vendors' data sheets). Others are measured.
 PEAK_FLOPS = {
@@ -64,10 +64,8 @@ class Log:
     if not self.on:
       return
     kept = [line for line in read(self.path) if line['step'] <= step and step > 0]
-    self.evaluated |= {line['step'] for line in kept if 'loss' not in line}
-    temporary = self.path.with_suffix('.tmp')
-    temporary.write_text(''.join(_line(record) for record in kept))
-    os.replace(temporary, self.path)
+    self.evaluated = evaluated(kept)
+    paths.write(self.path, ''.join(_line(record) for record in kept))
     if tensorboard:
       try:
         import tensorboardX
@@ -103,6 +101,11 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
   return [json.loads(line) for line in lines if line.endswith('\n') and line.strip()]
 
 
+def evaluated(lines: Iterable[dict[str, Any]]) -> set[int]:
+  """The steps whose evaluation is among the records; a training step's has its loss."""
+  return {line['step'] for line in lines if 'loss' not in line}
+
+
 def _line(record: dict[str, Any]) -> str:
   """JSON has no NaN: a number that is not finite becomes null."""
   clean = {
@@ -110,16 +113,3 @@ def _line(record: dict[str, Any]) -> str:
     for k, v in record.items()
   }
   return json.dumps(clean) + '\n'
-
-
-def progress(steps: int, start: int) -> tqdm.tqdm:
-  """A bar with ETA on a terminal; a line every half minute in a log file."""
-  terminal = sys.stderr.isatty()
-  return tqdm.tqdm(
-    total=steps,
-    initial=start,
-    unit='step',
-    dynamic_ncols=True,
-    mininterval=0.5 if terminal else 30,
-    disable=jax.process_index() != 0,
-  )

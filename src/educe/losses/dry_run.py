@@ -1,0 +1,22 @@
+"""A loss tried on shapes: what it refuses is said before anything is loaded or sampled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from educe.types import Batch, LossFn, Scores
+
+
+def dry_run(loss: LossFn, *fields: str) -> None:
+  """Traces `loss`. No array is made.
+
+  fields: what the batches will have beside tokens and mask, as `Batch` names it
+
+  Raises what the loss raises.
+  """
+  shape: Any = jax.ShapeDtypeStruct((2, 2), np.float32)
+  batch = Batch(shape, shape, **dict.fromkeys(fields, shape))
+  jax.eval_shape(loss, Scores(shape, shape, mean_logp=shape), batch)

@@ -1,0 +1,26 @@
+"""What people read while they wait: messages and bars, on stderr."""
+
+from __future__ import annotations
+
+import sys
+
+import jax
+import tqdm
+
+
+def say(text: str) -> None:
+  """A message, above any progress bar."""
+  tqdm.tqdm.write(text, file=sys.stderr)
+
+
+def steps(total: int, start: int) -> tqdm.tqdm:
+  """A bar with ETA on a terminal; a line every half minute in a log file."""
+  terminal = sys.stderr.isatty()
+  return tqdm.tqdm(
+    total=total,
+    initial=start,
+    unit='step',
+    dynamic_ncols=True,
+    mininterval=0.5 if terminal else 30,
+    disable=jax.process_index() != 0,
+  )

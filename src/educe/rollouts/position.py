@@ -1,0 +1,66 @@
+"""Where an algorithm stands in its rounds: what must survive a restart."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+
+from educe.rollouts.rounds import Rounds, pack, unpack
+from educe.types import Batch
+
+
+class Position:
+  """A walk over the rows of one round's batch, and on to the next round.
+
+  A round is `epochs` passes over `whole`, each in an order of its own, `size` rows a step.
+  """
+
+  def __init__(self, rollouts: Rounds):
+    self.rollouts = rollouts
+    self.whole: Batch | None = None  # of the round that is being trained on
+    self.number = 0  # of that round
+    self.used = 0  # steps taken on it
+    self.steps = 0  # that it has in all
+
+  @property
+  def spent(self) -> bool:
+    return self.whole is None or self.used >= self.steps
+
+  def begin(self, whole: Batch, number: int, steps: int) -> None:
+    self.whole, self.number, self.steps, self.used = whole, number, steps, 0
+
+  def take(self, count: int, size: int) -> np.ndarray:
+    """The next `size` of 0 … count − 1: fewer at the end of a pass, if it must be."""
+    epoch, part = divmod(self.used, -(-count // size))
+    self.used += 1
+    rng = np.random.default_rng([self.rollouts.seed, self.number, epoch])
+    return rng.permutation(count)[part * size : (part + 1) * size]
+
+  def rows(self, which: np.ndarray) -> Batch:
+    return jax.tree.map(lambda x: x[which], self.whole)
+
+  def get_state(self) -> bytes:
+    state: dict[str, Any] = {'rollouts': self.rollouts.get_state()}
+    if self.whole is not None and not self.spent:
+      arrays = {n: x for n, x in self.whole._asdict().items() if x is not None}
+      state |= {n: getattr(self, n) for n in ('number', 'used', 'steps')}
+      state['whole'] = pack(arrays)
+    return json.dumps(state).encode()
+
+  def set_state(self, text: bytes) -> None:
+    state = json.loads(text)
+    self.rollouts.set_state(state['rollouts'])
+    self.whole = None
+    if 'whole' in state:
+      arrays: dict[str, Any] = unpack(state['whole'])
+      self.begin(Batch(**arrays), state['number'], state['steps'])
+      self.used = state['used']
+
+  def start_prefetch(self) -> None:
+    """Grain's handler asks for it after a restore; nothing runs ahead here."""
+
+  def close(self) -> None:
+    self.rollouts.close()
