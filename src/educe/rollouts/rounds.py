@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import concurrent.futures
 import dataclasses
+import functools
 import io
 import json
 import sys
@@ -76,7 +77,7 @@ def make(
     overlong_prompts: 'error', or 'drop' those that leave no room for max_new_tokens.
     workers, time_limit (seconds a completion), error_limit: of the verifier's
       processes, see environments/verifiers.py; workers=0 judges in this process,
-      without limits.
+      without a limit of time.
     ahead: sample the next round while this one is trained on, one round off policy.
     show_every: rounds between samples on the terminal; 0 shows none.
 
@@ -111,7 +112,7 @@ def make(
     _say(f'{much}: dropped')
   if not records:
     raise ValueError('rollouts: the environment has no prompts that fit')
-  judge = None
+  judge, tally = None, verifiers.Tally(error_limit)
   if workers:
     judge = verifiers.judges(
       environment.respond,
@@ -120,12 +121,13 @@ def make(
       error_limit=error_limit,
     )
 
+  @functools.wraps(environment.respond)
   def respond(prompt, transcript):
     return verifiers.check(environment.respond(prompt, transcript))
 
   def sample(params, chosen, key, *, group=group, **changes):
     options = {'temperature': temperature, 'top_k': top_k, 'top_p': top_p}
-    return collect(
+    rollouts = collect(
       model,
       params,
       tokenizer,
@@ -140,6 +142,9 @@ def make(
       batch_size=batch_size,
       **(options | changes),
     )
+    if judge is None:
+      tally.add((row['outcome'], row.get('error')) for row in rollouts.transcripts)
+    return rollouts
 
   return Rounds(
     sample,
