@@ -406,7 +406,7 @@ def test_too_many_errors_stop_the_run_in_this_process_too(workers):
   prompts = [{'prompt': 'a', 'answer': x} for x in ('', 'bad', '')]
   world = reward_functions.make(prompts=prompts, functions={'half': half})
   r = real(world, prompts=3, group=4, workers=workers)
-  message = r"4 of the last 12 samples .*error_limit=0.1 .*first: error: TypeError: no"
+  message = r'4 of the last 12 samples .*error_limit=0.1 .*first: error: TypeError: no'
   with pytest.raises(VerifierError, match=message) as caught:
     r.next(policy()[1], 0)
   r.close()

@@ -157,7 +157,9 @@ def _in_process(environment: Environment, rows, names) -> list[Turn]:
 def _name(environment: Environment) -> str:
   """The module that its verdicts come from."""
   respond: Any = environment.respond
-  while inner := getattr(respond, 'func', None) or getattr(respond, '__wrapped__', None):
+  while inner := getattr(respond, 'func', None) or getattr(
+    respond, '__wrapped__', None
+  ):
     respond = inner
   return getattr(respond, '__module__', None) or type(respond).__name__
 
