@@ -308,6 +308,25 @@ def test_a_model_that_never_ends_is_said(capsys):
   assert f'for {rounds.PATIENCE} rounds over 90 % of completions are cut off' in said
 
 
+@pytest.mark.parametrize(
+  'change', [{'temperature': 1e-3}, {'top_k': 1}, {'top_p': 1e-6}, {'min_p': 1.0}]
+)
+def test_what_sharpens_the_sampler_reaches_it(change):
+  """Each leaves the likeliest token alone, so that the rows of a group are equal."""
+  same = []
+  for settings in ({}, change):
+    rollouts = real(**settings).next(policy()[1], 0).rollouts
+    groups = np.asarray(rollouts.tokens).reshape(4, 3, -1)
+    same.append((groups == groups[:, :1]).all())
+  assert same == [False, True]
+
+
+def test_stop_strings_reach_the_sampler():
+  r = real(stop=list(chain.ALPHABET)).next(policy()[1], 0).rollouts
+  assert (np.asarray(r.mask).sum(-1) == 1).all()
+  assert np.asarray(r.stopped).all()
+
+
 def test_a_sample_is_shown_now_and_then(capsys):
   r = fake(Oracle(mixed), show_every=2)
   for number in range(4):
