@@ -77,7 +77,8 @@ PRESETS = {
   ),
   # Walder and Karkhanis, arXiv:2505.15201: ascends pass@4
   'pass_at_k': dict(
-    advantage=dict(name='pass_at_k', k=4), loss=dict(objective='reinforce')
+    advantage=dict(name='pass_at_k', k=4),
+    loss=dict(objective='reinforce', aggregate='sequence_sum'),
   ),
 }
 

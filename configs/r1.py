@@ -7,7 +7,8 @@ Recipes (stages):
   smollm   the same, longer
   zero     grpo straight from the model, as R1-Zero
   r1       cold-start sft → grpo → rejection-sampled sft → grpo, as R1 (DeepSeek-AI 2025,
-           §2, arXiv:2501.12948)
+           §2, arXiv:2501.12948; there the rejection-sampled sft starts again from the
+           base, here it goes on from the policy that gave the samples)
   gsm8k    r1 on GSM8K (data://gsm8k_train.jsonl.gz); days on a CPU, meant for a TPU or GPU
 
 Append `,debug` for two steps of a tiny random model in each stage; override any key of a

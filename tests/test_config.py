@@ -60,6 +60,17 @@ def test_an_overridden_reference_carries_its_followers():
   assert full['tokenizer']['path'] == 'elsewhere.gguf'
 
 
+def test_a_module_of_ones_own_is_told_how_to_be_named(tmp_path, monkeypatch):
+  (tmp_path / 'ownworld.py').write_text('def make():\n  pass\n')
+  monkeypatch.syspath_prepend(tmp_path)
+  with pytest.raises(ConfigError, match='choose one of') as caught:
+    config.resolve('environment', 'ownworld')
+  assert "'my_file:make'" in str(caught.value)
+  assert 'math_qa' in str(caught.value)
+  assert 'verifiers' not in str(caught.value)  # stands beside it, and makes none
+  assert config.resolve('environment', 'ownworld:make').__module__ == 'ownworld'
+
+
 @pytest.mark.parametrize(
   ('override', 'message'),
   [

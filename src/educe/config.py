@@ -147,7 +147,8 @@ def resolve(section: str, name: str | None = None) -> Callable[..., Any]:
       ) from error
     raise ConfigError(
       f'config.{section}.name={name!r}: there is no {module_name.replace(".", "/")}.py'
-      + near(name or '', _siblings(module_name))
+      + near(name or '', _siblings(module_name, entry))
+      + f" (a file of your own is named as 'my_file:{entry}')"
     ) from error
   if not callable(getattr(module, entry, None)):
     public = [n for n, f in vars(module).items() if inspect.isfunction(f)]
@@ -364,14 +365,15 @@ def _check_renamed(before: Any, after: Any, overrides: Sequence[str]) -> None:
         )
 
 
-def _siblings(module_name: str) -> list[str]:
+def _siblings(module_name: str, entry: str) -> list[str]:
+  """Modules beside this one that have such a function."""
   try:
     package = importlib.import_module(module_name.rpartition('.')[0] or 'educe')
   except ModuleNotFoundError:
     return []
   folders = getattr(package, '__path__', [])
   files = [f for folder in folders for f in pathlib.Path(folder).glob('*.py')]
-  return [f.stem for f in files if not f.stem.startswith('_')]
+  return [f.stem for f in files if f'\ndef {entry}(' in f.read_text(encoding='utf-8')]
 
 
 def _import_file(path: str) -> types.ModuleType:

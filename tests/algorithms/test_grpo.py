@@ -202,6 +202,22 @@ def test_one_step_off_has_the_log_probs_of_both_policies(tmp_path):
   assert differences[0] < 1e-4 < 1e-2 < min(differences[2:])
 
 
+def test_a_stale_round_is_scored_again_even_when_ahead_was_switched_off(tmp_path):
+  method, _ = build(tmp_path / 'a', sampling={'ahead': True})
+  state, _ = state_of()
+  method.next_batch(state)
+  saved = method.data.get_state()
+  method.data.close()
+  other, _ = build(tmp_path / 'b')
+  other.data.set_state(saved)
+  moved = jax.tree.map(lambda x: x * 1.05, state.params)
+  later, info = other.next_batch(state._replace(params=moved, step=state.step + 1))
+  assert info['sampling/staleness_steps'] == 1
+  want = logp(moved, later) * later.mask
+  np.testing.assert_allclose(later.old_logp, want, atol=2e-5)
+  assert np.abs((want - later.sampler_logp) * later.mask).max() > 0.01
+
+
 class Fixed:
   """Stands in for sampler and judge: what a test says a round is."""
 
@@ -472,10 +488,16 @@ def chosen(function, **options):
 @pytest.mark.parametrize(
   ('options', 'message'),
   [
-    (dict(sampling=dict(group=1)), 'group=1 must be 2 or more'),
+    (
+      dict(sampling=dict(group=1)),
+      r'group=1 must be 2 or more \(config.rollouts.group',
+    ),
     (dict(sampling=dict(group=1), advantage=advantages.rloo), 'group=1 must be 2'),
     (dict(advantage=chosen(advantages.pass_at_k, k=5)), 'k=5 must be between 2'),
-    (dict(loss=loss(kl_coef=0.1)), 'kl_coef=0.1 needs log-probs of a reference'),
+    (
+      dict(loss=loss(kl_coef=0.1)),
+      'kl_coef=0.1 needs log-probs of a reference .*: set config.algorithm.reference_eve',
+    ),
     (dict(kl_in_reward=0.1), 'algorithm.reference_every=0'),
     (
       dict(advantage=chosen(advantages.reinforce_plus_plus, kl_coef=0.1)),

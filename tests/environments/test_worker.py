@@ -63,8 +63,8 @@ def test_errors_are_one_bounded_line_with_their_place():
   try:
     raise RuntimeError('a\nb' + 'x' * 1000)
   except RuntimeError as error:
-    text = worker._one_line(error)
+    text = worker.one_line(error)
   assert text.startswith('RuntimeError: a bxxx')
   assert text[text.index('(') :].startswith('(test_worker.py line ')
   assert len(text) < 500
-  assert worker._one_line(KeyError('x')) == "KeyError: 'x'"
+  assert worker.one_line(KeyError('x')) == "KeyError: 'x'"

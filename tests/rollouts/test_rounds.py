@@ -13,6 +13,7 @@ import toy
 
 from educe.data import tokenizer as tokenizers
 from educe.environments import chain, reward_functions
+from educe.environments.verifiers import VerifierError
 from educe.models import scratch
 from educe.rollouts import rounds, statistics
 from educe.rollouts.pool import Pool
@@ -307,6 +308,25 @@ def test_a_model_that_never_ends_is_said(capsys):
   assert f'for {rounds.PATIENCE} rounds over 90 % of completions are cut off' in said
 
 
+@pytest.mark.parametrize(
+  'change', [{'temperature': 1e-3}, {'top_k': 1}, {'top_p': 1e-6}, {'min_p': 1.0}]
+)
+def test_what_sharpens_the_sampler_reaches_it(change):
+  """Each leaves the likeliest token alone, so that the rows of a group are equal."""
+  same = []
+  for settings in ({}, change):
+    rollouts = real(**settings).next(policy()[1], 0).rollouts
+    groups = np.asarray(rollouts.tokens).reshape(4, 3, -1)
+    same.append((groups == groups[:, :1]).all())
+  assert same == [False, True]
+
+
+def test_stop_strings_reach_the_sampler():
+  r = real(stop=list(chain.ALPHABET)).next(policy()[1], 0).rollouts
+  assert (np.asarray(r.mask).sum(-1) == 1).all()
+  assert np.asarray(r.stopped).all()
+
+
 def test_a_sample_is_shown_now_and_then(capsys):
   r = fake(Oracle(mixed), show_every=2)
   for number in range(4):
@@ -335,6 +355,7 @@ def test_a_sample_is_shown_now_and_then(capsys):
     (dict(max_new_tokens=13, overlong_prompts='drop'), r'no prompts that fit'),
     (dict(workers=1, time_limit=0.0), r'time_limit=0'),
     (dict(workers=1, error_limit=2.0), r'error_limit=2'),
+    (dict(workers=0, error_limit=2.0), r'error_limit=2'),
   ],
 )
 def test_bad_input_is_one_line_before_anything_is_sampled(change, message):
@@ -390,6 +411,35 @@ def test_an_environment_of_ones_own_is_held_to_the_same_without_workers(answer):
   rollouts = r.next(policy()[1], 0).rollouts
   assert [row['outcome'] for row in rollouts.transcripts].count('error') == 1
   assert np.flatnonzero(np.isnan(rollouts.rewards)).tolist() == [2]
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_too_many_errors_stop_the_run_in_this_process_too(workers):
+  """4 of 12 rewards raise: not all of them, yet far more than one in ten."""
+
+  def half(prompt, completion, record):
+    if record['answer'] == 'bad':
+      raise TypeError('no such\ncolumn')
+    return 0.5
+
+  prompts = [{'prompt': 'a', 'answer': x} for x in ('', 'bad', '')]
+  world = reward_functions.make(prompts=prompts, functions={'half': half})
+  r = real(world, prompts=3, group=4, workers=workers)
+  message = r'4 of the last 12 samples .*error_limit=0.1 .*first: error: TypeError: no'
+  with pytest.raises(VerifierError, match=message) as caught:
+    r.next(policy()[1], 0)
+  r.close()
+  assert '\n' not in str(caught.value)
+  assert str(caught.value).count('TypeError') == 1  # the same one is said once
+
+
+def test_the_environment_that_raises_is_named_not_what_wraps_it():
+  world = reward_functions.make(
+    prompts=[{'prompt': 'a'}], functions={'f': lambda p, c, r: 1 / 0}
+  )
+  r = real(world, prompts=1)
+  with pytest.raises(ValueError, match=r'environment educe\.environments\.reward_'):
+    r.next(policy()[1], 0)
 
 
 def test_a_reward_that_hangs_is_a_timeout_and_not_scored():

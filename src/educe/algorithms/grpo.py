@@ -125,8 +125,10 @@ def make(
     mask, info = np.array(r.mask), dict(current.info)
     # The update may not need it, but the rounds that people look at show it.
     shown = rollouts.show_every and current.number % rollouts.show_every == 0
-    seen = logp(state.params, r.tokens, mask) if scored or shown else None
-    old = seen if scored else None
+    # A round sampled ahead, before a restart that switched `ahead` off, is stale as well.
+    needed = scored or current.step != int(state.step)
+    seen = logp(state.params, r.tokens, mask) if needed or shown else None
+    old = seen if needed else None
     ref = None
     if reference_every is not None:
       ref = logp(state.reference, r.tokens, mask)

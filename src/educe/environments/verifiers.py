@@ -42,7 +42,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from educe.environments import worker
@@ -86,8 +86,6 @@ def judges(
     raise ValueError(f'time_limit={time_limit}: must be more than 0 seconds')
   if memory_limit < 0:
     raise ValueError(f'memory_limit={memory_limit}: must be at least 0 GiB')
-  if not 0 <= error_limit <= 1:
-    raise ValueError(f'error_limit={error_limit}: must be in 0..1')
   return Judges(worker.pack(respond), workers, time_limit, memory_limit, error_limit)
 
 
@@ -95,11 +93,9 @@ class Judges:
   """What `judges` returns. Call it with (prompt, transcript) pairs."""
 
   def __init__(self, respond, workers, time_limit, memory_limit, error_limit):
-    self.counts: dict[str, int] = dict.fromkeys(OUTCOMES, 0)  # finished turns so far
+    self._tally = Tally(error_limit)
+    self.counts = self._tally.counts
     self.time_limit = time_limit
-    self.error_limit = error_limit
-    self._recent: collections.deque[str] = collections.deque(maxlen=WINDOW)
-    self._first_errors: list[str] = []
     self._stillborn = 0  # workers in a row that died before they could judge
     self._lock = threading.Lock()
     self._start = lambda: _Worker.start(respond, time_limit, memory_limit)
@@ -132,7 +128,8 @@ class Judges:
         for index, each in enumerate(self._workers):
           if each.sample is not None:
             self._replace(index)
-      self._count(turns)
+      finished = [turn for turn in turns if turn.done]
+      self._tally.add((outcome(t), t.info.get('error')) for t in finished)
       return turns
 
   def _judge(self, requests: list[bytes]) -> list[Turn]:
@@ -183,14 +180,27 @@ class Judges:
     self._workers[index].stop()
     self._workers[index] = self._start()
 
-  def _count(self, turns: list[Turn]) -> None:
-    for turn in turns:
-      if turn.done:
-        judged = outcome(turn)
-        self.counts[judged] += 1
-        self._recent.append(judged)
-        if judged in ('error', 'timeout') and len(self._first_errors) < 3:
-          self._first_errors.append(f'{judged}: {turn.info.get("error", "no message")}')
+
+class Tally:
+  """Counts outcomes; more failures than `judges` says are too many are the end."""
+
+  def __init__(self, error_limit: float):
+    if not 0 <= error_limit <= 1:
+      raise ValueError(f'error_limit={error_limit}: must be in 0..1')
+    self.error_limit = error_limit
+    self.counts: dict[str, int] = dict.fromkeys(OUTCOMES, 0)  # finished turns so far
+    self._recent: collections.deque[str] = collections.deque(maxlen=WINDOW)
+    self._first_errors: list[str] = []  # different ones
+
+  def add(self, judged: Iterable[tuple[str, str | None]]) -> None:
+    """(outcome, error message) of each sample. Raises VerifierError."""
+    for kind, message in judged:
+      self.counts[kind] += 1
+      self._recent.append(kind)
+      said = f'{kind}: {message or "no message"}'
+      new = kind in ('error', 'timeout') and said not in self._first_errors
+      if new and len(self._first_errors) < 3:
+        self._first_errors.append(said)
     errors = self._recent.count('error')
     failed = errors + self._recent.count('timeout')
     share = failed / max(len(self._recent), 1)
@@ -198,8 +208,9 @@ class Judges:
     over = share > self.error_limit and (failed > TOLERATED or all_errors)
     if over and self.error_limit < 1:
       raise VerifierError(
-        f'{failed} of the last {len(self._recent)} samples could not be verified '
-        f'(error_limit={self.error_limit:g}); first: {" | ".join(self._first_errors)}'
+        f'{failed} of the last {len(self._recent)} samples could not be verified, more '
+        f'than error_limit={self.error_limit:g} allows: mend the reward, or give it '
+        f'more time_limit; first: {" | ".join(self._first_errors)}'
       )
 
 

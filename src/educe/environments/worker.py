@@ -88,7 +88,7 @@ def serve(channel: int, time_limit: float, memory_limit: float) -> None:
   try:
     respond = pickle.loads(requests.get())
   except BaseException as error:
-    _send(connection, {'refused': _one_line(error)})
+    _send(connection, {'refused': one_line(error)})
     return
   _send(connection, {'ready': True})
   while True:
@@ -109,10 +109,10 @@ def _verdict(respond, request: bytes) -> dict[str, Any]:
     turn = verifiers.check(respond(prompt, transcript))
     return {'turn': json.loads(json.dumps(turn, default=str))}
   except BaseException as error:  # SystemExit too: the run goes on
-    return {'error': _one_line(error)}
+    return {'error': one_line(error)}
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
   """KeyError: 'x' (reward.py line 12), on one line of at most 500 characters."""
   text = ' '.join(f'{type(error).__name__}: {error}'.split())[:400]
   frames = traceback.extract_tb(error.__traceback__)

@@ -175,7 +175,8 @@ def _groups(rewards, group: int, relative: str | None) -> np.ndarray:
     )
   if relative and group < 2:
     raise ValueError(
-      f'{relative} compares the completions of a prompt: group={group} must be 2 or more'
+      f'{relative} compares the completions of a prompt: group={group} must be 2 or more '
+      '(config.rollouts.group)'
     )
   return r.reshape(-1, group)
 

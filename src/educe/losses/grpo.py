@@ -226,8 +226,8 @@ def _check(
     wrong = f'kl_coef={kl_coef} must not be negative'
   elif kl_coef and batch.ref_logp is None:
     wrong = (
-      f'kl_coef={kl_coef} needs log-probs of a reference (batch.ref_logp); '
-      'give the algorithm a reference, or set kl_coef=0'
+      f'kl_coef={kl_coef} needs log-probs of a reference (batch.ref_logp): set '
+      'config.algorithm.reference_every=0 (the initial policy), or kl_coef=0'
     )
   elif sampler_correction != 'none' and batch.sampler_logp is None:
     wrong = (

@@ -6,10 +6,7 @@ tokens sampled. Text is only what the judge and the transcripts see.
 
 from __future__ import annotations
 
-import functools
 import math
-import pathlib
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +15,7 @@ from jaxtyping import Array, Key
 
 from educe.data.chat import encode_prompt
 from educe.data.tokenizer import Tokenizer
-from educe.environments import verifiers
+from educe.environments import verifiers, worker
 from educe.rollouts.sampler import bucket
 from educe.rollouts.texts import Completion, generate
 from educe.types import Environment, Model, Params, Rollouts, Turn
@@ -153,9 +150,7 @@ def _here(environment: Environment, rows, names) -> list[Turn]:
     try:
       turns.append(_verdict(environment.respond(record, transcript)))
     except Exception as error:  # the text is a model's: anything may happen
-      frame = traceback.extract_tb(error.__traceback__)[-1]
-      place = f'{pathlib.Path(frame.filename).name} line {frame.lineno}'
-      errors.append(f'{type(error).__name__}: {error} ({place})')
+      errors.append(worker.one_line(error))
       info = {'outcome': 'error', 'error': errors[-1]}
       turns.append(Turn(None, None, True, info))
   if len(errors) == len(rows):

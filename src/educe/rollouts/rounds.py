@@ -75,7 +75,7 @@ def make(
     overlong_prompts: 'error', or 'drop' those that leave no room for max_new_tokens.
     workers, time_limit (seconds a completion), error_limit: of the verifier's
       processes, see environments/verifiers.py; workers=0 judges in this process,
-      without limits.
+      without a limit of time.
     ahead: sample the next round while this one is trained on, one round off policy.
     show_every: rounds between samples on the terminal; 0 shows none.
 
@@ -110,7 +110,7 @@ def make(
     say(f'{much}: dropped')
   if not records:
     raise ValueError('rollouts: the environment has no prompts that fit')
-  judge = None
+  judge, tally = None, verifiers.Tally(error_limit)
   if workers:
     judge = verifiers.judges(
       environment.respond,
@@ -120,7 +120,7 @@ def make(
     )
 
   def sample(params, chosen, key, *, group=group, temperature=temperature):
-    return collect(
+    rollouts = collect(
       model,
       params,
       tokenizer,
@@ -137,6 +137,9 @@ def make(
       stop=stop,
       batch_size=batch_size,
     )
+    if judge is None:
+      tally.add((row['outcome'], row.get('error')) for row in rollouts.transcripts)
+    return rollouts
 
   return Rounds(
     sample,
