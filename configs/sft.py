@@ -45,7 +45,8 @@ def demo(config):
   )
   config.steps = 50
   config.source = dict(
-    name='educe.environments.reasoning_gym:records', part='train', size=2000, **problems
+    name='answers',
+    environment=dict(name='reasoning_gym', part='train', size=2000, **problems),
   )
   config.data = dict(
     batch_size=2, max_length=256, packing=True, seed=config.get_ref('seed')

@@ -98,3 +98,52 @@ def test_the_punishment_of_length_has_room_of_its_own():
     assert buffer > 0
     unpunished = dapo['rollouts']['max_new_tokens'] - buffer
     assert unpunished == plain['rollouts']['max_new_tokens']
+
+
+# As printed, of each paper (PRESETS in configs/grpo.py cites them).
+PRINTED = {
+  'grpo': {
+    'loss.objective': 'clip', 'loss.clip_low': 0.2, 'loss.clip_high': 0.2,
+    'loss.aggregate': 'sequence_mean', 'loss.importance': 'token',
+    'loss.kl_coef': 0.04, 'loss.kl_estimator': 'k3', 'loss.kl_gradient': 'naive',
+    'advantage.name': 'group_relative', 'advantage.std': True,
+    'algorithm.reference_every': 0,
+  },
+  'dr_grpo': {
+    'loss.aggregate': 'constant', 'loss.kl_coef': 0.0, 'advantage.std': False,
+  },
+  'dapo': {
+    'loss.clip_low': 0.2, 'loss.clip_high': 0.28, 'loss.aggregate': 'token_mean',
+    'loss.kl_coef': 0.0, 'advantage.std': True, 'algorithm.drop_equal': True,
+    'algorithm.reference_every': None,
+  },
+  'gspo': {
+    'loss.importance': 'sequence', 'loss.clip_low': 3e-4, 'loss.clip_high': 4e-4,
+    'loss.aggregate': 'sequence_mean', 'loss.kl_coef': 0.0,
+  },
+  'cispo': {
+    'loss.objective': 'cispo', 'loss.clip_low': 1.0, 'loss.aggregate': 'token_mean',
+    'loss.kl_coef': 0.0,
+  },
+  'rloo': {
+    'advantage.name': 'rloo', 'loss.objective': 'reinforce',
+    'loss.aggregate': 'sequence_sum', 'loss.kl_coef': 0.0,
+  },
+  'reinforce_plus_plus': {
+    'advantage.name': 'reinforce_plus_plus', 'advantage.kl_coef': 0.01,
+    'loss.objective': 'clip', 'loss.kl_coef': 0.0,
+  },
+  'sapo': {'loss.objective': 'sapo', 'loss.tau_pos': 1.0, 'loss.tau_neg': 1.05},
+  'remax': {'advantage.name': 'remax', 'loss.objective': 'reinforce'},
+  'pass_at_k': {'advantage.name': 'pass_at_k', 'loss.aggregate': 'sequence_sum'},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('preset', presets(ROOT / 'configs' / 'grpo.py'))
+def test_a_preset_has_the_numbers_of_its_paper(preset):
+  values = config.load([f'--config={ROOT / "configs" / "grpo.py"}:{preset}'])
+  flat = runs.flat(config.expand(values, runs.train))
+  printed = PRINTED[preset]
+  assert {key: flat[key] for key in printed} == printed
+  assert (flat['rollouts.refills'] > 0) == (preset == 'dapo')
+  assert (flat['algorithm.overlong_buffer'] > 0) == (preset == 'dapo')

@@ -58,6 +58,7 @@ DEBUG = {
   'environment.size': 4,
   'evaluation.repeats': 1,
   'source.size': 64,
+  'source.environment.size': 64,
   'rollouts.prompts': 2,
   'rollouts.group': 4,
   'rollouts.max_new_tokens': 4,

@@ -239,6 +239,8 @@ def headline(run_dir: pathlib.Path, config: dict[str, Any]) -> str:
   def named(section: str) -> str:
     values = config[section] or {}
     what = [values.get(key) for key in ('name', 'path', 'preset', 'dataset', 'task')]
+    inner = values.get('environment') or {}
+    what += [inner.get(key) for key in ('name', 'path', 'task')]
     return ' '.join(str(x) for x in what if x)
 
   parts = [f'model {named("model")}']

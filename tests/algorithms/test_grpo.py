@@ -520,6 +520,37 @@ def test_what_cannot_be_is_said_before_anything_is_sampled(tmp_path, options, me
   assert '\n' not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    (
+      dict(epochs=2, loss=loss(objective='reinforce')),
+      "objective='reinforce' has no r",
+    ),
+    (dict(minibatches=2, loss=loss(objective='reinforce')), 'minibatches=2'),
+    (dict(sampling=dict(ahead=True)), "sampler_correction='none' does not weigh that"),
+  ],
+)
+def test_what_goes_off_policy_unweighed_is_said(tmp_path, options, message, capsys):
+  method, _ = build(tmp_path, **options)
+  method.data.close()
+  assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  'options',
+  [
+    dict(loss=loss(objective='reinforce')),
+    dict(epochs=2),
+    dict(sampling=dict(ahead=True), loss=loss(sampler_correction='token_truncate')),
+  ],
+)
+def test_what_is_weighed_needs_no_warning(tmp_path, options, capsys):
+  method, _ = build(tmp_path, **options)
+  method.data.close()
+  assert 'warning' not in capsys.readouterr().err
+
+
 def test_a_reference_makes_the_same_settings_right(tmp_path):
   """The refusals above are of the missing reference, not of the settings."""
   for options in (

@@ -7,8 +7,9 @@ import pickle
 import numpy as np
 import pytest
 
-from educe import paths
+from educe import config, paths
 from educe.data import sources, tfds_builder
+from educe.types import Environment
 
 ROWS = [dict(question=f'q{i} é', answer=f'a{i}', n=i) for i in range(10)]
 
@@ -196,3 +197,53 @@ def test_plain_values():
   columns = dict(role=np.array([b'user'], object), content=np.array([b'hi'], object))
   assert sources.plain(columns) == [dict(role='user', content='hi')]
   assert sources.plain(dict(a=np.float64(1.5))) == dict(a=1.5)
+
+
+def world(*records):
+  return Environment(records, lambda record, transcript: None)
+
+
+def test_answers_are_an_environments_prompts_with_completions():
+  chat = [{'role': 'user', 'content': '1 + 1?'}]
+  rows = sources.answers(
+    environment=world({'id': 'a', 'prompt': chat, 'answer': 2, 'solution': '{1} + 1'}),
+    completion='{solution}\n\\boxed{{answer}}',
+  )
+  (row,) = rows
+  assert (row['id'], row['prompt']) == ('a', chat)
+  said = {'role': 'assistant', 'content': '{1} + 1\n\\boxed{2}'}
+  assert row['completion'] == [said]
+  record = {'prompt': chat, 'answer': 0}
+  (row,) = sources.answers(environment=world(record))
+  assert row['completion'][0]['content'] == '0'
+  assert 'completion' not in record
+
+
+@pytest.mark.parametrize(
+  ('completion', 'message'),
+  [
+    ('5', "completion='5' must name a column"),
+    ('{reply}', "prompt 'a' has no 'reply', only .'id', 'prompt'."),
+    ('{answer}', "prompt 'a' has no 'answer'"),
+  ],
+)
+def test_answers_that_are_not_there_are_named(completion, message):
+  record = {'id': 'a', 'prompt': 'x', 'answer': None}
+  with pytest.raises(ValueError, match=message) as error:
+    sources.answers(environment=world(record), completion=completion)
+  assert '\n' not in str(error.value)
+
+
+def test_answers_come_from_a_config_whose_mistakes_are_named():
+  section = dict(name='countdown', size=3, numbers=3, part='train')
+  values = config.expand_section(
+    'source', dict(name='answers', environment=section), 'config.source'
+  )
+  assert values['environment']['use'] == 'all'  # a default, written out
+  rows = config.call('source', values)
+  assert [row['completion'][0]['content'] for row in rows] == [
+    row['answer'] for row in rows
+  ]
+  section['numbrs'] = 2
+  with pytest.raises(config.ConfigError, match=r'source\.environment\.numbrs=2'):
+    config.expand_section('source', dict(name='answers', environment=section), 'source')

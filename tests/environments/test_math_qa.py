@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from educe.environments import math_qa
-from educe.environments.math_qa import make, records, verify
+from educe.environments.math_qa import make, verify
 from educe.environments.verifiers import judges
 
 pytest.importorskip('math_verify')
@@ -163,24 +163,16 @@ def test_prompts_and_answers_of_math(file):
   environment = make(path=path, question='problem', answer='solution')
   golds = [r['answer'] for r in environment.prompts]
   assert golds == [r'\frac{1}{2}', 'x^2 + 2x + 1', r'\text{Friday}']
-  rows = records(
-    path=path, question='problem', answer='solution', completion='{solution}'
-  )
-  for record, row in zip(environment.prompts, rows, strict=True):
-    said = row['completion'][0]['content']
+  for record in environment.prompts:
+    assert environment.respond(record, [record['solution']]).reward == 1
+
+
+def test_worked_solutions_are_there_without_the_calculator(file):
+  environment = make(path=file(ROWS))
+  assert environment.prompts[0]['solution'] == 'It is 2+2 = 4.'
+  for record in environment.prompts:
+    said = f'{record["solution"]}\n\\boxed{{{record["answer"]}}}'
     assert environment.respond(record, [said]).reward == 1
-
-
-def test_records_are_worked_solutions_that_verify(file):
-  path = file(ROWS)
-  rows = records(path=path)
-  assert rows[0]['completion'] == [
-    {'role': 'assistant', 'content': 'It is 2+2 = 4.\n\\boxed{4}'}
-  ]
-  environment = make(path=path)
-  for record, row in zip(environment.prompts, rows, strict=True):
-    assert row['prompt'] == record['prompt']
-    assert environment.respond(record, [row['completion'][0]['content']]).reward == 1
 
 
 def test_parts_and_sizes(file):
@@ -210,9 +202,8 @@ def test_gsm8k_as_published():
     pytest.skip('needs data://gsm8k_test.jsonl.gz')
   environment = make()
   assert len(environment.prompts) == 1319
-  rows = records(path='data://gsm8k_test.jsonl.gz')
-  for record, row in zip(environment.prompts, rows, strict=True):
-    said = row['completion'][0]['content']
+  for record in environment.prompts:
+    said = f'{record["solution"]}\n\\boxed{{{record["answer"]}}}'
     assert '<<' not in said
     assert environment.respond(record, [said]).reward == 1
     plain = f'#### {record["answer"]}'
@@ -238,8 +229,3 @@ def test_bad_input_is_one_clear_line(file, rows, arguments, message):
   with pytest.raises(ValueError, match=message) as error:
     make(path=file(rows), **arguments)
   assert '\n' not in str(error.value)
-
-
-def test_records_say_something_of_the_row(file):
-  with pytest.raises(ValueError, match='must contain'):
-    records(path=file(ROWS), completion='5')

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from educe.environments import reasoning_gym
-from educe.environments.reasoning_gym import make, records
+from educe.environments.reasoning_gym import make
 
 pytest.importorskip('reasoning_gym')
 SUM = dict(task='chain_sum', min_terms=2, max_terms=2, min_digits=1, max_digits=2)
@@ -53,16 +53,6 @@ def test_train_and_held_out_share_no_problem_whatever_the_seeds():
   # The test can see an overlap: a seed alone does not prevent it.
   assert ids['all', 0] & ids['all', 777]
   assert ids['train', 0] != ids['train', 777]
-
-
-def test_records_hold_the_same_problems_with_completions():
-  environment = make(**SUM, size=8, seed=3, part='train')
-  rows = records(**SUM, size=8, seed=3, part='train', completion='<answer>{answer}')
-  for problem, row in zip(environment.prompts, rows, strict=True):
-    assert row['prompt'] == problem['prompt']
-    assert row['id'] == problem['id']
-    text = f'<answer>{problem["answer"]}'
-    assert row['completion'] == [{'role': 'assistant', 'content': text}]
 
 
 def test_the_same_call_gives_the_same_problems():
@@ -312,10 +302,3 @@ def test_bad_input_is_one_clear_line(arguments, message):
   with pytest.raises(ValueError, match=message) as error:
     make(**arguments)
   assert '\n' not in str(error.value)
-
-
-def test_records_need_references_and_a_place_for_them():
-  with pytest.raises(ValueError, match=r'must contain \{answer\}'):
-    records(**SUM, size=1, completion='{reply}')
-  with pytest.raises(ValueError, match='no reference answers'):
-    records(task='graph_color', size=1)

@@ -22,6 +22,7 @@ import numpy as np
 from educe.data.tokenizer import Tokenizer
 from educe.losses.dry_run import dry_run
 from educe.losses.logprobs import score
+from educe.progress import say
 from educe.rollouts import statistics, transcripts
 from educe.rollouts.position import Position
 from educe.rollouts.rounds import Round, Rounds, rows_of
@@ -92,6 +93,18 @@ def make(
     )
   several = epochs * minibatches > 1
   scored = several or needs_kl or rollouts.ahead
+
+  settings = getattr(loss, 'keywords', {})
+  if several and settings.get('objective') == 'reinforce':
+    say(
+      f"warning: loss.objective='reinforce' has no ratio, and with {epochs=} × "
+      f"{minibatches=} most updates are off policy; 'clip' has one"
+    )
+  if rollouts.ahead and settings.get('sampler_correction', 'none') == 'none':
+    say(
+      'warning: rollouts.ahead samples from the policy of a round ago, and loss.'
+      "sampler_correction='none' does not weigh that; 'token_truncate' does"
+    )
 
   def assign(rewards, **supply):
     named = {name: x for name, x in supply.items() if name in wants}

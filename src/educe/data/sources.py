@@ -2,6 +2,7 @@
 
   jsonl(path='data://gsm8k_train.jsonl.gz', columns=dict(prompt='question', …))
   tfds(dataset='gsm8k', split='train')
+  answers(environment=dict(name='reasoning_gym', task='chain_sum', …))
   memory(records=[…])
 
 `columns` gives a record the names that the rest of educe knows (`messages`, `prompt`,
@@ -29,8 +30,10 @@ from typing import Any
 import numpy as np
 
 from educe import paths
+from educe.types import Environment
 
 # A record of one data set must not have these where its first record does not.
+_COLUMN = re.compile(r'\{(\w+)\}')
 KNOWN = ('messages', 'prompt', 'completion', 'text', 'chosen', 'rejected', 'answer')
 
 
@@ -81,6 +84,32 @@ def memory(
   source = Source(list(records), 'memory', columns, chat, system)
   _check(source, [f'memory row {i}' for i in range(len(source))])
   return source
+
+
+def answers(*, environment: Environment, completion: str = '{answer}') -> Source:
+  """An environment's prompts, each with the `completion` that its answer makes, for SFT.
+
+  completion: what the assistant says; {column} stands for a column of the prompt's
+    record: its `answer`, math_qa's worked `solution`
+
+  Raises ValueError for a completion without a column, and for records without an answer.
+  """
+  pieces = _COLUMN.split(completion)  # the columns are at the odd places
+  if len(pieces) == 1:
+    raise ValueError(f'completion={completion!r} must name a column, as {{answer}}')
+  rows = []
+  for index, record in enumerate(environment.prompts):
+    said = list(pieces)
+    for place in range(1, len(said), 2):
+      said[place] = record.get(said[place])
+      if said[place] is None:
+        raise ValueError(
+          f'completion={completion!r}: prompt {record.get("id", index)!r} has no '
+          f'{pieces[place]!r}, only {sorted(k for k, v in record.items() if v is not None)}'
+        )
+    text = ''.join(map(str, said))
+    rows.append({**record, 'completion': [{'role': 'assistant', 'content': text}]})
+  return memory(records=rows)
 
 
 def jsonl(

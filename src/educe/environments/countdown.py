@@ -104,20 +104,6 @@ def game24(
   return _environment(found, use, instruction, system)
 
 
-def records(*, completion: str = '{answer}', **options: Any) -> list[dict[str, Any]]:
-  """The problems of `make`, with a `completion` that solves them, for SFT.
-
-  completion: what the assistant says; {answer} stands for a solution
-  """
-  if '{answer}' not in completion:
-    raise ValueError(f'completion={completion!r} must contain {{answer}}')
-  rows = []
-  for record in make(**options).prompts:
-    text = completion.replace('{answer}', record['answer'])
-    rows.append({**record, 'completion': [{'role': 'assistant', 'content': text}]})
-  return rows
-
-
 def evaluate(text: str) -> tuple[Fraction, list[int]]:
   """Value of an expression, and the numbers that it uses, in order.
 

@@ -38,7 +38,6 @@ except ModuleNotFoundError:
 
 LONGEST = 400  # characters of an answer; longer ones are no answer
 _CALCULATOR = re.compile(r'<<[^<>]*>>')  # GSM8K's annotations, such as <<48/2=24>>
-_PLACES = re.compile(r'(\{answer\}|\{solution\})')
 _COMMAND = re.compile(r'\\[a-zA-Z]+')
 _WORD = re.compile(r'[^\W\d_]{2}')
 _INLINE = re.compile(r'\$([^$]+)\$')
@@ -63,6 +62,9 @@ def make(
   part: 'train', 'heldout' (one problem in five, by a hash of the question) or 'all'
   instruction, system: see `problems.chat`
 
+  Records have `answer` and, as `solution`, the worked solution: what precedes '####',
+  without GSM8K's <<calculator>> marks, or the whole column.
+
   The reward is 1 or 0. Turn.info has `outcome` ('unparsable': no answer that can be
   read) and `answer`, the text judged. `respond` raises where the reference itself
   cannot be compared: `verifiers.judges` counts that as an error.
@@ -77,50 +79,11 @@ def make(
       'id': problems.digest(text)[:12],
       'prompt': problems.chat(text, instruction, system),
       'answer': gold,
+      'solution': solution,
     }
-    for text, gold, _ in rows
+    for text, gold, solution in rows
   ]
   return Environment(prompts, _respond)
-
-
-def records(
-  *,
-  path: str = 'data://gsm8k_train.jsonl.gz',
-  question: str = 'question',
-  answer: str = 'answer',
-  size: int | None = None,
-  part: str = 'all',
-  instruction: str = 'Put the final answer in \\boxed{}.',
-  system: str | None = None,
-  seed: int = 0,
-  completion: str = '{solution}\n\\boxed{{answer}}',
-) -> list[dict[str, Any]]:
-  """The same problems with a `completion`, for SFT.
-
-  completion: what the assistant says; {answer} stands for the answer and {solution} for
-    the worked solution: what precedes '####', without GSM8K's <<calculator>> marks, or
-    the whole column (MATH: completion='{solution}', which has its own box)
-
-  Raises ValueError as `make` does, and if the completion names neither.
-  """
-  if '{answer}' not in completion and '{solution}' not in completion:
-    raise ValueError(
-      f'completion={completion!r} must contain {{answer}} or {{solution}}'
-    )
-  out = []
-  for text, gold, solution in _rows(path, question, answer, size, part, seed):
-    named = {'{answer}': gold, '{solution}': solution}
-    pieces = _PLACES.split(completion)  # a solution may itself hold braces
-    said = ''.join(named.get(piece, piece) for piece in pieces)
-    out.append(
-      {
-        'id': problems.digest(text)[:12],
-        'prompt': problems.chat(text, instruction, system),
-        'answer': gold,
-        'completion': [{'role': 'assistant', 'content': said}],
-      }
-    )
-  return out
 
 
 def verify(answer: str, gold: str) -> bool | None:

@@ -112,38 +112,6 @@ def make(
   return Environment(prompts, functools.partial(_respond, task, dataset))
 
 
-def records(
-  *,
-  task: str,
-  size: int,
-  seed: int = 0,
-  part: str = 'all',
-  level: int | None = None,
-  instruction: str = '',
-  system: str | None = None,
-  completion: str = '{answer}',
-  **options: Any,
-) -> list[dict[str, Any]]:
-  """The same problems as `make`, with `prompt` and `completion` messages for SFT.
-
-  completion: what the assistant says; {answer} stands for the reference answer
-
-  Raises ValueError as `make` does, and for families without reference answers.
-  """
-  if '{answer}' not in completion:
-    raise ValueError(f'completion={completion!r} must contain {{answer}}')
-  _, entries = _generate(task, size, seed, part, level, options)
-  out = []
-  for entry in entries:
-    if entry['answer'] is None:
-      raise ValueError(f'reasoning-gym task {task!r} has no reference answers')
-    text = completion.replace('{answer}', str(entry['answer']))
-    message = {'role': 'assistant', 'content': text}
-    record = _record(task, entry, instruction, system)
-    out.append({**record, 'completion': [message]})
-  return out
-
-
 def _respond(
   task: str, dataset: Any, prompt: Mapping[str, Any], transcript: Sequence[str]
 ) -> Turn:

@@ -215,6 +215,8 @@ def _check(
     wrong = f"dual_clip={dual_clip} belongs to objective='clip', not {objective!r}"
   elif dual_clip is not None and not dual_clip > 1:
     wrong = f'dual_clip={dual_clip} must be greater than 1 (3 is usual), or None'
+  elif importance != 'token' and objective == 'reinforce':
+    wrong = f"importance={importance!r}: objective='reinforce' has no ratio to average"
   elif not (tau_pos > 0 and tau_neg > 0):
     wrong = f'tau_pos={tau_pos} and tau_neg={tau_neg} must be positive'
   elif not (0 <= correction_min <= correction_max and correction_max > 0):
