@@ -121,6 +121,8 @@ def test_a_verifier_runs_in_a_main_thread_where_alarms_work(judge):
   [
     ('float("nan")', 'reward is nan: return a finite'),
     ('float("inf")', 'reward is inf: return a finite'),
+    ('-1e39', r'reward is -1e\+39: return a finite'),  # float32 has no such number
+    ('10**400', r'reward is 10{79}: return a finite'),
     ('"1.0"', r"reward is '1.0' \(str\): return a float"),
     ('True', r'reward is True \(bool\): return a float'),
     ('[1.0, 0.0]', r'reward is \[1.0, 0.0\] \(list\)'),

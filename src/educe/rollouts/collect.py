@@ -181,10 +181,10 @@ def _reward(turn: Any, name) -> Any:
   if turn.reward is None:
     return math.nan
   number = isinstance(turn.reward, (int, float, np.number))
-  if not number or math.isinf(turn.reward):
+  if not number or abs(turn.reward) > verifiers.LARGEST:
     raise ValueError(
-      f'record {name!r}: the reward is {turn.reward!r}; it must be a finite number, or '
-      'None where a completion is not scored'
+      f'record {name!r}: the reward is {turn.reward!r:.80}; it must be a finite '
+      'number, or None where a completion is not scored'
     )
   return float(turn.reward)
 
