@@ -425,6 +425,19 @@ def test_a_round_is_written_with_its_advantages(tmp_path):
     )
 
 
+def test_the_log_ratio_that_is_written_is_the_policy_less_the_sampler(tmp_path):
+  """Its sign is what the page's colours mean. The sampler of `fixed` says −1, always."""
+  batch, _ = fixed(tmp_path, [2, 3, 4, 5], [1, 0, 1, 0], epochs=2)
+  ours = logp(policy()[1], batch)
+  lines = (tmp_path / 'rollouts' / '000000.jsonl').read_text().splitlines()
+  assert len(lines) == 4
+  for row, line in enumerate(lines):
+    want = ours[row][np.asarray(batch.mask)[row] > 0] + 1
+    # float32 log-probs of up to 10 nats
+    np.testing.assert_allclose(json.loads(line)['log_ratio'], want, atol=2e-5)
+  assert np.abs(want).max() > 0.1
+
+
 @pytest.mark.parametrize('ahead', [False, True])
 @pytest.mark.parametrize('at', [1, 3, 4, 6])
 def test_a_restored_run_goes_on_inside_the_round(tmp_path, at, ahead):

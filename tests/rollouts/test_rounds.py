@@ -120,6 +120,22 @@ def test_refills_put_whole_groups_where_silent_ones_were():
   assert current.info['frac_reward_zero_std'] == share > 0
 
 
+def test_every_call_of_the_sampler_has_randomness_of_its_own():
+  """With a key used twice, a refill would repeat the noise that drew what it replaces."""
+  keys = []
+
+  def sample(params, chosen, key, **options):
+    keys.append(tuple(jax.random.key_data(key).tolist()))
+    return Oracle(lambda i, row, call: 0.0)(params, chosen, key, **options)
+
+  for seed in (0, 1):
+    r = fake(sample, seed=seed, refills=3)
+    for step in range(3):
+      r.next(None, step, greedy=True)
+  assert len(keys) == 2 * 3 * (1 + 3 + 1)
+  assert len(set(keys)) == len(keys)
+
+
 @pytest.mark.parametrize('refills', [0, 1, 3])
 def test_refills_are_bounded_and_what_stays_silent_stays(refills):
   oracle = Oracle(lambda i, row, call: 0.0)
@@ -147,6 +163,8 @@ def test_truncation_seen_in_one_part_of_a_round_is_kept_for_it_alone():
     want = np.where(np.isin(r.tokens[:, 2], cut), 0.5, 1.0)
     for column in (1, 2):  # what was sampled
       np.testing.assert_array_equal(r.kept[:, column], want)
+    # Narrower rows are filled up with 1: a loss takes the log, and of 0 it is −∞.
+    assert (r.kept[r.tokens[:, 2] == 0, 4:] == 1).all()
 
 
 def test_the_greedy_baseline_is_of_the_prompts_that_were_kept():
