@@ -135,6 +135,19 @@ def test_a_restart_goes_on_with_the_same_batches(tmp_path, taken):
   assert got == want
 
 
+@pytest.mark.parametrize('epochs', [1, 3, 7])
+def test_other_epochs_on_the_way_count_from_the_next_round(tmp_path, epochs):
+  """The round that was under way ends as it began, each row as often."""
+  first = make(tmp_path, FIVE)
+  got = [rows(first.next_batch(STATE)[0])]
+  second = make(tmp_path, FIVE, FIVE, epochs=epochs)
+  second.data.set_state(first.data.get_state())
+  got += [rows(second.next_batch(STATE)[0]) for _ in range(5)]
+  whole = make(tmp_path, FIVE)
+  assert got == [rows(whole.next_batch(STATE)[0]) for _ in range(6)]
+  assert 'kept/rows' in second.next_batch(STATE)[1]
+
+
 @pytest.mark.parametrize(
   ('options', 'message'),
   [

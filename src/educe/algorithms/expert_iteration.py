@@ -67,7 +67,8 @@ def make(
       data.steps = epochs * -(-len(data.whole.tokens) // batch_size)
       data.used = 0
     rows = len(data.whole.tokens)
-    epoch, part = divmod(data.used, data.steps // epochs)
+    # Not data.steps // epochs: a restored round may have begun with other epochs.
+    epoch, part = divmod(data.used, -(-rows // batch_size))
     data.used += 1
     order = np.random.default_rng([rollouts.seed, data.number, epoch]).permutation(rows)
     chosen = order[part * batch_size : (part + 1) * batch_size]
