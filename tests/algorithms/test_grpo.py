@@ -357,6 +357,22 @@ def test_what_is_dropped_is_in_no_denominator(tmp_path):
   assert both == [2, 3, 4, 0, 0, 0, 0, 0, 0, 3, 3, 4]
 
 
+def test_what_is_dropped_still_speaks_for_its_group(tmp_path):
+  """A baseline is of all completions; a dropped one keeps its reward, its KL included."""
+
+  def of(**options):
+    return fixed(
+      tmp_path, [2, 3, 4, 5], [1, 0, 1, 0], advantages.rloo, stopped=[1, 1, 1, 0],
+      reference=other_policy(), reference_every=0, kl_in_reward=0.3, **options,
+    )  # fmt: skip
+
+  (whole, info), (less, less_info) = of(), of(drop_truncated=True)
+  np.testing.assert_array_equal(less.advantages[:3], whole.advantages[:3])
+  assert np.abs(whole.advantages[3]).max() > 0
+  assert not less.advantages[3].any()
+  assert less_info['reward/kl'] == info['reward/kl'] != 0
+
+
 def test_equal_means_equal_as_the_environment_gave_it(tmp_path):
   """Length shaping makes any group look alive; so does a KL."""
   batch, _ = fixed(
