@@ -270,9 +270,10 @@ def pictures(run_dir: pathlib.Path) -> list[pathlib.Path]:
   if importlib.util.find_spec('matplotlib') is not None:
     made.append(curves.draw(run_dir))
   if rounds := sorted((run_dir / 'rollouts').glob('*.jsonl')):
-    for file in reversed(rounds):  # the last one with everything on it
-      rows = [json.loads(line) for line in file.read_text().splitlines()[:PAGE]]
-      if 'log_ratio' in rows[0]:
+    rows = transcripts.load(rounds[-1], PAGE)
+    for file in reversed(rounds):  # rather the last one with everything on it
+      if 'log_ratio' in transcripts.load(file, 1)[0]:
+        rows = transcripts.load(file, PAGE)
         break
     made.append(transcript_page.page(rows, run_dir / 'transcripts.html'))
   return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pathlib
@@ -19,6 +20,13 @@ def save(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
   text = ''.join(f'{line}\n' for line in lines)
   temporary.write_text(text, encoding='utf-8', errors='backslashreplace')
   os.replace(temporary, path)
+
+
+def load(path: str | os.PathLike, limit: int | None = None) -> list[dict[str, Any]]:
+  """The rows that `save` wrote, or the first `limit` of them."""
+  with pathlib.Path(path).open(encoding='utf-8') as lines:
+    # Not str.splitlines: it also breaks at the U+2028 or U+0085 of a completion.
+    return [json.loads(line) for line in itertools.islice(lines, limit)]
 
 
 def show(rows: Sequence[Mapping[str, Any]], limit: int = 5) -> str:
