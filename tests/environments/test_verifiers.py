@@ -167,6 +167,14 @@ def test_numpy_scalars_are_rewards():
   assert type(turn.reward) is type(turn.info['rewards']['a']) is float
 
 
+def test_only_a_whole_reward_is_verified_unless_the_environment_says_so():
+  """Partial credit is no solution: what is called accuracy counts this."""
+  rewards = (None, -1.0, 0.0, 0.5, 0.999, 1.0, 2.5)
+  judged = [outcome(Turn(None, reward, True, {})) for reward in rewards]
+  assert judged == ['unparsable', *['wrong'] * 4, *['verified'] * 2]
+  assert outcome(Turn(None, 1.0, True, {'outcome': 'wrong'})) == 'wrong'
+
+
 def test_another_turn_may_follow():
   def converse(prompt, transcript):
     return Turn('and now?', None, len(transcript) > 1, {'seen': tuple(transcript)})
@@ -192,6 +200,14 @@ def test_too_many_errors_stop_the_run_and_are_quoted():
     ask(judge, *'5' * 35, 'raise')
     with pytest.raises(VerifierError, match=r'5 of the last 41 .*KeyError.* \| error'):
       ask(judge, 'raise')
+
+
+def test_timeouts_stop_the_run_too(monkeypatch):
+  monkeypatch.setattr(verifiers, 'TOLERATED', 0)
+  with judges(respond, workers=1, time_limit=0.5, error_limit=0.5) as judge:
+    ask(judge, 'hang', '5')  # a half is not more than a half
+    with pytest.raises(VerifierError, match=r'2 of the last 3 .* timeout: no verdict'):
+      ask(judge, 'hang')
 
 
 def test_a_verifier_that_only_raises_stops_at_once():
