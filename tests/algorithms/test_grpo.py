@@ -122,6 +122,26 @@ def test_every_row_has_the_advantage_of_its_own_completion(tmp_path, refills):
   assert share == 1 if refills else share < 1
 
 
+def test_every_pass_of_every_round_has_an_order_of_its_own(tmp_path):
+  """Else the same place of a round would always be in the freshest minibatch."""
+  groups = 8
+  source = rounds.Rounds(
+    Fixed([2] * groups * G, np.arange(groups * G)), Pool(20, seed=0, adaptive=False),
+    None, seed=0, prompts=groups, group=G, max_new_tokens=ROOM, temperature=1.0,
+    refills=0, ahead=False, show_every=0,
+  )  # fmt: skip
+  method = make(tmp_path, source, plain, grpo.loss, epochs=2, minibatches=2)
+  state, _ = state_of()
+  orders = set()
+  for _ in range(4):  # two rounds of two passes
+    passed = [method.next_batch(state)[0].advantages[:, 3] for _ in range(2)]
+    order = np.concatenate(passed)
+    assert sorted(order) == list(range(groups * G))
+    assert (order.reshape(-1, G) % G == np.arange(G)).all()  # whole groups, in order
+    orders.add(tuple(order))
+  assert len(orders) == 4
+
+
 def test_old_log_probs_stay_where_the_round_began(tmp_path):
   """ρ = 1 at the first inner step and not at the second, through the real step."""
   method, _ = build(tmp_path, epochs=3)
