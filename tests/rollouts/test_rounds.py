@@ -307,6 +307,16 @@ def test_rounds_that_teach_nothing_are_said_after_a_while_not_at_once(capsys):
     assert warned == (number % rounds.PATIENCE == 0)
 
 
+@pytest.mark.parametrize('equal', [False, True])
+def test_groups_of_one_are_silent_only_if_the_whole_round_is(equal, capsys):
+  """REINFORCE++ and ReMax are right to have them; they compare with something else."""
+  oracle = Oracle(lambda i, row, call: 0.5 if equal else i / 20)
+  r = fake(functools.partial(oracle, group=1), group=1)
+  for _ in range(rounds.PATIENCE):
+    r.next(None, 0)
+  assert ('all rewards are equal' in capsys.readouterr().err) == equal
+
+
 def test_a_refilled_round_is_no_reason_to_warn(capsys):
   """Before the refill nothing had a signal; what is trained on has."""
   r = fake(Oracle(lambda i, row, call: float(row == 0 and call % 2)), refills=1)
@@ -339,6 +349,7 @@ def test_a_sample_is_shown_now_and_then(capsys):
     (dict(group=0), r'group=0'),
     (dict(pool='best'), r"rollouts.pool='best' must be 'uniform' or 'adaptive'"),
     (dict(refills=-1), r'refills=-1'),
+    (dict(refills=1, group=1), r'rollouts.refills=1 replace groups .* group=1 always'),
     (dict(workers=-1), r'workers=-1'),
     (dict(show_every=-1), r'show_every=-1'),
     (dict(overlong_prompts='cut'), r"overlong_prompts='cut'"),
