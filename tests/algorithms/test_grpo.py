@@ -536,7 +536,9 @@ def chosen(function, **options):
     (dict(reference_every=-1), 'reference_every=-1'),
     (dict(kl_in_reward=-0.1, reference_every=0), 'kl_in_reward=-0.1'),
     (
-      dict(drop_equal=True, sampling=dict(group=1), advantage=advantages.batch_whitened),
+      dict(
+        drop_equal=True, sampling=dict(group=1), advantage=advantages.batch_whitened
+      ),
       'drop_equal=True would drop all: rollouts.group=1',
     ),
     (dict(overlong_buffer=-1), 'overlong_buffer=-1'),

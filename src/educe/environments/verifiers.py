@@ -253,7 +253,8 @@ def real(value: Any, what: str) -> float | None:
       f'{what} is {value!r:.80} ({type(value).__name__}): return a float, or None for '
       '"not scored"'
     )
-  if not abs(value) <= LARGEST:
+  size: Any = abs(value)
+  if not size <= LARGEST:  # nor is NaN
     raise ValueError(
       f'{what} is {value!r:.80}: return a finite number, or None for "not scored"'
     )
