@@ -103,6 +103,12 @@ def test_every_epoch_holds_each_kept_row_once_and_the_last_batch_is_filled(tmp_p
   assert method.rows == 2
 
 
+def test_every_pass_of_every_round_has_an_order_of_its_own(tmp_path):
+  method = make(tmp_path, FIVE, FIVE)
+  passes = [[rows(method.next_batch(STATE)[0]) for _ in range(3)] for _ in range(4)]
+  assert len({str(batches) for batches in passes}) == 4
+
+
 def test_numbers_and_transcripts_say_what_was_kept(tmp_path):
   method = make(tmp_path, FIVE)
   _, info = method.next_batch(STATE)
