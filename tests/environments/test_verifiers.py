@@ -108,6 +108,24 @@ def test_a_killed_worker_loses_nothing(judge, tmp_path):
   assert not pids & {t.info['pid'] for t in turns}
 
 
+def test_an_interrupted_call_leaves_no_verdict_for_the_next():
+  """Ctrl-C in a notebook: a reply that nobody waited for is of another sample."""
+
+  wait = verifiers._wait
+
+  def interrupted(workers):
+    if workers[0].sample == 1:  # it was sent, and has not been answered
+      raise KeyboardInterrupt
+    return wait(workers)
+
+  with judges(respond, workers=1) as judge:
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(verifiers, '_wait', interrupted)
+      with pytest.raises(KeyboardInterrupt):
+        ask(judge, '4', '4')
+    assert [outcome(turn) for turn in ask(judge, '5')] == ['verified']
+
+
 def test_what_a_verifier_prints_is_no_part_of_its_answer(judge):
   assert [t.reward for t in ask(judge, 'print', '5')] == [0.0, 1.0]
 

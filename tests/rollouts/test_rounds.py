@@ -220,6 +220,15 @@ def test_ahead_is_one_round_behind_and_never_more():
   assert asked == Pool(20, seed=0, adaptive=False).draw(20)
 
 
+def test_ahead_brings_the_greedy_baseline_of_every_round():
+  r = fake(Oracle(lambda i, row, call: i / 100), ahead=True)
+  for step in range(3):
+    current = r.next({'w': np.zeros(1)}, step, greedy=True)
+    ids = current.rollouts.tokens[::3, 0]
+    np.testing.assert_allclose(current.greedy, ids / 100, rtol=1e-6)
+  r.close()
+
+
 def test_ahead_samples_with_params_of_its_own():
   """The step donates the params; who samples meanwhile must not see them go."""
   begin, oracle = threading.Event(), Oracle(mixed)
