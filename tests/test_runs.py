@@ -10,7 +10,7 @@ import pytest
 
 from educe import cli, runs
 from educe.models import scratch
-from educe.rollouts import rounds
+from educe.rollouts import rounds, transcripts
 from educe.training import checkpoint, metrics
 
 # Two stages on the chain world, small; the suite has eight virtual devices.
@@ -306,3 +306,23 @@ def test_a_story_is_told_of_those_that_were_measured(tmp_path):
     ['a', '30.0%', '95', '%', '[20.0%,', '40.0%]'],
     ['c', '50.0%', '95', '%', '[40.0%,', '60.0%]'],
   ]
+
+
+def test_the_page_is_of_the_last_round_with_log_ratios_or_else_of_the_last(tmp_path):
+  def write(number, **extra):
+    row = {
+      'id': 'q', 'prompt': 'p', 'reward': 1.0, 'outcome': 'verified', 'tokens': ['x'],
+      'completion': f'round {number}\u2028 and\x85 more', **extra,
+    }  # fmt: skip
+    transcripts.save([row], tmp_path / 'rollouts' / f'{number:06}.jsonl')
+
+  def shown():
+    *_, page = runs.pictures(tmp_path)
+    return page.read_text(encoding='utf-8')
+
+  (tmp_path / 'metrics.jsonl').write_text('{"step": 1, "loss": 1.0}\n')
+  for number in range(3):
+    write(number, tokens=[f'round {number}'])
+  assert 'round 2' in shown()
+  write(1, tokens=['round 1'], log_ratio=[0.5])
+  assert 'round 1' in shown()

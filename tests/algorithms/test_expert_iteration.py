@@ -103,6 +103,12 @@ def test_every_epoch_holds_each_kept_row_once_and_the_last_batch_is_filled(tmp_p
   assert method.rows == 2
 
 
+def test_every_pass_of_every_round_has_an_order_of_its_own(tmp_path):
+  method = make(tmp_path, FIVE, FIVE)
+  passes = [[rows(method.next_batch(STATE)[0]) for _ in range(3)] for _ in range(4)]
+  assert len({str(batches) for batches in passes}) == 4
+
+
 def test_numbers_and_transcripts_say_what_was_kept(tmp_path):
   method = make(tmp_path, FIVE)
   _, info = method.next_batch(STATE)
@@ -133,6 +139,19 @@ def test_a_restart_goes_on_with_the_same_batches(tmp_path, taken):
   second.data.set_state(first.data.get_state())
   got += [rows(second.next_batch(STATE)[0]) for _ in range(8 - taken)]
   assert got == want
+
+
+@pytest.mark.parametrize('epochs', [1, 3, 7])
+def test_other_epochs_on_the_way_count_from_the_next_round(tmp_path, epochs):
+  """The round that was under way ends as it began, each row as often."""
+  first = make(tmp_path, FIVE)
+  got = [rows(first.next_batch(STATE)[0])]
+  second = make(tmp_path, FIVE, FIVE, epochs=epochs)
+  second.data.set_state(first.data.get_state())
+  got += [rows(second.next_batch(STATE)[0]) for _ in range(5)]
+  whole = make(tmp_path, FIVE)
+  assert got == [rows(whole.next_batch(STATE)[0]) for _ in range(6)]
+  assert 'kept/rows' in second.next_batch(STATE)[1]
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,26 @@ def test_every_row_has_the_advantage_of_its_own_completion(tmp_path, refills):
   assert share == 1 if refills else share < 1
 
 
+def test_every_pass_of_every_round_has_an_order_of_its_own(tmp_path):
+  """Else the same place of a round would always be in the freshest minibatch."""
+  groups = 8
+  source = rounds.Rounds(
+    Fixed([2] * groups * G, np.arange(groups * G)), Pool(20, seed=0, adaptive=False),
+    None, seed=0, prompts=groups, group=G, max_new_tokens=ROOM, temperature=1.0,
+    refills=0, ahead=False, show_every=0,
+  )  # fmt: skip
+  method = make(tmp_path, source, plain, grpo.loss, epochs=2, minibatches=2)
+  state, _ = state_of()
+  orders = set()
+  for _ in range(4):  # two rounds of two passes
+    passed = [method.next_batch(state)[0].advantages[:, 3] for _ in range(2)]
+    order = np.concatenate(passed)
+    assert sorted(order) == list(range(groups * G))
+    assert (order.reshape(-1, G) % G == np.arange(G)).all()  # whole groups, in order
+    orders.add(tuple(order))
+  assert len(orders) == 4
+
+
 def test_old_log_probs_stay_where_the_round_began(tmp_path):
   """ρ = 1 at the first inner step and not at the second, through the real step."""
   method, _ = build(tmp_path, epochs=3)
@@ -373,6 +393,22 @@ def test_what_is_dropped_is_in_no_denominator(tmp_path):
   assert both == [2, 3, 4, 0, 0, 0, 0, 0, 0, 3, 3, 4]
 
 
+def test_what_is_dropped_still_speaks_for_its_group(tmp_path):
+  """A baseline is of all completions; a dropped one keeps its reward, its KL included."""
+
+  def of(**options):
+    return fixed(
+      tmp_path, [2, 3, 4, 5], [1, 0, 1, 0], advantages.rloo, stopped=[1, 1, 1, 0],
+      reference=other_policy(), reference_every=0, kl_in_reward=0.3, **options,
+    )  # fmt: skip
+
+  (whole, info), (less, less_info) = of(), of(drop_truncated=True)
+  np.testing.assert_array_equal(less.advantages[:3], whole.advantages[:3])
+  assert np.abs(whole.advantages[3]).max() > 0
+  assert not less.advantages[3].any()
+  assert less_info['reward/kl'] == info['reward/kl'] != 0
+
+
 def test_equal_means_equal_as_the_environment_gave_it(tmp_path):
   """Length shaping makes any group look alive; so does a KL."""
   batch, _ = fixed(
@@ -439,6 +475,19 @@ def test_a_round_is_written_with_its_advantages(tmp_path):
     assert written['reward'] == pytest.approx(
       letters(written['prompt'], written['completion'], None), abs=1e-6
     )
+
+
+def test_the_log_ratio_that_is_written_is_the_policy_less_the_sampler(tmp_path):
+  """Its sign is what the page's colours mean. The sampler of `fixed` says −1, always."""
+  batch, _ = fixed(tmp_path, [2, 3, 4, 5], [1, 0, 1, 0], epochs=2)
+  ours = logp(policy()[1], batch)
+  lines = (tmp_path / 'rollouts' / '000000.jsonl').read_text().splitlines()
+  assert len(lines) == 4
+  for row, line in enumerate(lines):
+    want = ours[row][np.asarray(batch.mask)[row] > 0] + 1
+    # float32 log-probs of up to 10 nats
+    np.testing.assert_allclose(json.loads(line)['log_ratio'], want, atol=2e-5)
+  assert np.abs(want).max() > 0.1
 
 
 @pytest.mark.parametrize('ahead', [False, True])
@@ -508,6 +557,12 @@ def chosen(function, **options):
     (dict(minibatches=0), 'minibatches=0'),
     (dict(reference_every=-1), 'reference_every=-1'),
     (dict(kl_in_reward=-0.1, reference_every=0), 'kl_in_reward=-0.1'),
+    (
+      dict(
+        drop_equal=True, sampling=dict(group=1), advantage=advantages.batch_whitened
+      ),
+      'drop_equal=True would drop all: rollouts.group=1',
+    ),
     (dict(overlong_buffer=-1), 'overlong_buffer=-1'),
     (dict(overlong_buffer=6), 'overlong_buffer=6 must be in 0..rollouts.max_new_to'),
     (dict(loss=loss(aggregate='constant')), 'max_completion_length=None'),

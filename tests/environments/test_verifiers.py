@@ -108,6 +108,24 @@ def test_a_killed_worker_loses_nothing(judge, tmp_path):
   assert not pids & {t.info['pid'] for t in turns}
 
 
+def test_an_interrupted_call_leaves_no_verdict_for_the_next():
+  """Ctrl-C in a notebook: a reply that nobody waited for is of another sample."""
+
+  wait = verifiers._wait
+
+  def interrupted(workers):
+    if workers[0].sample == 1:  # it was sent, and has not been answered
+      raise KeyboardInterrupt
+    return wait(workers)
+
+  with judges(respond, workers=1) as judge:
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(verifiers, '_wait', interrupted)
+      with pytest.raises(KeyboardInterrupt):
+        ask(judge, '4', '4')
+    assert [outcome(turn) for turn in ask(judge, '5')] == ['verified']
+
+
 def test_what_a_verifier_prints_is_no_part_of_its_answer(judge):
   assert [t.reward for t in ask(judge, 'print', '5')] == [0.0, 1.0]
 
@@ -121,6 +139,8 @@ def test_a_verifier_runs_in_a_main_thread_where_alarms_work(judge):
   [
     ('float("nan")', 'reward is nan: return a finite'),
     ('float("inf")', 'reward is inf: return a finite'),
+    ('-1e39', r'reward is -1e\+39: return a finite'),  # float32 has no such number
+    ('10**400', r'reward is 10{79}: return a finite'),
     ('"1.0"', r"reward is '1.0' \(str\): return a float"),
     ('True', r'reward is True \(bool\): return a float'),
     ('[1.0, 0.0]', r'reward is \[1.0, 0.0\] \(list\)'),
@@ -165,6 +185,14 @@ def test_numpy_scalars_are_rewards():
   assert type(turn.reward) is type(turn.info['rewards']['a']) is float
 
 
+def test_only_a_whole_reward_is_verified_unless_the_environment_says_so():
+  """Partial credit is no solution: what is called accuracy counts this."""
+  rewards = (None, -1.0, 0.0, 0.5, 0.999, 1.0, 2.5)
+  judged = [outcome(Turn(None, reward, True, {})) for reward in rewards]
+  assert judged == ['unparsable', *['wrong'] * 4, *['verified'] * 2]
+  assert outcome(Turn(None, 1.0, True, {'outcome': 'wrong'})) == 'wrong'
+
+
 def test_another_turn_may_follow():
   def converse(prompt, transcript):
     return Turn('and now?', None, len(transcript) > 1, {'seen': tuple(transcript)})
@@ -192,6 +220,14 @@ def test_too_many_errors_stop_the_run_and_are_quoted():
       VerifierError, match=r'5 of the last 41 .*first: error: KeyError'
     ):
       ask(judge, 'raise')
+
+
+def test_timeouts_stop_the_run_too(monkeypatch):
+  monkeypatch.setattr(verifiers, 'TOLERATED', 0)
+  with judges(respond, workers=1, time_limit=0.5, error_limit=0.5) as judge:
+    ask(judge, 'hang', '5')  # a half is not more than a half
+    with pytest.raises(VerifierError, match=r'2 of the last 3 .* timeout: no verdict'):
+      ask(judge, 'hang')
 
 
 def test_a_verifier_that_only_raises_stops_at_once():

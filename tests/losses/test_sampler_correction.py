@@ -59,6 +59,15 @@ def test_weights_and_metrics_equal_the_loop(how):
     np.testing.assert_allclose(metrics['sampling/corrected'].value, outside, rtol=1e-6)
 
 
+@pytest.mark.parametrize('sign', [1, -1])
+def test_the_largest_difference_is_of_either_sign(sign):
+  """A sampler that is too sure of itself is as wrong as one that is not sure enough."""
+  old, sampler = given(sign * np.abs(D))
+  _, metrics = weights(old, sampler, jnp.asarray(MASK), how='none', **BOUNDS)
+  largest = metrics['sampling/logp_difference/max'].value
+  np.testing.assert_allclose(largest, 0.9, rtol=2e-6)
+
+
 @pytest.mark.parametrize('how', CORRECTIONS)
 def test_what_the_sampler_did_not_report_has_ratio_one(how):
   old, sampler = given()

@@ -145,6 +145,18 @@ def test_reinforcement_learning_has_a_panel_for_each_thing_watched(
   assert labels == [''] * 7 + ['optimizer step'] * 2
 
 
+def test_the_bold_line_is_smoothed_and_the_light_one_is_not(tmp_path, monkeypatch):
+  rows = reinforcement(80)
+  for row in rows[:-1]:
+    row['kl'] = row['reward'] = float(row['step'] % 2)
+  panels, _ = pictured(monkeypatch, tmp_path, rows)
+  for title in ('KL to reference (nats)', RL_TITLES[0]):
+    light, bold = (line.get_ydata()[10:70] for line in panels[title].lines)
+    np.testing.assert_array_equal(light, (1 + np.arange(10, 70)) % 2)
+    # A Gaussian of 2 steps leaves e^(−2π²) ≈ 3e-9 of it; cut at 4 widths, 3e-4.
+    np.testing.assert_allclose(bold, 0.5, atol=1e-3)
+
+
 def test_the_band_is_the_reward_and_its_deviation_to_both_sides(tmp_path, monkeypatch):
   panels, _ = pictured(monkeypatch, tmp_path, reinforcement(40))
   axes = panels[RL_TITLES[0]]

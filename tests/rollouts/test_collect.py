@@ -206,6 +206,16 @@ def test_not_scored_is_nan(plain):
   assert {row['outcome'] for row in rollouts.transcripts} == {'unparsable'}
 
 
+def test_a_reward_is_what_was_paid_whatever_the_outcome(plain):
+  """Partial credit for a wrong answer, a fine for an unparsable one."""
+  paid = [('wrong', 0.5), ('unparsable', -1.0), ('verified', 0.25), ('wrong', 2.0)] * 3
+  turns = [Turn(None, reward, True, {'outcome': said}) for said, reward in paid]
+  rollouts = run(plain, judge=lambda rows: turns)
+  said = [(row['outcome'], row['reward']) for row in rollouts.transcripts]
+  assert said == paid
+  np.testing.assert_array_equal(rollouts.rewards, np.float32([r for _, r in paid]))
+
+
 def test_a_reward_that_raises_is_an_error_and_not_scored(plain):
   def sometimes(record, transcript):
     if record['prompt'] == 'one':
@@ -256,6 +266,7 @@ def broken(record, transcript):
     (dict(environment=always(Turn('go on', 0.0, False, {}))), 'another turn'),
     (dict(environment=always(Turn(None, 'good', True, {}))), "'a': .* reward is 'good'"),
     (dict(environment=always(Turn(None, math.inf, True, {}))), 'reward is inf'),
+    (dict(environment=always(Turn(None, 1e39, True, {}))), r'reward is 1e\+39: return a finite'),
     (dict(environment=always(Turn(None, 1.0, True, {'outcome': 'fine'}))), "'fine'"),
     (
       dict(environment=Environment(RECORDS, functools.partial(broken))),

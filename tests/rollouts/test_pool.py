@@ -62,3 +62,15 @@ def test_a_restored_pool_goes_on_with_the_same_questions(adaptive):
   again = Pool(9, seed=1, adaptive=adaptive)
   again.set_state(state)
   assert [again.draw(4) for _ in range(5)] == want
+
+
+def test_a_pool_may_become_adaptive_on_the_way_and_back():
+  """It then knows of no prompt yet; the order of the uniform one goes on."""
+  pool = Pool(5, seed=1, adaptive=False)
+  pool.draw(3)
+  later = Pool(5, seed=1, adaptive=True)
+  later.set_state(json.loads(json.dumps(pool.get_state())))
+  assert sorted(later.draw(5)) == list(range(5))
+  back = Pool(5, seed=1, adaptive=False)
+  back.set_state(json.loads(json.dumps(later.get_state())))
+  assert back.draw(4) == Pool(5, seed=1, adaptive=False).draw(12)[8:]

@@ -121,6 +121,22 @@ def test_refills_put_whole_groups_where_silent_ones_were():
   assert current.info['frac_reward_zero_std'] == share > 0
 
 
+def test_every_call_of_the_sampler_has_randomness_of_its_own():
+  """With a key used twice, a refill would repeat the noise that drew what it replaces."""
+  keys = []
+
+  def sample(params, chosen, key, **options):
+    keys.append(tuple(jax.random.key_data(key).tolist()))
+    return Oracle(lambda i, row, call: 0.0)(params, chosen, key, **options)
+
+  for seed in (0, 1):
+    r = fake(sample, seed=seed, refills=3)
+    for step in range(3):
+      r.next(None, step, greedy=True)
+  assert len(keys) == 2 * 3 * (1 + 3 + 1)
+  assert len(set(keys)) == len(keys)
+
+
 @pytest.mark.parametrize('refills', [0, 1, 3])
 def test_refills_are_bounded_and_what_stays_silent_stays(refills):
   oracle = Oracle(lambda i, row, call: 0.0)
@@ -148,6 +164,8 @@ def test_truncation_seen_in_one_part_of_a_round_is_kept_for_it_alone():
     want = np.where(np.isin(r.tokens[:, 2], cut), 0.5, 1.0)
     for column in (1, 2):  # what was sampled
       np.testing.assert_array_equal(r.kept[:, column], want)
+    # Narrower rows are filled up with 1: a loss takes the log, and of 0 it is −∞.
+    assert (r.kept[r.tokens[:, 2] == 0, 4:] == 1).all()
 
 
 def test_the_greedy_baseline_is_of_the_prompts_that_were_kept():
@@ -201,6 +219,15 @@ def test_ahead_is_one_round_behind_and_never_more():
   assert used == [0, 0, 10, 20, 30]  # what a round says of its policy is true
   asked = [i for _, chosen, *_ in oracle.calls for i in chosen]
   assert asked == Pool(20, seed=0, adaptive=False).draw(20)
+
+
+def test_ahead_brings_the_greedy_baseline_of_every_round():
+  r = fake(Oracle(lambda i, row, call: i / 100), ahead=True)
+  for step in range(3):
+    current = r.next({'w': np.zeros(1)}, step, greedy=True)
+    ids = current.rollouts.tokens[::3, 0]
+    np.testing.assert_allclose(current.greedy, ids / 100, rtol=1e-6)
+  r.close()
 
 
 def test_ahead_samples_with_params_of_its_own():
@@ -290,6 +317,16 @@ def test_rounds_that_teach_nothing_are_said_after_a_while_not_at_once(capsys):
     assert warned == (number % rounds.PATIENCE == 0)
 
 
+@pytest.mark.parametrize('equal', [False, True])
+def test_groups_of_one_are_silent_only_if_the_whole_round_is(equal, capsys):
+  """REINFORCE++ and ReMax are right to have them; they compare with something else."""
+  oracle = Oracle(lambda i, row, call: 0.5 if equal else i / 20)
+  r = fake(functools.partial(oracle, group=1), group=1)
+  for _ in range(rounds.PATIENCE):
+    r.next(None, 0)
+  assert ('all rewards are equal' in capsys.readouterr().err) == equal
+
+
 def test_a_refilled_round_is_no_reason_to_warn(capsys):
   """Before the refill nothing had a signal; what is trained on has."""
   r = fake(Oracle(lambda i, row, call: float(row == 0 and call % 2)), refills=1)
@@ -341,6 +378,7 @@ def test_a_sample_is_shown_now_and_then(capsys):
     (dict(group=0), r'group=0'),
     (dict(pool='best'), r"rollouts.pool='best' must be 'uniform' or 'adaptive'"),
     (dict(refills=-1), r'refills=-1'),
+    (dict(refills=1, group=1), r'rollouts.refills=1 replace groups .* group=1 always'),
     (dict(workers=-1), r'workers=-1'),
     (dict(show_every=-1), r'show_every=-1'),
     (dict(overlong_prompts='cut'), r"overlong_prompts='cut'"),

@@ -84,6 +84,11 @@ def make(
       f'algorithm.overlong_buffer={overlong_buffer} must be in 0..rollouts.'
       f'max_new_tokens={rollouts.max_new_tokens}'
     )
+  if drop_equal and rollouts.group < 2:
+    raise ValueError(
+      f'algorithm.drop_equal=True would drop all: rollouts.group={rollouts.group} has '
+      'nothing to differ from; set it to 2 or more, or drop_equal=False'
+    )
   wants = inspect.signature(advantage.func).parameters
   needs_kl = bool(kl_in_reward or advantage.keywords.get('kl_coef'))
   if needs_kl and reference_every is None:

@@ -54,6 +54,7 @@ START_LIMIT = 120.0  # seconds for a worker to import what the verifier needs
 STILLBORN = 3  # deaths in a row while starting that stop the run
 WINDOW = 256  # latest samples that the share of errors is taken over
 TOLERATED = 3  # errors that stop nothing, however few samples there are
+LARGEST = 3.4e38  # of a reward: kept as float32, where more is infinite
 
 
 class VerifierError(ValueError):
@@ -254,7 +255,8 @@ def check(turn: Any) -> Turn:
 
 
 def real(value: Any, what: str) -> float | None:
-  """A finite float, or None. Raises ValueError naming `what` and the mend."""
+  """A finite float (of float32's range), or None. Raises ValueError naming `what` and
+  the mend."""
   if value is None:
     return None
   if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -262,9 +264,10 @@ def real(value: Any, what: str) -> float | None:
       f'{what} is {value!r:.80} ({type(value).__name__}): return a float, or None for '
       '"not scored"'
     )
-  if not math.isfinite(value):
+  size: Any = abs(value)
+  if not size <= LARGEST:  # nor is NaN
     raise ValueError(
-      f'{what} is {value!r}: return a finite number, or None for "not scored"'
+      f'{what} is {value!r:.80}: return a finite number, or None for "not scored"'
     )
   return float(value)
 

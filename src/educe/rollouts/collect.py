@@ -6,6 +6,7 @@ tokens sampled. Text is only what the judge and the transcripts see.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

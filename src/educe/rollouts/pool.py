@@ -62,5 +62,5 @@ class Pool:
 
   def set_state(self, state: dict[str, Any]) -> None:
     self.drawn = state['drawn']
-    if self.adaptive:
+    if self.adaptive and 'tried' in state:  # or it was uniform until now
       self.tried, self.solved = np.array(state['tried']), np.array(state['solved'])

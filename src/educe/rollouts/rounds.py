@@ -90,6 +90,11 @@ def make(
     raise ValueError(f"rollouts.pool={pool!r} must be 'uniform' or 'adaptive'")
   if refills < 0 or workers < 0 or show_every < 0:
     raise ValueError(f'rollouts: {refills=}, {workers=}, {show_every=} must be ≥ 0')
+  if refills and group < 2:
+    raise ValueError(
+      f'rollouts.{refills=} replace groups whose rewards are all equal, as those of '
+      f'{group=} always are; set it to 2 or more, or refills=0'
+    )
   if not 0 < temperature < float('inf'):
     raise ValueError(f'rollouts.temperature={temperature} must be above 0: it divides')
   if max_new_tokens < 1:
@@ -237,9 +242,12 @@ class Rounds:
     """A sample now and then; a warning when there has been nothing to learn from."""
     if self.show_every and current.number % self.show_every == 0:
       say(f'\n{transcripts.show(current.rollouts.transcripts, limit=1)}\n')
+    r = current.rollouts
+    # A completion alone is compared with the rest of the round, if with any.
+    compared = r if r.group > 1 else r._replace(group=len(r.rewards))
     signs = {
       'no_signal': (
-        bool(statistics.equal(current.rollouts).all()),
+        bool(statistics.equal(compared).all()),
         'in every group all rewards are equal: nothing can be learned; choose easier '
         'or harder prompts, or a larger rollouts.group',
       ),

@@ -21,8 +21,9 @@ def save(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
 
 
 def load(path: str | os.PathLike, limit: int | None = None) -> list[dict[str, Any]]:
-  """The first rows of what `save` wrote."""
-  with open(path, encoding='utf-8', newline='\n') as lines:  # a text may hold U+2028
+  """The rows that `save` wrote, or the first `limit` of them."""
+  with pathlib.Path(path).open(encoding='utf-8') as lines:
+    # Not str.splitlines: it also breaks at the U+2028 or U+0085 of a completion.
     return [json.loads(line) for line in itertools.islice(lines, limit)]
 
 
