@@ -6,7 +6,7 @@
 Recipes are two words at most, world and preset, in any order (`chain,gspo`):
 
 worlds
-  chain       compositions of permutations; a base of 120 thousand parameters, pre-trained
+  chain       compositions of permutations; a base of 0.13 million parameters, pre-trained
               from nothing, then GRPO on depth 2 (two stages)
   arithmetic  SmolLM2-135M-Instruct on sums and differences of one digit (the default)
 

@@ -263,13 +263,14 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
 
 def pictures(run_dir: pathlib.Path) -> list[pathlib.Path]:
   """What to look at: the curves, and a page of the last rollouts if there are any."""
-  made = []
+  made, title = [], '/'.join(run_dir.parts[-2:])
   if importlib.util.find_spec('matplotlib') is not None:
-    made.append(curves.draw(run_dir))
+    made.append(curves.draw(run_dir, title=title))
   if files := sorted((run_dir / 'rollouts').glob('*.jsonl'), reverse=True):
     full = (file for file in files if 'log_ratio' in transcripts.load(file, 1)[0])
     rows = transcripts.load(next(full, files[0]), PAGE)  # not every run has such a one
-    made.append(transcript_page.page(rows, run_dir / 'transcripts.html'))
+    html = run_dir / 'transcripts.html'
+    made.append(transcript_page.page(rows, html, title=title))
   return made
 
 

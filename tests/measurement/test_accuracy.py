@@ -49,7 +49,8 @@ def test_outcomes_are_counted_apart():
   assert result.total == 6
   assert (result.low, result.high) == wilson(3, 6)
   assert result.transcripts == given
-  assert result.metrics('a') == {'a': 0.5, 'a/low': result.low, 'a/high': result.high}
+  bounds = {'accuracy/low': result.low, 'accuracy/high': result.high}
+  assert result.metrics() == {'accuracy': 0.5, **bounds}
   assert str(result).startswith('50.0% of 6 (95 % interval 18.8% to 81.2%; 3 verified')
 
 

@@ -168,7 +168,6 @@ def test_tokens_are_coloured_by_sign_and_size_on_one_scale(tmp_path):
       tokens=['a', 'b', 'c', 'd', 'e'],
       advantages=[2.0, -1.0, 0.0, None, float('nan')],
       log_ratio=np.array([-0.1, 0.2, 0.0, -0.4, np.inf], np.float32),
-      entropy=[0.5, 1.5, 0.0, None, 2.0],
     ),
     row(id='other', tokens=['f'], advantages=[-4.0]),
   ]
@@ -178,16 +177,16 @@ def test_tokens_are_coloured_by_sign_and_size_on_one_scale(tmp_path):
   assert seen[0] == (
     't a-plus r-minus',
     '--a:0.500;--r:0.250',
-    'token 0 · advantage +2 · log-ratio −0.1 nats · entropy 0.5 nats',
+    'token 0 · advantage +2 · log-ratio −0.1 nats',
   )
   assert seen[1][:2] == ('t a-minus r-plus', '--a:0.250;--r:0.500')
   assert seen[2][1] == '--a:0.000;--r:0.000'
   assert seen[3] == (
     't r-minus',
     '--r:1.000',
-    'token 3 · advantage – · log-ratio −0.4 nats · entropy –',
+    'token 3 · advantage – · log-ratio −0.4 nats',
   )
-  assert seen[4] == ('t', None, 'token 4 · advantage – · log-ratio – · entropy 2 nats')
+  assert seen[4] == ('t', None, 'token 4 · advantage – · log-ratio –')
   assert seen[5] == ('t a-minus', '--a:1.000', 'token 0 · advantage −4')
   assert '−4+4' in result.texts['scale']
   assert '−0.4+0.4 nats' in result.texts['scale']
@@ -220,7 +219,7 @@ def test_without_numbers_per_token_there_is_no_legend(tmp_path):
     (dict(rewards=[1.0]), r'row 1: rewards=\[1.0\] is not a dict'),
     (dict(completion=None), r'row 1: completion=None is not a text'),
     (dict(prompt=None), r'row 1: prompt=None is neither a text nor messages'),
-    (dict(entropy=[1.0]), r'row 1 has entropy but no tokens'),
+    (dict(log_ratio=[1.0]), r'row 1 has log_ratio but no tokens'),
     (
       dict(tokens=['a', 'b'], log_ratio=[0.0]),
       r'row 1: log_ratio has 1 numbers for 2 tokens',

@@ -29,9 +29,9 @@ class Accuracy(NamedTuple):
   counts: dict[str, int]  # of each of OUTCOMES
   transcripts: list[dict[str, Any]]
 
-  def metrics(self, name: str = 'accuracy') -> dict[str, float]:
+  def metrics(self) -> dict[str, float]:
     """What goes into metrics.jsonl."""
-    return {name: self.rate, f'{name}/low': self.low, f'{name}/high': self.high}
+    return {'accuracy': self.rate, 'accuracy/low': self.low, 'accuracy/high': self.high}
 
   def __str__(self) -> str:
     counts = ', '.join(f'{n} {outcome}' for outcome, n in self.counts.items() if n)

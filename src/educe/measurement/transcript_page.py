@@ -19,7 +19,7 @@ import numpy as np
 from educe.measurement import page_markup
 from educe.types import OUTCOMES
 
-PER_TOKEN = ('advantages', 'log_ratio', 'entropy')
+PER_TOKEN = ('advantages', 'log_ratio')
 REQUIRED = ('prompt', 'completion', 'reward', 'outcome')
 Row = Mapping[str, Any]
 
@@ -32,9 +32,9 @@ def page(
   A row has prompt (a text, or messages), completion, reward (None: not scored) and
   outcome (one of OUTCOMES), and may have id, step, answer, rewards (name → number or
   None), length (tokens), stopped (False: ran out of room) and advantage. With `tokens`,
-  the completion cut into texts, it may have a number for each token: `advantages`,
-  `log_ratio` (trainer − sampler log-prob, nats) and `entropy` (nats); None or a number
-  that is not finite is shown as unknown.
+  the completion cut into texts, it may have a number for each token: `advantages` and
+  `log_ratio` (trainer − sampler log-prob, nats); None or a number that is not finite is
+  shown as unknown.
 
   Rows of one step and id are a group and stand together, in order of first appearance. A
   row without an id is a group alone. Colours have one symmetric scale for the page, full
@@ -222,15 +222,13 @@ def _tokens(row: Row, full: Mapping[str, float]) -> str:
     for name, letter, label in (
       ('advantages', 'a', 'advantage'),
       ('log_ratio', 'r', 'log-ratio'),
-      ('entropy', '', 'entropy'),
     ):
       if row.get(name) is None:
         continue
       value = row[name][index]
-      signed = name != 'entropy'
       unit = '' if name == 'advantages' or not _known(value) else ' nats'
-      notes.append(f'{label} {_number(value, signed=signed)}{unit}')
-      if letter and _known(value) and full[name] > 0:
+      notes.append(f'{label} {_number(value, signed=True)}{unit}')
+      if _known(value) and full[name] > 0:
         classes.append(f'{letter}-{"plus" if value > 0 else "minus"}')
         style.append(f'--{letter}:{min(abs(float(value)) / full[name], 1):.3f}')
     attributes = f' style="{";".join(style)}"' if style else ''
