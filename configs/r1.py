@@ -26,6 +26,14 @@ PROBLEMS = dict(
   max_words=3,
   system='Answer with the result only.',
 )
+SUMS = dict(
+  task='chain_sum',
+  min_terms=2,
+  max_terms=3,
+  min_digits=1,
+  max_digits=1,
+  instruction='Answer with the number only.',
+)
 LONGEST = 16  # tokens of an answer
 
 
@@ -42,12 +50,16 @@ def demo():
 
 
 def smollm():
-  """About an hour on 2 CPU cores."""
-  return sequence(cold=sft(steps=16), grpo=grpo(steps=150, held_out=512))
+  """Half an hour on 2 CPU cores."""
+  stages = sequence(cold=sft(steps=12), grpo=grpo(steps=80))
+  stages.grpo.evaluation.environment.size = 512
+  return stages
 
 
 def zero():
-  return sequence(grpo=grpo(steps=100))
+  """On sums, of which the model solves a fifth: of reversed lists it solves none, and
+  where nothing is ever verified there is nothing to learn from."""
+  return sequence(grpo=grpo(steps=100, problems=SUMS))
 
 
 def r1():
@@ -98,7 +110,7 @@ def sequence(**stages):
   return config
 
 
-def stage(steps, held_out):
+def stage(steps, problems):
   config = ml_collections.ConfigDict()
   config.seed = 0
   config.steps = steps
@@ -108,15 +120,15 @@ def stage(steps, held_out):
   config.save_every = 50
   config.evaluation = dict(
     name='accuracy',
-    environment=dict(name='reasoning_gym', part='heldout', size=held_out, **PROBLEMS),
+    environment=dict(name='reasoning_gym', part='heldout', size=128, **problems),
     max_new_tokens=LONGEST,
   )
   return config
 
 
-def sft(steps, held_out=128):
+def sft(steps):
   """On reference answers of problems that the exam does not hold."""
-  config = stage(steps, held_out)
+  config = stage(steps, PROBLEMS)
   config.source = dict(
     name='answers',
     environment=dict(name='reasoning_gym', part='train', size=1000, **PROBLEMS),
@@ -132,10 +144,10 @@ def sft(steps, held_out=128):
   return config
 
 
-def grpo(steps, held_out=128):
+def grpo(steps, problems=PROBLEMS):
   """Dr. GRPO: see configs/grpo.py for the others."""
-  config = stage(steps, held_out)
-  config.environment = dict(name='reasoning_gym', part='train', size=1000, **PROBLEMS)
+  config = stage(steps, problems)
+  config.environment = dict(name='reasoning_gym', part='train', size=1000, **problems)
   config.rollouts = dict(prompts=4, group=8, max_new_tokens=LONGEST, pool='adaptive')
   config.advantage = dict(name='group_relative', std=False)
   config.algorithm = dict(name='grpo')
@@ -150,9 +162,9 @@ def grpo(steps, held_out=128):
   return config
 
 
-def reject(steps, held_out=128):
+def reject(steps):
   """Verified samples of the policy before it, two different ones a problem."""
-  config = stage(steps, held_out)
+  config = stage(steps, PROBLEMS)
   config.environment = dict(name='reasoning_gym', part='train', size=1000, **PROBLEMS)
   config.rollouts = dict(prompts=64, group=8, max_new_tokens=LONGEST)
   config.algorithm = dict(

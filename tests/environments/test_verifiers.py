@@ -382,3 +382,25 @@ def test_bad_limits_are_one_clear_line(arguments):
   with pytest.raises(ValueError, match=f'{name}=.*must be') as error:
     judges(respond, **arguments)
   assert '\n' not in str(error.value)
+
+
+def test_workers_may_wait_for_their_first_sample_for_as_long_as_they_like(monkeypatch):
+  """The limit is for loading, which begins with the first call, not for a long
+  evaluation between the start of the workers and that."""
+  with judges(respond, workers=2) as judge:
+    monkeypatch.setattr(
+      time, 'monotonic', lambda now=time.monotonic: now() + 2 * verifiers.START_LIMIT
+    )
+    assert [turn.reward for turn in ask(judge, '5', '4')] == [1, 0]
+
+
+def test_a_worker_that_never_gets_ready_is_one_line(monkeypatch):
+  monkeypatch.setattr(verifiers, 'START_LIMIT', 0.5)
+
+  class Slow:
+    def __reduce__(self):
+      return time.sleep, (60,)
+
+  with judges(Slow(), workers=1) as judge:  # noqa: SIM117
+    with pytest.raises(VerifierError, match=r'worker not ready in 0\.5 s'):
+      ask(judge, '5')

@@ -134,6 +134,9 @@ class Judges:
       return turns
 
   def _judge(self, requests: list[bytes]) -> list[Turn]:
+    for each in self._workers:
+      if not each.ready:  # what it needs is sent now, however long ago it was started
+        each.deadline = time.monotonic() + START_LIMIT
     turns: dict[int, Turn] = {}
     waiting = collections.deque(range(len(requests)))
     died: set[int] = set()
