@@ -12,7 +12,8 @@ worlds
 
 presets, one line each with its paper: see PRESETS below; the default is dr_grpo.
 
-Append `,debug` for two steps of a tiny random model; override any key, as in
+Append `,debug` for two steps of a tiny random model (it solves nothing, so the loss is
+0); override any key, as in
   --config.rollouts.group=16        --config.grpo.rollouts.group=16 (of a stage)
 """
 
@@ -92,8 +93,9 @@ def get_config(recipe='arithmetic'):
       raise ValueError(f'no recipe {word!r}' + near(word, [*known, 'debug']))
   world = [word for word in words if word in worlds] or ['arithmetic']
   preset = [word for word in words if word in PRESETS] or ['dr_grpo']
-  if len(world) > 1 or len(preset) > 1:
-    raise ValueError(f'{recipe}: one world and one preset at most')
+  for kind, found in (('worlds', world), ('presets', preset)):
+    if len(found) > 1:
+      raise ValueError(f'{recipe}: {" and ".join(found)} are both {kind}; choose one')
   return worlds[world[0]](preset[0])
 
 

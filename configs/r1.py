@@ -9,10 +9,13 @@ Recipes (stages):
   r1       cold-start sft → grpo → rejection-sampled sft → grpo, as R1 (DeepSeek-AI 2025,
            §2, arXiv:2501.12948; there the rejection-sampled sft starts again from the
            base, here it goes on from the policy that gave the samples)
-  gsm8k    r1 on GSM8K (data://gsm8k_train.jsonl.gz); days on a CPU, meant for a TPU or GPU
+  gsm8k    r1 on GSM8K (data://gsm8k_{train,test}.jsonl.gz); days on a CPU
 
-Append `,debug` for two steps of a tiny random model in each stage; override any key of a
-stage, as in --config.grpo.optimizer.learning_rate=1e-6
+The GRPO stages are Dr. GRPO; configs/grpo.py has the others, and shows what to change.
+
+Append `,debug` for two steps of a tiny random model in each stage (it solves nothing, so
+RL's loss is 0); override any key of a stage, as in
+  --config.grpo.optimizer.learning_rate=1e-6
 """
 
 import ml_collections
@@ -40,7 +43,8 @@ LONGEST = 16  # tokens of an answer
 def get_config(recipe='demo'):
   recipes = {'demo': demo, 'smollm': smollm, 'zero': zero, 'r1': r1, 'gsm8k': gsm8k}
   if recipe not in recipes:
-    raise ValueError(f'no recipe {recipe!r}' + near(recipe, [*recipes, 'debug']))
+    wrong = next((x for x in recipe.split(',') if x not in recipes), recipe)
+    raise ValueError(f'no recipe {wrong!r}' + near(wrong, [*recipes, 'debug']))
   return recipes[recipe]()
 
 

@@ -202,6 +202,14 @@ def test_sample_names_what_is_wrong(argv, message, capsys, monkeypatch):
   assert message in capsys.readouterr().err
 
 
+def test_the_folder_of_several_runs_names_them(tmp_path, capsys):
+  for name in ('cold', 'grpo'):
+    (tmp_path / name / 'checkpoints').mkdir(parents=True)
+  assert cli.main(['sample', f'--model={tmp_path}', '--prompt=x']) == 1
+  said = ' '.join(capsys.readouterr().err.split())
+  assert f'holds the runs cold, grpo; name one, as --model={tmp_path}/grpo' in said
+
+
 def test_a_tfds_data_set_trains_from_a_config(config, tmp_path):
   data = str(tmp_path / 'data.jsonl')
   tfds_builder.build(splits={'train': data}, name='sums', data_dir=str(tmp_path / 'd'))

@@ -191,14 +191,21 @@ def test_a_config_of_ones_own_imports_a_recipe(tmp_path, monkeypatch):
   """As CONTRIBUTING shows it."""
   text = (ROOT / 'CONTRIBUTING.md').read_text()
   (own,) = re.findall(r'```python\n(from configs import .*?)```', text, re.S)
-  (tmp_path / 'own.py').write_text(
-    own.replace("'experiments.mine.foo'", "'chain', depth=2")
-  )
-  monkeypatch.syspath_prepend(ROOT)
-  values = config.load([f'--config={tmp_path / "own.py"}'])
+  (vowels,) = re.findall(r'```python\n(from educe.environments .*?)```', text, re.S)
+  mine = tmp_path / 'experiments' / 'mine'
+  mine.mkdir(parents=True)
+  (mine / 'config.py').write_text(own)
+  (mine / 'vowels.py').write_text(vowels)
+  for folder in (ROOT, tmp_path):
+    monkeypatch.syspath_prepend(folder)
+  values = config.load([f'--config={mine / "config.py"}:arithmetic,debug'])
   full = config.expand(values, runs.train)
-  assert full['evaluation']['environment']['name'] == 'chain'
-  assert full['optimizer']['learning_rate'] == 1e-4
+  assert full['evaluation']['environment'] == dict(
+    name='experiments.mine.vowels', size=2
+  )
+  world = config.call('environment', full['environment'])
+  assert len(world.prompts) == 4
+  assert world.respond(world.prompts[0], ['queue']).reward == 0.8
 
 
 def test_a_dotted_name_is_an_import_path(tmp_path, monkeypatch):
@@ -247,3 +254,35 @@ print(code, xla_bridge.backends_are_initialized())
   assert done.stdout.split() == ['1', 'False'], done.stderr
   assert 'label_smoothing' in done.stderr
   assert not (tmp_path / 'run').exists()
+
+
+def test_a_function_is_no_value_of_a_config():
+  def short(prompt, completion, columns):
+    return 1.0
+
+  section = dict(name='reward_functions', prompts=[{'prompt': 'a'}], functions=short)
+  message = r'config\.environment\.functions=<function .*a config holds plain values'
+  with pytest.raises(config.ConfigError, match=message):
+    config.expand_section('environment', section, 'config.environment')
+
+
+def test_a_file_of_several_functions_needs_the_function():
+  with pytest.raises(
+    config.ConfigError, match=r"names a file, not a function: write '"
+  ):
+    config.resolve('advantage', 'educe.losses.advantages')
+
+
+def test_a_file_that_imports_recipes_says_from_where(tmp_path):
+  file = tmp_path / 'mine.py'
+  file.write_text('from experiments import nothing_of_this_name_anywhere\n')
+  with pytest.raises(config.ConfigError, match='run from the repository') as error:
+    config.load([f'--config={file}'])
+  assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(('preset', 'minibatches'), [('dr_grpo', 1), ('gspo', 2)])
+def test_debug_adds_no_minibatches(preset, minibatches):
+  path = pathlib.Path(__file__).parents[1] / 'configs' / 'grpo.py'
+  values = config.load([f'--config={path}:{preset},debug'])
+  assert config.expand(values, runs.train)['algorithm']['minibatches'] == minibatches

@@ -125,6 +125,24 @@ def test_finished_stages_are_left_alone(config, both, capsys):
   assert [line.split()[0] for line in table[1:4]] == ['before', 'base', 'rl']
 
 
+def test_a_finished_stage_is_not_taken_for_another(config, both, capsys):
+  assert go(config, both, '--config.rl.loss.clip_high=0.4') == 1
+  said = capsys.readouterr().err
+  mend = 'is done with loss.clip_high=0.2, and the config now says 0.4: restore it, or'
+  assert mend in ' '.join(said.split())
+  # What changes no result is no other run.
+  assert go(config, both, '--config.rl.save_every=7', '--config.base.keep=1') == 0
+
+
+def test_a_stages_mistake_is_named_with_the_stage(config, both, tmp_path, capsys):
+  for name in ('base', 'rl'):
+    (tmp_path / name).symlink_to(both / name) if name == 'base' else None
+  assert go(config, tmp_path, '--config.rl.loss.kl_coef=0.1') == 1
+  said = ' '.join(capsys.readouterr().err.split())
+  assert 'config.rl.loss: grpo: kl_coef=0.1 needs' in said
+  assert 'config.rl.algorithm.reference_every=0' in said
+
+
 def test_a_stage_is_done_once_its_last_step_is_measured(both, tmp_path):
   folder = tmp_path / 'x'
   (folder / 'checkpoints' / '3').mkdir(parents=True)

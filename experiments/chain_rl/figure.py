@@ -1,7 +1,12 @@
-"""results/*.json → figure.png: how fast RL finds what the base rarely shows."""
+"""results/<name>.json → figure.png: how fast RL finds what the base rarely shows.
 
+python experiments/chain_rl/figure.py cpu2
+"""
+
+import itertools
 import json
 import pathlib
+import sys
 
 import matplotlib
 
@@ -11,15 +16,15 @@ import matplotlib.pyplot as plt
 HERE = pathlib.Path(__file__).parent
 
 
-def main():
+def main(name):
   plt.rcParams.update({'font.size': 13, 'axes.spines.top': False})
   figure, axis = plt.subplots(figsize=(6, 4.2), layout='constrained')
   colours = ('#1261c4', '#c4410c', '#3f8f5b')
-  for file in sorted((HERE / 'results').glob('*.json')):
-    for run, colour in zip(json.loads(file.read_text()), colours, strict=False):
-      step, rate, low, high = zip(*run['grpo']['accuracy'], strict=True)
-      axis.plot(step, rate, 'o-', color=colour, ms=4, label=f'seed {run["seed"]}')
-      axis.fill_between(step, low, high, color=colour, alpha=0.2, lw=0)
+  runs = json.loads((HERE / 'results' / f'{name}.json').read_text())
+  for run, colour in zip(runs, itertools.cycle(colours), strict=False):
+    step, rate, low, high = zip(*run['grpo']['accuracy'], strict=True)
+    axis.plot(step, rate, 'o-', color=colour, ms=4, label=f'seed {run["seed"]}')
+    axis.fill_between(step, low, high, color=colour, alpha=0.2, lw=0)
   axis.axhline(run['exposure'], color='#555', ls=':', lw=1.5)
   axis.annotate(
     'ρ, how often the base saw a composition',
@@ -41,4 +46,4 @@ def main():
 
 
 if __name__ == '__main__':
-  main()
+  main(*sys.argv[1:])

@@ -120,6 +120,11 @@ def loader_of(path: str) -> Any:
     raise ValueError(f'--model={error}') from None
   if (where / 'checkpoints').is_dir():
     return None
+  if inside := sorted(x.parent.name for x in where.glob('*/checkpoints')):
+    raise ValueError(
+      f'--model={path} holds the runs {", ".join(inside)}; name one, as '
+      f'--model={path}/{inside[-1]}'
+    )
   if where.is_dir():
     return safetensors
   if where.suffix not in LOADERS:

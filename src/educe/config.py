@@ -152,7 +152,14 @@ def resolve(section: str, name: str | None = None) -> Callable[..., Any]:
       + f" (a file of your own is named as 'my_file:{entry}')"
     ) from error
   if not callable(getattr(module, entry, None)):
-    public = [n for n, f in vars(module).items() if inspect.isfunction(f)]
+    public = [
+      n for n, f in vars(module).items() if inspect.isfunction(f) and n[0] != '_'
+    ]
+    if not entry:
+      raise ConfigError(
+        f'config.{section}.name={name!r} names a file, not a function: write '
+        f'{f"{name}:{public[0]}" if public else f"{name}:…"!r}'
+      )
     raise ConfigError(
       f'config.{section}.name={name!r}: {module_name} has no function {entry!r}'
       + near(entry, public)
@@ -187,6 +194,12 @@ def expand(values: Mapping[str, Any], function: Callable, path='config') -> dict
     else:
       full[key] = _checked(value, hints.get(key, Any), f'{path}.{key}')
   full.update({key: value for key, value in values.items() if key not in schema})
+  for key, value in full.items():
+    if callable(value):
+      raise ConfigError(
+        f'{path}.{key}={value!r:.60}: a config holds plain values; put the function into '
+        'a file, behind a section function of your own, and name that (CONTRIBUTING.md)'
+      )
   return full
 
 
@@ -215,9 +228,12 @@ def call(section: str, values: Mapping[str, Any], **supply: Any) -> Any:
   except ConfigError:
     raise
   except (ValueError, OSError) as error:
-    text = _one_line(error).removeprefix('config.')
-    own = text.startswith((f'{section}.', f'{section}:'))
-    raise ConfigError(f'config.{text if own else f"{section}: {text}"}') from error
+    text = _one_line(error)
+    if text.startswith((f'{section}.', f'{section}:')):
+      text = f'config.{text}'
+    elif not text.startswith('config.'):
+      text = f'config.{section}: {text}'
+    raise ConfigError(text) from error
 
 
 def check(section: str, values: Mapping[str, Any]) -> None:
@@ -312,6 +328,8 @@ def _shrink(config: ml_collections.ConfigDict, keep: set[str]) -> None:
       section = section.get(parent) if section is not None else None
     if section is None or any(k == path or k.startswith(path + '.') for k in keep):
       continue
+    if leaf == 'minibatches' and section.get(leaf, 1) <= value:
+      continue
     if leaf in section or _takes(parents, section, leaf):
       with section.unlocked():
         section[leaf] = (
@@ -387,7 +405,9 @@ def _import_file(path: str) -> types.ModuleType:
   try:
     spec.loader.exec_module(module)
   except Exception as error:  # whatever the user's own file raises
-    raise ConfigError(f'--config={path}: {_one_line(error)}') from error
+    outside = getattr(error, 'name', '') in ('configs', 'experiments')
+    mend = "; run from the repository's root" if outside else ''
+    raise ConfigError(f'--config={path}: {_one_line(error)}{mend}') from error
   if not hasattr(module, 'get_config'):
     raise ConfigError(f'--config={path}: no function get_config()')
   return module

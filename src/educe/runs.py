@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import json
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,8 @@ from educe.types import Model, Params
 # The sections that `train` itself reads; the others must be read by one another.
 READ = ('model', 'tokenizer', 'algorithm', 'loss', 'optimizer', 'evaluation', 'mesh')
 PAGE = 64  # completions on the page of transcripts
+# What may change without changing the result (`init_from` is filled in for a stage).
+BESIDE = ('init_from', 'mesh', 'microbatches', 'save_every', 'keep', 'tensorboard')
 
 
 def train(
@@ -216,12 +219,17 @@ def write_config(run_dir: pathlib.Path, config: dict[str, Any]) -> None:
   path = run_dir / 'config.json'
   new = json.loads(json.dumps(config))
   if path.exists():
-    old = read_config(path)
-    before, after = flat(old), flat(new)
-    for key in sorted(before.keys() | after.keys()):
-      if before.get(key) != after.get(key):
-        say(f'{path}: {key} was {before.get(key)}, is now {after.get(key)}')
+    for key, before, after in changes(read_config(path), new):
+      say(f'{path}: {key} was {before}, is now {after}')
   paths.write(path, json.dumps(new, indent=2) + '\n')
+
+
+def changes(old: dict, new: dict) -> list[tuple[str, Any, Any]]:
+  """(key, before, after) of what differs between two configs."""
+  before, after = flat(old), flat(json.loads(json.dumps(new)))
+  keys = sorted(before.keys() | after.keys())
+  found = [(key, before.get(key), after.get(key)) for key in keys]
+  return [(key, x, y) for key, x, y in found if x != y]
 
 
 def flat(values: dict[str, Any], path: str = '') -> dict[str, Any]:
@@ -268,7 +276,9 @@ def pictures(run_dir: pathlib.Path) -> list[pathlib.Path]:
     made.append(curves.draw(run_dir, title=title))
   if files := sorted((run_dir / 'rollouts').glob('*.jsonl'), reverse=True):
     full = (file for file in files if 'log_ratio' in transcripts.load(file, 1)[0])
-    rows = transcripts.load(next(full, files[0]), PAGE)  # not every run has such a one
+    file = next(full, files[0])  # not every run has such a one
+    rows = transcripts.load(file, PAGE)
+    title += f' · rollouts/{file.name}, the first {len(rows)}'
     html = run_dir / 'transcripts.html'
     made.append(transcript_page.page(rows, html, title=title))
   return made
@@ -278,8 +288,10 @@ def run_all(argv: Sequence[str], run_dir: pathlib.Path, *, sweep: bool) -> None:
   """What a config file asks for: one run; or every point of its sweep(), or its
   `stages` one after another, each in its own folder.
 
-  A stage starts from the weights that the stage before it ended with. All of them are
-  checked before the first is run.
+  A stage starts from the weights that the stage before it ended with. The keys and types
+  of all are checked before the first is run, their values when each starts.
+
+  Raises ConfigError where a finished stage was another's.
   """
   points = config_lib.sweep(argv) if sweep else [('', [])]
   for name, point in points:
@@ -303,11 +315,19 @@ def run_all(argv: Sequence[str], run_dir: pathlib.Path, *, sweep: bool) -> None:
     previous = None
     for folder, config in runs.items():
       if stages and is_done(folder, config):
+        check_same(folder, config)
         say(f'{folder} is already done')
       else:
         if previous is not None and config['init_from'] is None:
           config['init_from'] = str(previous)
-        if not train(folder, **config):
+        try:
+          finished = train(folder, **config)
+        except config_lib.ConfigError as error:
+          if not stages:
+            raise
+          inside = re.sub(r'\bconfig\.(?!json\b)', f'config.{folder.name}.', str(error))
+          raise config_lib.ConfigError(inside) from error
+        if not finished:
           return
       previous = folder
     if stages:
@@ -321,6 +341,16 @@ def is_done(folder: pathlib.Path, config: dict[str, Any]) -> bool:
   if not saved or config['evaluation'] is None:
     return saved
   return last in metrics.evaluated(metrics.read(folder / 'metrics.jsonl'))
+
+
+def check_same(folder: pathlib.Path, config: dict[str, Any]) -> None:
+  """Raises ConfigError if a finished run was asked for something else."""
+  for key, before, after in changes(read_config(folder / 'config.json'), config):
+    if key.split('.')[0] not in BESIDE:
+      raise config_lib.ConfigError(
+        f'{folder} is done with {key}={before}, and the config now says {after}: restore '
+        'it, or give a new --run_dir'
+      )
 
 
 def story(folders: Sequence[pathlib.Path]) -> str:

@@ -183,6 +183,7 @@ class Algorithm(NamedTuple):
   rows: of a batch of this process
   reference_every: None: no reference is kept · 0: the initial policy, for ever · n: the
       policy as it was at the last step that n divides
+  asks_policy: next_batch samples from the state's policy, and so waits for its step
   """
 
   next_batch: Callable[[TrainState], tuple[Batch, dict[str, Any]]]
@@ -191,3 +192,4 @@ class Algorithm(NamedTuple):
   rows: int
   temperature: float = 1.0
   reference_every: int | None = None
+  asks_policy: bool = False

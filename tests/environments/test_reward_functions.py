@@ -1,4 +1,5 @@
 import functools
+import re
 
 import pytest
 
@@ -129,7 +130,11 @@ def test_in_a_worker_a_broken_function_is_an_error_and_stops_the_run():
     assert good.reward == 1
     assert good.info['rewards'] == {'broken': 1.0}
     assert bad.reward is None
-    assert bad.info['error'].startswith("KeyError: 'no such column'")
+    said = bad.info['error']
+    assert said.startswith(
+      "ValueError: reward 'broken' raised KeyError: 'no such column'"
+    )
+    assert re.search(r'\(test_reward_functions\.py line \d+\)$', said)
     with pytest.raises(VerifierError, match='no such column'):
       judge([(RECORDS[0], ['bad'])] * 5)
 

@@ -53,6 +53,14 @@ def pictured(monkeypatch, folder, rows, torn=''):
   return {axes.get_title(loc='left'): axes for axes in kept[-1].axes}, image
 
 
+def test_one_point_is_seen(tmp_path, monkeypatch):
+  panels, _ = pictured(monkeypatch, tmp_path, reinforcement(1))
+  for title, axes in panels.items():
+    marks = [line.get_marker() for line in axes.lines]
+    areas = [len(c.get_paths()[0].vertices) for c in axes.collections]
+    assert 'o' in marks or (title == 'solved' and min(areas) > 4), title
+
+
 def reinforcement(count):
   """Metrics of which every number says which it is and where."""
   rows = []

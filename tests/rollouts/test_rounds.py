@@ -412,6 +412,15 @@ def test_prompts_that_do_not_fit_are_dropped_whole_and_counted(capsys):
   assert asked == [2, 5, 13]  # 13 + 3 is the context, exactly
 
 
+def test_a_record_without_a_name_is_called_by_its_place_in_the_environment():
+  prompts = [{'prompt': letter, 'answer': ''} for letter in 'abcdef']
+  prompts[3]['id'] = 'mine'
+  world = Environment(prompts, chain.make(depth=1).respond)
+  rows = real(world, prompts=6, group=1).next(policy()[1], 0).rollouts.transcripts
+  names = {row['prompt']: row['id'] for row in rows}
+  assert names == {'a': 0, 'b': 1, 'c': 2, 'd': 'mine', 'e': 4, 'f': 5}
+
+
 BAD = [
   ('raises', lambda p, c, r: 1 / 0, 'ZeroDivisionError'),
   ('nan', lambda p, c, r: float('nan'), 'nan'),
@@ -463,7 +472,9 @@ def test_too_many_errors_stop_the_run_in_this_process_too(workers):
   prompts = [{'prompt': 'a', 'answer': x} for x in ('', 'bad', '')]
   world = reward_functions.make(prompts=prompts, functions={'half': half})
   r = real(world, prompts=3, group=4, workers=workers)
-  message = r'4 of the last 12 samples .*error_limit=0.1 .*first: error: TypeError: no'
+  message = (
+    r"4 of the last 12 .*error_limit=0.1 .*first: .* 'half' raised TypeError: no"
+  )
   with pytest.raises(VerifierError, match=message) as caught:
     r.next(policy()[1], 0)
   r.close()

@@ -202,6 +202,29 @@ def test_skipped_updates_at_the_end_of_a_longer_run_do_not_undo_it(tmp_path):
   assert run(tmp_path, 5, bad=(3, 4, 5), abort_after=4)[1]
 
 
+@pytest.mark.parametrize('asks', [True, False])
+def test_the_time_of_a_batch_is_the_steps_unless_the_policy_was_asked(tmp_path, asks):
+  data = Counter()
+  plain = algorithm(data)
+
+  def slow(state):
+    time.sleep(0.3 if data.given % 2 else 0.0)
+    return plain.next_batch(state)
+
+  like = TrainState(jnp.int32(0), jnp.float32(0), (), jax.random.key(0))
+  manager = checkpoint.open_manager(tmp_path / 'checkpoints')
+  method = plain._replace(next_batch=slow, asks_policy=asks)
+  loop.run(
+    like, step, method, steps=6, run_dir=tmp_path, manager=manager, config={},
+    place=lambda batch: batch, log=metrics.Log(tmp_path),
+  )  # fmt: skip
+  checkpoint.wait(manager)
+  manager.close()
+  seconds = [r['timing/step_seconds'] for r in records(tmp_path)]
+  assert sum(seconds) < 0.5 if asks else sum(seconds) > 0.85
+  assert min(seconds) >= 0
+
+
 def test_the_first_step_and_evaluations_are_left_out_of_the_bars_rate(
   tmp_path, monkeypatch
 ):

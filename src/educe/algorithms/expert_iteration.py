@@ -98,7 +98,7 @@ def make(
       "rollouts.group, or keep='best'"
     )
 
-  return Algorithm(next_batch, loss, data, batch_size)
+  return Algorithm(next_batch, loss, data, batch_size, asks_policy=True)
 
 
 def kept(rollouts: Rollouts, keep: str, per_prompt: int) -> np.ndarray:

@@ -118,7 +118,10 @@ def make(
   # What they refuse is said now.
   rows = rollouts.prompts * rollouts.group
   ones = np.ones((rows, 2), np.float32)
-  assign(np.zeros(rows), mask=ones, kl=ones, greedy=np.zeros(rollouts.prompts))
+  try:
+    assign(np.zeros(rows), mask=ones, kl=ones, greedy=np.zeros(rollouts.prompts))
+  except ValueError as error:
+    raise ValueError(f'config.advantage: {error}') from error
   fields = {'old_logp': scored, 'ref_logp': reference_every is not None}
   given = [name for name, there in fields.items() if there]
   dry_run(loss, 'sampler_logp', 'advantages', *given)
@@ -191,7 +194,10 @@ def make(
       groups.sort()  # the whole round, as it was sampled
     return data.rows(rows_of(groups, rollouts.group)), info
 
-  return Algorithm(next_batch, loss, data, size, rollouts.temperature, reference_every)
+  heat = rollouts.temperature
+  return Algorithm(
+    next_batch, loss, data, size, heat, reference_every, asks_policy=True
+  )
 
 
 def _overlong(rollouts: Rollouts, limit: int, buffer: int) -> np.ndarray:

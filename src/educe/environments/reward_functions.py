@@ -25,7 +25,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from educe.environments import verifiers
+from educe.environments import verifiers, worker
 from educe.types import Environment, Turn
 
 Reward = Callable[[Any, str, Mapping[str, Any]], float | None]
@@ -83,12 +83,13 @@ def _respond(
   prompt: Mapping[str, Any],
   transcript: Sequence[str],
 ) -> Turn:
-  rewards = {
-    name: verifiers.real(
-      function(prompt['prompt'], transcript[-1], prompt), f'reward {name!r}'
-    )
-    for name, (function, _) in parts.items()
-  }
+  rewards = {}
+  for name, (function, _) in parts.items():
+    try:
+      value = function(prompt['prompt'], transcript[-1], prompt)
+    except Exception as error:
+      raise ValueError(f'reward {name!r} raised {worker.one_line(error)}') from error
+    rewards[name] = verifiers.real(value, f'reward {name!r}')
   scored = [parts[name][1] * r for name, r in rewards.items() if r is not None]
   reward = sum(scored) if scored else None
   judged = reward if verified_by is None else rewards[verified_by]

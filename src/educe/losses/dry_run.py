@@ -15,8 +15,11 @@ def dry_run(loss: LossFn, *fields: str) -> None:
 
   fields: what the batches will have beside tokens and mask, as `Batch` names it
 
-  Raises what the loss raises.
+  Raises ValueError, naming config.loss, for what the loss refuses.
   """
   shape: Any = jax.ShapeDtypeStruct((2, 2), np.float32)
   batch = Batch(shape, shape, **dict.fromkeys(fields, shape))
-  jax.eval_shape(loss, Scores(shape, shape, mean_logp=shape), batch)
+  try:
+    jax.eval_shape(loss, Scores(shape, shape, mean_logp=shape), batch)
+  except ValueError as error:
+    raise ValueError(f'config.loss: {error}') from error

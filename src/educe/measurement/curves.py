@@ -150,7 +150,9 @@ def _lines(axes, *, rows, names, share: bool = False) -> None:
     steps, values = _series(rows, name)
     bold = smooth(values, width=len(values) / 40)
     axes.plot(steps, values, color=color, alpha=0.3, linewidth=1.2)
-    axes.plot(steps, bold, color=color, linewidth=2.4, linestyle=dashes, label=label)
+    axes.plot(
+      steps, bold, color=color, lw=2.4, ls=dashes, label=label, marker=_dot(values)
+    )
     everything.append(values)
     bolds.append(bold)
   if any(names.values()):
@@ -170,8 +172,13 @@ def _reward(axes, *, rows) -> None:
     axes.fill_between(steps, bold - std, bold + std, color=BLUE, alpha=0.13, lw=0)
     shown = np.concatenate([bold - std, bold + std])
   axes.plot(steps, values, color=BLUE, alpha=0.3, linewidth=1.2)
-  axes.plot(steps, bold, color=BLUE, linewidth=2.4)
+  axes.plot(steps, bold, color=BLUE, linewidth=2.4, marker=_dot(values))
   _limits(axes, values, shown)
+
+
+def _dot(values) -> str:
+  """A line of one point is not seen."""
+  return 'o' if len(values) == 1 else ''
 
 
 def _solved(axes, *, rows) -> None:
@@ -180,6 +187,8 @@ def _solved(axes, *, rows) -> None:
   for name in SOLVED:
     steps, values = _series(rows, f'groups/solved_{name}')
     shares.append(smooth(values, width=len(values) / 40))
+  if len(steps) == 1:  # an area needs two
+    steps, shares = steps + np.array([-0.5, 0.5]), [np.repeat(x, 2) for x in shares]
   axes.stackplot(
     steps, *shares, colors=list(SOLVED.values()), labels=list(SOLVED), linewidth=0
   )

@@ -103,7 +103,7 @@ def make(
     raise ValueError(
       f"rollouts.overlong_prompts={overlong_prompts!r} must be 'error' or 'drop'"
     )
-  every = list(environment.prompts)
+  every = [{'id': index, **record} for index, record in enumerate(environment.prompts)]
   records = fitting(model, tokenizer, every, max_new_tokens=max_new_tokens)
   if dropped := len(every) - len(records):
     much = (

@@ -68,6 +68,7 @@ def run(
   bar = progress.steps(steps, start)
   clock = time.perf_counter()
   pending: tuple[int, Batch, dict, dict] | None = None
+  asked = 0.0  # seconds that the batch in flight took to come
 
   def flush():
     """Writes the step in flight, waiting for it if it still runs."""
@@ -78,7 +79,7 @@ def run(
     pending = None
     values = {name: float(x) for name, x in jax.device_get(values).items()}
     now = time.perf_counter()
-    seconds, clock = now - clock, now
+    seconds, clock = now - clock - asked, now
     rate = batch.tokens.size * jax.process_count() / seconds  # padding counts as work
     values |= {
       'timing/step_seconds': seconds,
@@ -126,6 +127,9 @@ def run(
   try:
     report(start)  # of a fresh start, or what a stop came in the way of
     for number in range(start + 1, steps + 1):
+      if algorithm.asks_policy:
+        flush()  # it would wait anyway, and its time would be taken for the step's
+      began = time.perf_counter()
       try:
         batch, info = algorithm.next_batch(state)
       except StopIteration:
@@ -134,8 +138,10 @@ def run(
           f'the data ended before step {number} of {steps}; raise data.epochs, or '
           'lower steps'
         ) from None
+      waited = time.perf_counter() - began
       state, values = step(state, place(batch))
       flush()
+      asked = waited if algorithm.asks_policy else 0.0
       pending = (number, batch, values, info)
       stopping = stop.is_set()
       if number == steps or stopping or due(number) or number % save_every == 0:
