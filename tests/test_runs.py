@@ -344,4 +344,5 @@ def test_the_page_is_of_the_last_round_with_log_ratios_or_else_of_the_last(tmp_p
   assert 'round 2' in shown()
   write(1, tokens=['round 1'], log_ratio=[0.5])
   assert 'round 1' in shown()
-  assert f'<h1>{"/".join(tmp_path.parts[-2:])}</h1>' in shown()
+  name = '/'.join(tmp_path.parts[-2:])
+  assert f'<h1>{name} · rollouts/000001.jsonl, the first 1</h1>' in shown()
