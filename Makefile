@@ -1,5 +1,5 @@
 # make demo          SFT, then GRPO, on a real model; what changed (README says how long)
-# make demo-smollm   the same story, told for an hour
+# make demo-smollm   the same story, GRPO for longer
 # make test          lint, types and the whole test-suite
 # Each makes its own virtual environment in .venv on first use.
 
