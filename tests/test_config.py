@@ -268,7 +268,7 @@ def test_a_function_is_no_value_of_a_config():
 
 def test_a_file_of_several_functions_needs_the_function():
   with pytest.raises(
-    config.ConfigError, match=r"names a file, not a function: write '"
+    config.ConfigError, match=r'the function too, as educe\.losses\.advantages:'
   ):
     config.resolve('advantage', 'educe.losses.advantages')
 

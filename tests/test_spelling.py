@@ -1,6 +1,6 @@
 import pytest
 
-from educe.spelling import near
+from educe.spelling import near, siblings
 
 MANY = [f'{a}{b}' for a in 'abcdefgh' for b in 'wxyz']
 
@@ -19,3 +19,10 @@ MANY = [f'{a}{b}' for a in 'abcdefgh' for b in 'wxyz']
 )
 def test_near(word, names, want):
   assert near(word, names) == want
+
+
+def test_siblings_have_the_function():
+  assert sorted(siblings('educe.losses.nothing', 'loss')) == ['grpo', 'sft']
+  assert 'chain' in (found := siblings('educe.environments.nothing', 'make'))
+  assert 'verifiers' not in found
+  assert siblings('no_such_package.nothing', 'make') == []

@@ -24,7 +24,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from educe.spelling import near
+from educe.spelling import near, siblings
 
 # section → the function that it calls. {name} is the section's own `name`.
 PLACES = {
@@ -148,22 +148,15 @@ def resolve(section: str, name: str | None = None) -> Callable[..., Any]:
       ) from error
     raise ConfigError(
       f'config.{section}.name={name!r}: there is no {module_name.replace(".", "/")}.py'
-      + near(name or '', _siblings(module_name, entry))
+      + near(name or '', siblings(module_name, entry))
       + f" (a file of your own is named as 'my_file:{entry}')"
     ) from error
   if not callable(getattr(module, entry, None)):
-    public = [
-      n for n, f in vars(module).items() if inspect.isfunction(f) and n[0] != '_'
-    ]
+    public = [n for n, f in vars(module).items() if inspect.isfunction(f)]
+    what = f'{module_name} has no function {entry!r}{near(entry, public)}'
     if not entry:
-      raise ConfigError(
-        f'config.{section}.name={name!r} names a file, not a function: write '
-        f'{f"{name}:{public[0]}" if public else f"{name}:…"!r}'
-      )
-    raise ConfigError(
-      f'config.{section}.name={name!r}: {module_name} has no function {entry!r}'
-      + near(entry, public)
-    )
+      what = f'a file holds several; name the function too, as {name}:{public[0]}'
+    raise ConfigError(f'config.{section}.name={name!r}: {what}')
   return getattr(module, entry)
 
 
@@ -197,8 +190,8 @@ def expand(values: Mapping[str, Any], function: Callable, path='config') -> dict
   for key, value in full.items():
     if callable(value):
       raise ConfigError(
-        f'{path}.{key}={value!r:.60}: a config holds plain values; put the function into '
-        'a file, behind a section function of your own, and name that (CONTRIBUTING.md)'
+        f'{path}.{key}={value!r:.60}: a config holds plain values; name a file of your '
+        'own that holds the function (CONTRIBUTING.md)'
       )
   return full
 
@@ -228,11 +221,9 @@ def call(section: str, values: Mapping[str, Any], **supply: Any) -> Any:
   except ConfigError:
     raise
   except (ValueError, OSError) as error:
-    text = _one_line(error)
-    if text.startswith((f'{section}.', f'{section}:')):
-      text = f'config.{text}'
-    elif not text.startswith('config.'):
-      text = f'config.{section}: {text}'
+    text, own = _one_line(error), (f'{section}.', f'{section}:')
+    if not text.startswith('config.'):
+      text = f'config.{text}' if text.startswith(own) else f'config.{section}: {text}'
     raise ConfigError(text) from error
 
 
@@ -382,17 +373,6 @@ def _check_renamed(before: Any, after: Any, overrides: Sequence[str]) -> None:
           'write the whole section in a config file of your own (CONTRIBUTING.md): '
           f'config.{path} = dict(name={new["name"]!r}, …)'
         )
-
-
-def _siblings(module_name: str, entry: str) -> list[str]:
-  """Modules beside this one that have such a function."""
-  try:
-    package = importlib.import_module(module_name.rpartition('.')[0] or 'educe')
-  except ModuleNotFoundError:
-    return []
-  folders = getattr(package, '__path__', [])
-  files = [f for folder in folders for f in pathlib.Path(folder).glob('*.py')]
-  return [f.stem for f in files if f'\ndef {entry}(' in f.read_text(encoding='utf-8')]
 
 
 def _import_file(path: str) -> types.ModuleType:
