@@ -217,11 +217,10 @@ def check_vocabulary(model: Model, params: Params, words: tokenizers.Tokenizer) 
 def write_config(run_dir: pathlib.Path, config: dict[str, Any]) -> None:
   """config.json, defaults and all. Says what changed if the run goes on with another."""
   path = run_dir / 'config.json'
-  new = json.loads(json.dumps(config))
   if path.exists():
-    for key, before, after in changes(read_config(path), new):
+    for key, before, after in changes(read_config(path), config):
       say(f'{path}: {key} was {before}, is now {after}')
-  paths.write(path, json.dumps(new, indent=2) + '\n')
+  paths.write(path, json.dumps(config, indent=2) + '\n')
 
 
 def changes(old: dict, new: dict) -> list[tuple[str, Any, Any]]:

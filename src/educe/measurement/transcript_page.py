@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from educe import paths
 from educe.measurement import page_markup
 from educe.types import OUTCOMES
 
@@ -62,7 +63,7 @@ def page(
   )
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(text, encoding='utf-8')
+  paths.write(path, text)
   return path
 
 
