@@ -32,7 +32,7 @@ class Batch(NamedTuple):
   advantages: Float[Array, 'B T'] | None = None
   returns: Float[Array, 'B T'] | None = None
   old_values: Float[Array, 'B T'] | None = None
-  labels: Float[Array, 'B'] | None = None  # per-row label or target
+  labels: Float[Array, 'B'] | None = None  # per-row label, margin or target
 
 
 class Scores(NamedTuple):

@@ -178,6 +178,35 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_the_last_good_one(tmp_path)
   assert run(FULL.replace('50_000', '2**30'), steps=4).returncode == 0
 
 
+ORPHAN = """
+import asyncio, gc, sys
+from educe.training import checkpoint
+
+async def fail():
+  raise OSError('no space')
+
+async def nobody_waits():
+  asyncio.gather(fail(), fail())
+  await asyncio.sleep(0.01)
+  gc.collect()
+
+if sys.argv[1:]:
+  checkpoint.quiet()
+asyncio.run(nobody_waits())
+"""
+
+
+def test_writes_nobody_waits_for_print_nothing():
+  """Whether asyncio comes to say it hangs on the garbage collector: here it always does."""
+
+  def stderr(*argv):
+    argv = [sys.executable, '-c', ORPHAN, *argv]
+    return subprocess.run(argv, capture_output=True, text=True, check=True).stderr
+
+  assert 'never retrieved' in stderr()
+  assert stderr('quiet') == ''
+
+
 def test_params_alone_come_back_for_sampling(tmp_path):
   state = state_of(step=3)
   save(tmp_path, state)

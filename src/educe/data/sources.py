@@ -33,7 +33,7 @@ from educe import paths
 from educe.types import Environment
 
 # A record of one data set must not have these where its first record does not.
-_COLUMN = re.compile(r'\{(\w+)\}')
+_COLUMN = re.compile(r'\{(\w+(?:\.\w+)*)\}')
 KNOWN = ('messages', 'prompt', 'completion', 'text', 'chosen', 'rejected', 'answer')
 
 
@@ -90,7 +90,8 @@ def answers(*, environment: Environment, completion: str = '{answer}') -> Source
   """An environment's prompts, each with the `completion` that its answer makes, for SFT.
 
   completion: what the assistant says; {column} stands for a column of the prompt's
-    record: its `answer`, math_qa's worked `solution`
+    record: its `answer`, math_qa's worked `solution`, and {metadata.expression} for the
+    `expression` in its `metadata`
 
   Raises ValueError for a completion without a column, and for records without an answer.
   """
@@ -101,7 +102,7 @@ def answers(*, environment: Environment, completion: str = '{answer}') -> Source
   for index, record in enumerate(environment.prompts):
     said = list(pieces)
     for place in range(1, len(said), 2):
-      said[place] = record.get(said[place])
+      said[place] = _column(record, said[place])
       if said[place] is None:
         raise ValueError(
           f'completion={completion!r}: prompt {record.get("id", index)!r} has no '
@@ -110,6 +111,13 @@ def answers(*, environment: Environment, completion: str = '{answer}') -> Source
     text = ''.join(map(str, said))
     rows.append({**record, 'completion': [{'role': 'assistant', 'content': text}]})
   return memory(records=rows)
+
+
+def _column(record: Mapping[str, Any], path: str) -> Any:
+  value: Any = record
+  for key in path.split('.'):
+    value = value.get(key) if isinstance(value, Mapping) else None
+  return value
 
 
 def jsonl(

@@ -8,6 +8,7 @@ mark is never read; older ones are deleted only after a newer one is committed.
 from __future__ import annotations
 
 import contextlib
+import logging
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -30,7 +31,8 @@ class CheckpointError(RuntimeError):
 def quiet() -> None:
   """Keeps Orbax's threads from printing what `save` and `wait` also raise.
 
-  After one write has failed, the others find their event loop closed, each with a trace.
+  After one write has failed, the others find their event loop closed, or nobody who
+  waits for them, each with a trace.
   """
   shown = sys.unraisablehook
 
@@ -39,6 +41,11 @@ def quiet() -> None:
       shown(unraisable)
 
   sys.unraisablehook = hook
+  logging.getLogger('asyncio').addFilter(_is_awaited)
+
+
+def _is_awaited(record: logging.LogRecord) -> bool:
+  return 'exception was never retrieved' not in record.getMessage()
 
 
 def open_manager(folder: pathlib.Path, *, keep: int = 2) -> ocp.CheckpointManager:
