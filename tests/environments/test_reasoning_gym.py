@@ -211,6 +211,25 @@ def test_numbers_must_be_those_that_were_given(task):
       assert outcome(environment, record, f'<answer>{text}</answer>') == expected, text
 
 
+@pytest.mark.parametrize('composite', [False, True])
+@pytest.mark.parametrize('parentheses', [False, True])
+def test_arithmetic_asks_what_its_answer_answers(parentheses, composite):
+  options = dict(min_digits=1, max_digits=1, allow_parentheses=parentheses)
+  task = dict(task='basic_arithmetic', **options)
+  if composite:
+    task = dict(
+      task='composite', datasets=[dict(name='basic_arithmetic', config=options)]
+    )
+  divisions = 0
+  for record in make(size=100, **task).prompts:
+    expression = record['metadata']['expression']
+    assert re.fullmatch(r'[-+*/() \d]+', expression)
+    divisions += '/' in expression
+    # // is exact in what the family writes with parentheses.
+    assert eval(expression.replace('/', '//')) == int(record['answer'])
+  assert bool(divisions) == parentheses
+
+
 @pytest.mark.parametrize(
   ('task', 'right', 'wrong', 'refused'),
   [

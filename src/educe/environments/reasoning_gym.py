@@ -25,6 +25,8 @@ elsewhere) is never paid. Where its scorer is wrong, another one judges:
   so. `Integral` cannot either, for the integral of the question, unsolved, would pass;
   problems whose reference is such a one are left out. What stays possible is a small
   text with a huge value; time is limited by `verifiers.judges`.
+- `basic_arithmetic` without parentheses asks 4 / 1 and expects what another division,
+  or even a product, gives: problems with a / are left out.
 - `complex_arithmetic` accepts nan, and `coin_flip` the first of several numbers: such
   text is 'unparsable'.
 - Some (`prime_factorization`, `boxnet`, `game_of_life` …) raise on text that is no
@@ -204,8 +206,7 @@ def _generate(task, size, seed, part, level, options) -> tuple[Any, list[Any]]:
     for index in range(len(dataset)):
       entry = dataset[index]
       digest = problems.digest(entry['question'])
-      unsolved = task in ALGEBRA and 'Integral' in entry['answer']
-      if problems.in_part(digest, part) and not unsolved:
+      if problems.in_part(digest, part) and not _spoilt(dataset, entry):
         found.setdefault(digest, entry)
       if len(found) == size:
         return dataset, list(found.values())
@@ -218,6 +219,17 @@ def _generate(task, size, seed, part, level, options) -> tuple[Any, list[Any]]:
     # Problem i of seed s is drawn with random seed s + i: go on where this one ended.
     seed += len(dataset)
     dataset = _create(task, {**options, 'size': 100, 'seed': seed})
+
+
+def _spoilt(dataset: Any, entry: Mapping[str, Any]) -> bool:
+  """Whether the reference answer is not one to the question."""
+  task = entry['metadata']['source_dataset']
+  if task in ALGEBRA:
+    return 'Integral' in entry['answer']
+  if task == 'basic_arithmetic' and '/' in entry['metadata']['expression']:
+    config = getattr(dataset, 'datasets', {}).get(task, dataset).config
+    return not config.allow_parentheses
+  return False
 
 
 def _level(task: str, level: int | None) -> dict[str, Any]:
