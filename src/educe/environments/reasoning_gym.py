@@ -25,8 +25,9 @@ elsewhere) is never paid. Where its scorer is wrong, another one judges:
   so. `Integral` cannot either, for the integral of the question, unsolved, would pass;
   problems whose reference is such a one are left out. What stays possible is a small
   text with a huge value; time is limited by `verifiers.judges`.
-- `basic_arithmetic` without parentheses asks 4 / 1 and expects what another division,
-  or even a product, gives: problems with a / are left out.
+- `basic_arithmetic` without parentheses works from left to right, × after + or not, and
+  where it asks 4 / 1 expects what another division, or even a product, gives: problems
+  whose answer is not the value of what they ask, or that hold a /, are left out.
 - `complex_arithmetic` accepts nan, and `coin_flip` the first of several numbers: such
   text is 'unparsable'.
 - Some (`prime_factorization`, `boxnet`, `game_of_life` …) raise on text that is no
@@ -226,9 +227,13 @@ def _spoilt(dataset: Any, entry: Mapping[str, Any]) -> bool:
   task = entry['metadata']['source_dataset']
   if task in ALGEBRA:
     return 'Integral' in entry['answer']
-  if task == 'basic_arithmetic' and '/' in entry['metadata']['expression']:
+  if task == 'basic_arithmetic':
     config = getattr(dataset, 'datasets', {}).get(task, dataset).config
-    return not config.allow_parentheses
+    expression = entry['metadata']['expression']
+    if not config.allow_parentheses:
+      return '/' in expression or countdown.evaluate(expression)[0] != int(
+        entry['answer']
+      )
   return False
 
 
