@@ -47,7 +47,7 @@ def get_config(recipe='demo'):
 
 
 def demo():
-  """About 6 minutes on 2 CPU cores; 0 % → 63 % → 77 % of 128 held-out problems."""
+  """About 7 minutes on 2 CPU cores; 16 % → 69 % → 75 % of samples are right."""
   return sequence(cold=sft(steps=12), grpo=grpo(steps=12))
 
 
