@@ -47,7 +47,7 @@ def stages(values):
 
 def test_there_are_recipes():
   assert {recipe for _, recipe in RECIPES if ',' not in recipe} == {
-    'demo', 'gsm8k', 'chain', 'arithmetic', 'smollm', 'zero', 'r1',
+    'demo', 'gsm8k', 'chain', 'arithmetic', 'smollm', 'zero', 'r1', 'offline',
   }  # fmt: skip
   assert len(presets(ROOT / 'configs' / 'grpo.py')) == 10
 

@@ -29,6 +29,7 @@ from educe.spelling import near, siblings
 # section → the function that it calls. {name} is the section's own `name`.
 PLACES = {
   'model': 'educe.models.{name}:load',
+  'teacher': 'educe.models.{name}:load',
   'tokenizer': 'educe.data.tokenizer:load',
   'source': 'educe.data.sources:{name}',
   'data': 'educe.data.pipeline:make',
@@ -65,6 +66,7 @@ DEBUG = {
   'rollouts.workers': 0,
   'algorithm.minibatches': 2,
   'algorithm.keep': 'best',  # nothing that a random model says is right
+  'algorithm.teacher': {'name': 'scratch', 'preset': 'debug', 'seed': 1},
   'evaluation.max_new_tokens': 4,
 }
 
@@ -167,9 +169,7 @@ def expand(values: Mapping[str, Any], function: Callable, path='config') -> dict
   """
   where = f'{function.__module__}.{function.__name__}'
   parameters = inspect.signature(function).parameters
-  schema = {
-    n: p for n, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY
-  }
+  schema = {n: p for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
   is_open = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
   hints = typing.get_type_hints(function)
   for key, value in values.items():
@@ -208,16 +208,17 @@ def expand_section(section: str, values: Mapping[str, Any], path: str) -> dict:
 def call(section: str, values: Mapping[str, Any], **supply: Any) -> Any:
   """Calls a section's function: its config, and by name what it takes before the *.
 
-  Raises ConfigError when it takes something that this program does not have, and names
-  the section in front of what the function itself refuses or does not find.
+  Raises ConfigError when it takes something that this program does not have, unless that
+  has a default, and names the section before what the function itself does not take.
   """
   function = bound(section, values)
   wanted = _supplied(function.func)
-  for name in wanted:
-    if supply.get(name) is None:
+  for name, parameter in wanted.items():
+    if supply.get(name) is None and parameter.default is parameter.empty:
       raise ConfigError(f'config.{section} needs a section config.{name}')
   try:
-    return function(*(supply[name] for name in wanted))
+    given = {n: x for n, x in supply.items() if x is not None}
+    return function(*(given.get(n, p.default) for n, p in wanted.items()))
   except ConfigError:
     raise
   except (ValueError, OSError) as error:
@@ -270,10 +271,10 @@ def bound(section: str, values: Mapping[str, Any]) -> functools.partial:
   return functools.partial(function, **values)
 
 
-def _supplied(function: Callable) -> list[str]:
+def _supplied(function: Callable) -> dict[str, inspect.Parameter]:
   """What a section's function takes from the program: all before the *."""
-  parameters = inspect.signature(function).parameters.values()
-  return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+  parameters = inspect.signature(function).parameters
+  return {n: p for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD}
 
 
 def _checked(value: Any, hint: Any, path: str) -> Any:
@@ -321,11 +322,10 @@ def _shrink(config: ml_collections.ConfigDict, keep: set[str]) -> None:
       continue
     if leaf == 'minibatches' and section.get(leaf, 1) <= value:
       continue
-    if leaf in section or _takes(parents, section, leaf):
+    whole = isinstance(value, dict)  # a section, which is never added
+    if leaf in section or (not whole and _takes(parents, section, leaf)):
       with section.unlocked():
-        section[leaf] = (
-          ml_collections.ConfigDict(value) if isinstance(value, dict) else value
-        )
+        section[leaf] = ml_collections.ConfigDict(value) if whole else value
 
 
 def _takes(parents: Sequence[str], section: Mapping, key: str) -> bool:

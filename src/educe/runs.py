@@ -19,15 +19,14 @@ import jax
 
 from educe import config as config_lib
 from educe import paths, sharding
-from educe.data import tokenizer as tokenizers
 from educe.measurement import curves, transcript_page
 from educe.models import policy
+from educe.policies import check_vocabulary, read_config
 from educe.progress import say
 from educe.rollouts import transcripts
-from educe.rollouts.sampler import vocabulary_size
+from educe.spelling import near
 from educe.training import checkpoint, loop, metrics
 from educe.training.step import init_state, make_step
-from educe.types import Model, Params
 
 # The sections that `train` itself reads; the others must be read by one another.
 READ = ('model', 'tokenizer', 'algorithm', 'loss', 'optimizer', 'evaluation', 'mesh')
@@ -136,12 +135,15 @@ def train(
       advantage=advantage and config_lib.bound('advantage', advantage),
       loss=config_lib.bound('loss', loss),
       place=place,
+      mesh=grid,
       run_dir=run_dir,
     )
     closing.callback(method.data.close)
     sharding.check_batch(method.rows * jax.process_count(), microbatches, grid)
-    has_reference = method.reference_every is not None
-    state = init_state(params, tx, jax.random.key(seed), reference=has_reference)
+    copied = method.reference_every is not None and method.reference is None
+    state = init_state(params, tx, jax.random.key(seed), reference=copied)
+    if method.reference is not None:
+      state = state._replace(reference=method.reference)
     state = sharding.replicate_rest(state, grid)
     del params  # the state owns them now
 
@@ -176,6 +178,7 @@ def train(
       microbatches=microbatches,
       temperature=method.temperature,
       reference_every=method.reference_every,
+      scorer=method.score,
       state_shardings=jax.tree.map(lambda x: x.sharding, state),
     )
     state, finished = loop.run(
@@ -202,16 +205,6 @@ def train(
       f'stopped at step {int(state.step)}, saved; the same command goes on from there'
     )
   return finished
-
-
-def check_vocabulary(model: Model, params: Params, words: tokenizers.Tokenizer) -> None:
-  """Raises ValueError if the tokenizer can write an id that the model cannot embed."""
-  vocab = vocabulary_size(model, params)
-  if words.vocab_size > vocab:
-    raise ValueError(
-      f'the tokenizer has {words.vocab_size} tokens, the model {vocab} embeddings; '
-      'use the tokenizer that belongs to the model'
-    )
 
 
 def write_config(run_dir: pathlib.Path, config: dict[str, Any]) -> None:
@@ -259,15 +252,6 @@ def headline(run_dir: pathlib.Path, config: dict[str, Any]) -> str:
   )
 
 
-def read_config(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    return json.loads(path.read_text())
-  except json.JSONDecodeError as error:
-    raise ValueError(
-      f'{path} is damaged ({error}); delete it and train again'
-    ) from None
-
-
 def pictures(run_dir: pathlib.Path) -> list[pathlib.Path]:
   """What to look at: the curves, and a page of the last rollouts if there are any."""
   made, title = [], '/'.join(run_dir.parts[-2:])
@@ -309,8 +293,9 @@ def run_all(argv: Sequence[str], run_dir: pathlib.Path, *, sweep: bool) -> None:
         )
         for stage in stages
       }
-    for config in runs.values():
+    for folder, config in runs.items():
       config_lib.check_used(config, READ)
+      runs[folder] = with_stages(config, {x.name: x for x in runs})
     previous = None
     for folder, config in runs.items():
       if stages and is_done(folder, config):
@@ -331,6 +316,20 @@ def run_all(argv: Sequence[str], run_dir: pathlib.Path, *, sweep: bool) -> None:
       previous = folder
     if stages:
       say(story(list(runs)))
+
+
+def with_stages(values: Any, folders: dict[str, pathlib.Path]) -> Any:
+  """A config in which 'stage://sft' is the folder of the stage of that name."""
+  if isinstance(values, dict):
+    return {key: with_stages(x, folders) for key, x in values.items()}
+  if not isinstance(values, str) or not values.startswith('stage://'):
+    return values
+  name = values.removeprefix('stage://')
+  if name not in folders:
+    raise config_lib.ConfigError(
+      f'{values}: no stage {name!r}' + near(name, list(folders))
+    )
+  return str(folders[name])
 
 
 def is_done(folder: pathlib.Path, config: dict[str, Any]) -> bool:

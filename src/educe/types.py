@@ -42,6 +42,7 @@ class Scores(NamedTuple):
   entropy: Float[Array, 'B T']  # of the distribution that tokens[b, t] came from (nats)
   values: Float[Array, 'B T'] | None = None
   mean_logp: Float[Array, 'B T'] | None = None  # Σ_v log p(v) / V (nats); smoothing
+  divergence: Float[Array, 'B T'] | None = None  # to a teacher's distribution (nats)
 
 
 class Mean(NamedTuple):
@@ -171,6 +172,7 @@ class Environment(NamedTuple):
 
 
 LossFn = Callable[[Scores, Batch], tuple[Mean, dict[str, Mean | Max]]]
+ScoreFn = Callable[[Params, Params | None, Batch], Scores]
 
 
 class Algorithm(NamedTuple):
@@ -184,6 +186,10 @@ class Algorithm(NamedTuple):
   reference_every: None: no reference is kept · 0: the initial policy, for ever · n: the
       policy as it was at the last step that n divides
   asks_policy: next_batch samples from the state's policy, and so waits for its step
+  reference: params that the state's reference starts with, a teacher's; None: a copy
+      of the policy's, where one is kept
+  score: (params, the state's reference, batch) -> Scores, where it is more than
+      losses/logprobs.score of the policy
   """
 
   next_batch: Callable[[TrainState], tuple[Batch, dict[str, Any]]]
@@ -193,3 +199,5 @@ class Algorithm(NamedTuple):
   temperature: float = 1.0
   reference_every: int | None = None
   asks_policy: bool = False
+  reference: Params | None = None
+  score: ScoreFn | None = None

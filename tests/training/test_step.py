@@ -282,3 +282,31 @@ def test_the_temperature_divides_the_logits_that_are_scored():
     step = make_step(MODEL, sft.loss, tx, temperature=temperature)
     seen.append(float(step(state, batch)[1]['loss']))
   np.testing.assert_allclose(*seen, rtol=1e-5)
+
+
+def test_a_scorer_gets_the_reference_as_an_argument_not_as_a_constant():
+  """With another reference the same program gives another loss, and no gradient to it."""
+  tx = optimizer.make(10, name='sgd', learning_rate=0.5, schedule='constant')
+  seen = []
+
+  def scorer(policy, reference, batch):
+    seen.append(all(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(reference)))
+    return score(MODEL, policy, batch, teacher=(MODEL, reference), beta=0.0)
+
+  def loss(scores, batch):
+    return Mean((scores.divergence * batch.mask).sum(), batch.mask.sum()), {}
+
+  step = make_step(MODEL, loss, tx, scorer=scorer, microbatches=2)
+  other = jax.tree.map(lambda x: 3 * x, MODEL.init(jax.random.key(5)))
+  losses = []
+  for reference in (params(), other):
+    state = init_state(params(), tx, jax.random.key(0))
+    kept = jax.tree.map(np.array, reference)
+    state, metrics = step(state._replace(reference=reference), draw())
+    losses.append(float(metrics['loss']))
+    jax.tree.map(np.testing.assert_array_equal, state.reference, kept)
+  assert losses[0] == pytest.approx(0, abs=1e-6)  # of itself
+  assert losses[1] > 0.1
+  assert seen
+  assert all(seen)
+  assert step._cache_size() == 1

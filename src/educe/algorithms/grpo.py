@@ -16,12 +16,11 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 
+from educe.algorithms.reread import reader
 from educe.data.tokenizer import Tokenizer
 from educe.losses.dry_run import dry_run
-from educe.losses.logprobs import score
 from educe.progress import say
 from educe.rollouts import statistics, transcripts
 from educe.rollouts.position import Position
@@ -125,20 +124,8 @@ def make(
   fields = {'old_logp': scored, 'ref_logp': reference_every is not None}
   given = [name for name, there in fields.items() if there]
   dry_run(loss, 'sampler_logp', 'advantages', *given)
-  read = jax.jit(
-    lambda params, batch: (
-      score(model, params, batch, temperature=rollouts.temperature).logp
-    )
-  )
   size = rollouts.prompts // minibatches * rollouts.group
-
-  def logp(params, tokens, mask) -> np.ndarray:
-    """`[B, T]`, a minibatch at a time; 0 where the mask is."""
-    parts = [
-      read(params, place(Batch(tokens[at : at + size], mask[at : at + size])))
-      for at in range(0, len(tokens), size)
-    ]
-    return np.concatenate([np.asarray(x) for x in parts]) * mask
+  logp = reader(model, place, size=size, temperature=rollouts.temperature)
 
   def prepare(state: TrainState, current: Round) -> tuple[Batch, dict[str, Any]]:
     """The whole round as one batch."""

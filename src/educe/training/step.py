@@ -18,7 +18,7 @@ import optax
 
 from educe.losses.logprobs import score
 from educe.training.optimizer import Optimizer, wide
-from educe.types import Batch, LossFn, Max, Mean, Model, Params, TrainState
+from educe.types import Batch, LossFn, Max, Mean, Model, Params, ScoreFn, TrainState
 
 Metrics = dict[str, Any]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
@@ -43,6 +43,7 @@ def make_step(
   microbatches: int = 1,
   temperature: float = 1.0,
   reference_every: int | None = None,
+  scorer: ScoreFn | None = None,
   state_shardings: Any = None,
 ) -> Step:
   """The jitted `step(state, batch) -> (state, metrics)`; it consumes `state`.
@@ -53,6 +54,8 @@ def make_step(
       loss compares with the sampler.
     reference_every: steps between copies of the params into the state's reference; 0 and
       None leave it as it is.
+    scorer: what scores a batch, where that takes the state's reference too (a teacher);
+      None scores with `model` alone, at `temperature`.
     state_shardings: a TrainState of shardings, when on a mesh: what comes out lies where
       what went in lay.
 
@@ -62,14 +65,16 @@ def make_step(
   optimizer as they were.
   """
 
-  def total(params, batch):
-    params = optimizer.freeze(params)
-    mean, metrics = loss(score(model, params, batch, temperature=temperature), batch)
-    return mean.total, {'loss': mean, **metrics}
-
-  gradient = jax.grad(total, has_aux=True)
+  def plain(params, _, batch):
+    return score(model, params, batch, temperature=temperature)
 
   def step(state, batch):
+    def total(params, batch):
+      scores = (scorer or plain)(optimizer.freeze(params), state.reference, batch)
+      mean, metrics = loss(scores, batch)
+      return mean.total, {'loss': mean, **metrics}
+
+    gradient = jax.grad(total, has_aux=True)
     grads, means = accumulate(gradient, state.params, batch, microbatches)
     count = jnp.where(means['loss'].count > 0, means['loss'].count, 1)
     # In float32: bfloat16 has no 257, and would divide by 256.
