@@ -29,6 +29,7 @@ from educe.spelling import near, siblings
 # section → the function that it calls. {name} is the section's own `name`.
 PLACES = {
   'model': 'educe.models.{name}:load',
+  'value': 'educe.models.value_head:attach',
   'tokenizer': 'educe.data.tokenizer:load',
   'source': 'educe.data.sources:{name}',
   'data': 'educe.data.pipeline:make',

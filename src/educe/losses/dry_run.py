@@ -20,6 +20,6 @@ def dry_run(loss: LossFn, *fields: str) -> None:
   shape: Any = jax.ShapeDtypeStruct((2, 2), np.float32)
   batch = Batch(shape, shape, **dict.fromkeys(fields, shape))
   try:
-    jax.eval_shape(loss, Scores(shape, shape, mean_logp=shape), batch)
+    jax.eval_shape(loss, Scores(shape, shape, shape, shape), batch)
   except ValueError as error:
     raise ValueError(f'config.loss: {error}') from error

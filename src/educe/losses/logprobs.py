@@ -22,6 +22,9 @@ def score(
   column 0, which nothing predicts, is 0. In a packed row the first token of a document
   is scored from the document before it; its mask is 0 (data/packing.py).
 
+  With a value head, values[b, t] is the value of tokens[b, :t], the state that token t is
+  drawn from: None without one.
+
   Args:
     temperature: of the distribution scored. To compare with sampler log-probs, pass
       the sampling temperature.
@@ -43,6 +46,10 @@ def score(
   def align(x):
     return jnp.pad(x.reshape(rows, length - 1), ((0, 0), (1, 0)))
 
+  values = None
+  if model.values is not None:
+    read = model.values(params, states, batch.tokens, batch.positions, batch.segments)
+    values = align(read[:, :-1])
   return Scores(
-    align(scores.logp), align(scores.entropy), mean_logp=align(scores.mean_logp)
+    align(scores.logp), align(scores.entropy), values, align(scores.mean_logp)
   )
