@@ -46,10 +46,12 @@ def test_a_run_is_a_section_model_with_its_trained_params(run):
 
 def test_what_is_no_run_says_so(run, tmp_path):
   (tmp_path / 'model.bin').write_bytes(b'x')
-  with pytest.raises(ValueError, match='is no run: name its own loader'):
-    policies.load(path=str(tmp_path / 'model.bin'))
-  with pytest.raises(ValueError, match='no such file'):
-    policies.load(path=str(tmp_path / 'absent'))
+  for name in ('model.bin', 'absent'):
+    for opened in (policies.open_values, lambda path: policies.load(path=path)):
+      with pytest.raises(ValueError, match=f"{name}' is not the folder of a run"):
+        opened(str(tmp_path / name))
+  with pytest.raises(CheckpointError, match='a run without a value head'):
+    policies.open_values(str(run))
   empty = tmp_path / 'empty'
   (empty / 'checkpoints').mkdir(parents=True)
   (empty / 'config.json').write_text((run / 'config.json').read_text())

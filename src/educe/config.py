@@ -20,9 +20,8 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import ml_collections
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from educe.spelling import near, siblings
 
@@ -30,6 +29,7 @@ from educe.spelling import near, siblings
 PLACES = {
   'model': 'educe.models.{name}:load',
   'teacher': 'educe.models.{name}:load',
+  'value': 'educe.models.value_head:attach',
   'tokenizer': 'educe.data.tokenizer:load',
   'source': 'educe.data.sources:{name}',
   'data': 'educe.data.pipeline:make',
@@ -38,6 +38,7 @@ PLACES = {
   'optimizer': 'educe.training.optimizer:make',
   'environment': 'educe.environments.{name}:make',
   'rollouts': 'educe.rollouts.rounds:make',
+  'judge': 'educe.rollouts.judges:{name}',
   'advantage': 'educe.losses.advantages:{name}',
   'evaluation': 'educe.measurement.{name}:evaluate',
   'mesh': 'educe.sharding:make_mesh',
@@ -312,7 +313,7 @@ def _spec(argv: Sequence[str]) -> str:
   raise ConfigError('--config is missing: name a file, as --config=configs/sft.py:demo')
 
 
-def _shrink(config: ml_collections.ConfigDict, keep: set[str]) -> None:
+def _shrink(config: ConfigDict, keep: set[str]) -> None:
   for path, value in DEBUG.items():
     *parents, leaf = path.split('.')
     section: Any = config
@@ -325,7 +326,7 @@ def _shrink(config: ml_collections.ConfigDict, keep: set[str]) -> None:
     whole = isinstance(value, dict)  # a section, which is never added
     if leaf in section or (not whole and _takes(parents, section, leaf)):
       with section.unlocked():
-        section[leaf] = ml_collections.ConfigDict(value) if whole else value
+        section[leaf] = ConfigDict(value) if whole else value
 
 
 def _takes(parents: Sequence[str], section: Mapping, key: str) -> bool:
@@ -341,9 +342,7 @@ def _check_sections(config: Any, overrides: Sequence[str]) -> None:
     *parents, _ = override.partition('=')[0].removeprefix('--config.').split('.')
     section: Any = config
     for parent in parents:
-      there = [
-        k for k, v in section.items() if isinstance(v, ml_collections.ConfigDict)
-      ]
+      there = [k for k, v in section.items() if isinstance(v, ConfigDict)]
       if parent not in there:
         raise ConfigError(
           f'{override}: the config has no section {parent!r}' + near(parent, there)

@@ -26,9 +26,29 @@ def load(*, path: str) -> tuple[Model, Params]:
 
   Raises ValueError for what is no run, and CheckpointError for one without a checkpoint.
   """
-  if loader_of(path) is not None:
-    raise ValueError(f"path={path} is no run: name its own loader, as name='gguf'")
-  return _of_run(paths.resolve(path))[:2]
+  return _of_run(_run(path))[:2]
+
+
+def open_values(path: str):
+  """(model, params, tokenizer) of a run that trained a value head, with that head.
+
+  Raises ValueError for what is no run, and CheckpointError for one without a checkpoint or
+  without a value head.
+  """
+  where = _run(path)
+  config = read_config(where / 'config.json')
+  model, params = config_lib.call('model', config['model'])
+  model, params = checkpoint.saved_with_value(where / 'checkpoints', model, params)
+  words = tokenizers.load(path=config['tokenizer']['path'])
+  check_vocabulary(model, params, words)
+  return model, params, words
+
+
+def _run(path: str) -> pathlib.Path:
+  where = pathlib.Path(path).expanduser()
+  if not (where / 'checkpoints').is_dir():
+    raise ValueError(f'path={path!r} is not the folder of a run')
+  return where
 
 
 def open_policy(path: str, tokenizer: str | None = None):

@@ -20,8 +20,8 @@ import jax
 from educe import config as config_lib
 from educe import paths, sharding
 from educe.measurement import curves, transcript_page
-from educe.models import policy
-from educe.policies import check_vocabulary, read_config
+from educe.models import policy, value_head
+from educe.policies import check_vocabulary, open_values, read_config
 from educe.progress import say
 from educe.rollouts import transcripts
 from educe.spelling import near
@@ -29,7 +29,9 @@ from educe.training import checkpoint, loop, metrics
 from educe.training.step import init_state, make_step
 
 # The sections that `train` itself reads; the others must be read by one another.
-READ = ('model', 'tokenizer', 'algorithm', 'loss', 'optimizer', 'evaluation', 'mesh')
+READ = (
+  'model', 'value', 'tokenizer', 'algorithm', 'loss', 'optimizer', 'evaluation', 'mesh'
+)  # fmt: skip
 PAGE = 64  # completions on the page of transcripts
 # What may change without changing the result (`init_from` is filled in for a stage).
 BESIDE = ('init_from', 'mesh', 'microbatches', 'save_every', 'keep', 'tensorboard')
@@ -50,7 +52,10 @@ def train(
   environment: dict | None = None,
   rollouts: dict | None = None,
   advantage: dict | None = None,
+  judge: dict | None = None,
   init_from: str | None = None,
+  value: dict | None = None,
+  value_from: str | None = None,
   seed: int = 0,
   microbatches: int = 1,
   save_every: int = 100,
@@ -70,7 +75,12 @@ def train(
     steps: updates.
     source, data: records and batches, for algorithms that train on data.
     environment, rollouts, advantage: for those that train on the policy's own samples.
-    init_from: a run folder; its newest weights take the place of the model's.
+    judge: of those, in place of the environment's rewards.
+    init_from: a run folder (or a stage before this one, by its name); its newest weights
+      take the place of the model's.
+    value: a value head on them, for a reward model or a critic.
+    value_from: likewise; the head starts as the one that it trained, with a trunk of
+      its own if ours is separate.
     seed: of the samples and the training state's random key.
     microbatches: parts a batch is cut into; memory goes down, the result stays.
     save_every, keep: steps between checkpoints, and how many of the newest stay.
@@ -89,8 +99,13 @@ def train(
   tx = call('optimizer', optimizer, steps=steps)
   if evaluation:
     config_lib.check('evaluation', evaluation)
-  if init_from is not None and not (pathlib.Path(init_from) / 'checkpoints').is_dir():
-    raise ValueError(f'init_from={init_from!r} is not the folder of a run')
+  for name, folder in (('init_from', init_from), ('value_from', value_from)):
+    if folder is not None and not (pathlib.Path(folder) / 'checkpoints').is_dir():
+      raise ValueError(f'{name}={folder!r} is not the folder of a run')
+  if value_from is not None and value is None:
+    raise ValueError(
+      f"value_from={value_from!r} without a section value: add value=dict(trunk='shared')"
+    )
   try:
     words = call('tokenizer', tokenizer)
   except config_lib.ConfigError as error:
@@ -116,6 +131,12 @@ def train(
   check_vocabulary(net, params, words)
   if init_from is not None:
     params = checkpoint.saved_params(pathlib.Path(init_from) / 'checkpoints', params)
+  if value is not None:
+    start = None
+    if value_from is not None:
+      where = pathlib.Path(value_from) / 'checkpoints'
+      start = value_head.taken(checkpoint.saved_with_value(where, net, params)[1])
+    net, params = config_lib.bound('value', value)(net, params, start)
   size = policy.count(params)
   flops_per_token = 6.0 * size
   params = sharding.place(params, net.axes, grid)
@@ -123,7 +144,8 @@ def train(
   with contextlib.ExitStack() as closing:  # also when something below is refused
     # Where batches come from.
     supply = dict(model=net, tokenizer=words, environment=world, seed=seed)
-    rounds = rollouts and call('rollouts', rollouts, **supply)
+    opinion: Any = judge and call('judge', judge, open_values=open_values)
+    rounds = rollouts and call('rollouts', rollouts, **supply, judge=opinion)
     if rounds:
       closing.callback(rounds.close)
     method = call(
@@ -295,6 +317,9 @@ def run_all(argv: Sequence[str], run_dir: pathlib.Path, *, sweep: bool) -> None:
       }
     for folder, config in runs.items():
       config_lib.check_used(config, READ)
+      for key in ('init_from', 'value_from'):
+        if config[key] in (stages or ()):  # a stage's name stands for its folder
+          config[key] = f'stage://{config[key]}'
       runs[folder] = with_stages(config, {x.name: x for x in runs})
     previous = None
     for folder, config in runs.items():

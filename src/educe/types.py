@@ -40,7 +40,7 @@ class Scores(NamedTuple):
 
   logp: Float[Array, 'B T']  # log p(tokens[b, t] | tokens[b, :t]) (nats)
   entropy: Float[Array, 'B T']  # of the distribution that tokens[b, t] came from (nats)
-  values: Float[Array, 'B T'] | None = None
+  values: Float[Array, 'B T'] | None = None  # of tokens[b, :t], from a value head
   mean_logp: Float[Array, 'B T'] | None = None  # Σ_v log p(v) / V (nats); smoothing
   divergence: Float[Array, 'B T'] | None = None  # to a teacher's distribution (nats)
 
@@ -91,6 +91,9 @@ class Model(NamedTuple):
       whose stored position is in 0..position. A position of -1 marks padding.
   axes: params-shaped tree of tuples of logical axis names (see sharding.py)
   architecture: the frozen description that `convert` writes into config.json
+  values(params, states [B, T, D], tokens, positions=None, segments=None) -> [B, T]
+      float32, the value of what has been read up to and with token t; None without a
+      value head (models/value_head.py). `states` are those of `hidden`.
   """
 
   init: Callable[..., Params]
@@ -100,6 +103,7 @@ class Model(NamedTuple):
   decode: Callable[..., tuple[Array, Cache]]
   axes: Any
   architecture: Any
+  values: Callable[..., Array] | None = None
 
 
 class Samples(NamedTuple):

@@ -25,7 +25,7 @@ import jax
 import numpy as np
 
 from educe import sharding
-from educe.algorithms.reread import reader
+from educe.algorithms import on_policy as own
 from educe.algorithms.sft import extra_fields, read
 from educe.data.pipeline import Batches
 from educe.losses import distillation
@@ -33,7 +33,7 @@ from educe.losses.dry_run import dry_run
 from educe.losses.logprobs import score
 from educe.rollouts import transcripts
 from educe.rollouts.position import Position
-from educe.rollouts.rounds import Rounds, rows_of
+from educe.rollouts.rounds import Round, Rounds
 from educe.rollouts.sampler import vocabulary_size
 from educe.types import (
   Algorithm,
@@ -105,52 +105,48 @@ def make(
     other, params = teacher
     _same_vocabulary(model, other, params)
     frozen = sharding.place(params, other.axes, mesh)
-    teacher_logp = reader(other, place, size=size, temperature=heat)
     if objective == 'jsd':
 
       def scorer(params, reference, batch):
         to = (other, reference)
         return score(model, params, batch, temperature=heat, teacher=to, beta=beta)
 
-  logp = reader(model, place, size=size, temperature=heat)
+  def prepare(state: TrainState, current: Round) -> tuple[Batch, dict[str, Any]]:
+    """The whole round as one batch."""
+    r, info = current.rollouts, dict(current.info)
+    mask = np.asarray(r.mask)
+
+    def logp(read, params):
+      # `where`, not `*`: what a model says of padding may be anything.
+      return np.where(mask > 0, read(params, r.tokens, r.mask)[0], 0.0)
+
+    stale = fields['old_logp'] or current.step != int(state.step)
+    info['sampling/staleness_steps'] = int(state.step) - current.step
+    transcripts.save(
+      [{**row, 'step': int(state.step)} for row in r.transcripts],
+      run_dir / 'rollouts' / f'{current.number:06}.jsonl',
+    )
+    arrays: dict[str, Any] = dict(
+      tokens=np.asarray(r.tokens),
+      mask=mask,
+      old_logp=logp(student_logp, state.params) if stale else None,
+      ref_logp=logp(teacher_logp, state.reference) if fields['ref_logp'] else None,
+    )
+    return Batch(**arrays), info
+
   texts = Texts(data, None if rollouts is None else Position(rollouts))
+  if rollouts is not None:
+    assert texts.sampled is not None
+    student_logp = own.reader(model, rollouts, place, size)
+    teacher_logp = teacher and own.reader(teacher[0], rollouts, place, size)
+    sampled = own.walk(texts.sampled, prepare, epochs, minibatches)
 
   def next_batch(state: TrainState) -> tuple[Batch, dict[str, Any]]:
-    if on_policy < 1:
-      coin = np.random.default_rng([seed, int(state.step)]).random() if on_policy else 1
-      if coin >= on_policy:
-        assert data is not None
-        batch, info = read(data)
-        return batch, info | ({'on_policy': 0.0} if on_policy else {})
-    batch, info = sampled(state)
-    return batch, info | ({'on_policy': 1.0} if on_policy < 1 else {})
-
-  def sampled(state: TrainState) -> tuple[Batch, dict[str, Any]]:
-    assert rollouts is not None
-    assert texts.sampled is not None
-    info: dict[str, Any] = {}
-    if texts.sampled.spent:
-      current = rollouts.next(state.params, int(state.step))
-      r, info = current.rollouts, dict(current.info)
-      info['sampling/staleness_steps'] = int(state.step) - current.step
-      stale = fields['old_logp'] or current.step != int(state.step)
-      arrays: dict[str, Any] = dict(
-        tokens=np.asarray(r.tokens),
-        mask=np.asarray(r.mask),
-        old_logp=logp(state.params, r.tokens, r.mask) if stale else None,
-        ref_logp=(
-          teacher_logp(state.reference, r.tokens, r.mask)
-          if objective == 'reverse_kl'
-          else None
-        ),
-      )
-      transcripts.save(
-        [{**row, 'step': int(state.step)} for row in r.transcripts],
-        run_dir / 'rollouts' / f'{current.number:06}.jsonl',
-      )
-      texts.sampled.begin(Batch(**arrays), current.number, epochs * minibatches)
-    groups = texts.sampled.take(rollouts.prompts, rollouts.prompts // minibatches)
-    return texts.sampled.rows(rows_of(groups, rollouts.group)), info
+    if on_policy == 1:
+      return sampled(state)
+    coin = np.random.default_rng([seed, int(state.step)]).random() if on_policy else 1.0
+    batch, info = sampled(state) if coin < on_policy else read(data)
+    return batch, info | ({'on_policy': float(coin < on_policy)} if on_policy else {})
 
   return Algorithm(
     next_batch,

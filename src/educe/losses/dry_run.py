@@ -13,16 +13,16 @@ from educe.types import Batch, LossFn, Scores
 def dry_run(loss: LossFn, *fields: str) -> None:
   """Traces `loss`. No array is made.
 
-  fields: what the batches will have beside tokens and mask, as `Batch` names it, and
-    what the scores will have beside log-probs and entropies, as `Scores` does
+  fields: what the batches will have beside tokens and mask, as `Batch` names it; and
+    'divergence' where the scores will have one, from a teacher
 
   Raises ValueError, naming config.loss, for what the loss refuses.
   """
   shape: Any = jax.ShapeDtypeStruct((2, 2), np.float32)
-  given = [dict.fromkeys({*fields} & {*of._fields}, shape) for of in (Batch, Scores)]
-  batch = Batch(shape, shape, **given[0])
+  batch = Batch(shape, shape, **dict.fromkeys({*fields} - {'divergence'}, shape))
+  distance = shape if 'divergence' in fields else None
   try:
-    scores = Scores(shape, shape, **{'mean_logp': shape, **given[1]})
+    scores = Scores(shape, shape, shape, shape, distance)
     jax.eval_shape(loss, scores, batch)
   except ValueError as error:
     raise ValueError(f'config.loss: {error}') from error

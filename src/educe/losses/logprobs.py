@@ -25,6 +25,9 @@ def score(
   column 0, which nothing predicts, is 0. In a packed row the first token of a document
   is scored from the document before it; its mask is 0 (data/packing.py).
 
+  With a value head, values[b, t] is the value of tokens[b, :t], the state that token t is
+  drawn from: None without one.
+
   Args:
     temperature: of the distribution scored. To compare with sampler log-probs, pass
       the sampling temperature.
@@ -32,17 +35,18 @@ def score(
       how far its next-token distributions are from the policy's.
     beta: of that divergence (kernels/divergence.py); read with a teacher alone.
   """
+  rows, length = batch.tokens.shape
+  said = (batch.tokens, batch.positions, batch.segments)
 
-  def states_of(model, params):
-    states, aux = model.hidden(params, batch.tokens, batch.positions, batch.segments)
+  def read(model, params):
+    states, aux = model.hidden(params, *said)
     if aux:
       raise ValueError(f'score: auxiliary losses {sorted(aux)} have no consumer yet')
-    return states[:, :-1].reshape(-1, states.shape[-1]), model.head(params)
+    return states, states[:, :-1].reshape(-1, states.shape[-1]), model.head(params)
 
-  rows, length = batch.tokens.shape
-  states, head = states_of(model, params)
+  states, flat, head = read(model, params)
   scores = logprob(
-    states * jnp.asarray(head.scale, states.dtype),
+    flat * jnp.asarray(head.scale, flat.dtype),
     head.matrix,
     batch.tokens[:, 1:].reshape(-1),
     temperature=temperature,
@@ -53,13 +57,16 @@ def score(
   def align(x):
     return jnp.pad(x.reshape(rows, length - 1), ((0, 0), (1, 0)))
 
-  distance = None
+  values = distance = None
+  if model.values is not None:
+    values = align(model.values(params, states, *said)[:, :-1])
   if teacher is not None:
-    other = states_of(*teacher)
-    distance = divergence(states, head, *other, beta=beta, temperature=temperature)
+    _, *other = read(*teacher)
+    distance = align(divergence(flat, head, *other, beta=beta, temperature=temperature))
   return Scores(
     align(scores.logp),
     align(scores.entropy),
-    mean_logp=align(scores.mean_logp),
-    divergence=None if distance is None else align(distance),
+    values,
+    align(scores.mean_logp),
+    distance,
   )
