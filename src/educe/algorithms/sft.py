@@ -20,8 +20,14 @@ def make(data: Batches, loss: LossFn) -> Algorithm:
 
   Of packed rows, which hold several documents, positions and segments go to the model.
 
-  Raises ValueError, before any device is touched, if the loss refuses such batches.
+  Raises ValueError, before any device is touched, for data that are not documents, and
+  if the loss refuses such batches.
   """
+  if data.records != 'documents':
+    raise ValueError(
+      f'config.data.records={data.records!r}: sft imitates all that it reads, and of '
+      "preferences not all is to be imitated; use records='documents'"
+    )
   extra = ('positions', 'segments') if data.packing else ()
   dry_run(loss, *extra)
 
