@@ -18,8 +18,10 @@ def dry_run(loss: LossFn, *fields: str) -> None:
   Raises ValueError, naming config.loss, for what the loss refuses.
   """
   shape: Any = jax.ShapeDtypeStruct((2, 2), np.float32)
-  batch = Batch(shape, shape, **dict.fromkeys(fields, shape))
+  row: Any = jax.ShapeDtypeStruct((2,), np.float32)
+  shapes = {name: row if name == 'labels' else shape for name in fields}
+  batch = Batch(shape, shape, **shapes)
   try:
-    jax.eval_shape(loss, Scores(shape, shape, mean_logp=shape), batch)
+    jax.eval_shape(loss, Scores(shape, shape, shape, shape), batch)
   except ValueError as error:
     raise ValueError(f'config.loss: {error}') from error
