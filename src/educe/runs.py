@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import inspect
 import json
 import pathlib
 import re
@@ -20,7 +21,7 @@ import jax
 from educe import config as config_lib
 from educe import paths, sharding
 from educe.data import tokenizer as tokenizers
-from educe.measurement import curves, transcript_page
+from educe.measurement import curves, reliability, transcript_page
 from educe.models import policy
 from educe.progress import say
 from educe.rollouts import transcripts
@@ -108,6 +109,7 @@ def train(
   )
   world: Any = environment and call('environment', environment)
   exam: Any = evaluation and config_lib.bound('evaluation', evaluation)
+  compares = exam and 'reference' in inspect.signature(exam.func).parameters
 
   # The policy, on the mesh.
   grid = call('mesh', mesh)
@@ -123,7 +125,9 @@ def train(
 
   with contextlib.ExitStack() as closing:  # also when something below is refused
     # Where batches come from.
-    supply = dict(model=net, tokenizer=words, environment=world, seed=seed)
+    supply = dict(
+      model=net, params=params, tokenizer=words, environment=world, seed=seed
+    )
     rounds = rollouts and call('rollouts', rollouts, **supply)
     if rounds:
       closing.callback(rounds.close)
@@ -139,11 +143,17 @@ def train(
       run_dir=run_dir,
     )
     closing.callback(method.data.close)
-    sharding.check_batch(method.rows * jax.process_count(), microbatches, grid)
+    if method.couples and microbatches > 1:
+      raise ValueError(
+        f'microbatches={microbatches}: the loss compares rows across the whole batch, so '
+        'that it cannot be cut; set microbatches=1, or choose another loss'
+      )
+    rows = method.rows * jax.process_count()
+    sharding.check_batch(rows, microbatches, grid, method.group)
     has_reference = method.reference_every is not None
     state = init_state(params, tx, jax.random.key(seed), reference=has_reference)
     state = sharding.replicate_rest(state, grid)
-    del params  # the state owns them now
+    del params, supply  # the state owns them now
 
     # Where it stood, if it ran before.
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -163,10 +173,11 @@ def train(
 
     def evaluate(state) -> dict[str, Any]:
       step = int(state.step)
-      score = exam(net, state.params, words)
+      score = exam(net, state.params, words, *([state.reference] if compares else []))
       transcripts.save(score.transcripts, run_dir / 'samples' / f'{step}.jsonl')
-      say(f'\n{transcripts.show(score.transcripts, limit=3)}')
-      say(f'\nstep {step}: solves {score}')
+      if 'completion' in score.transcripts[0]:
+        say(f'\n{transcripts.show(score.transcripts, limit=3)}')
+      say(f'\nstep {step}: {score.verb} {score}')
       return score.metrics()
 
     step = make_step(
@@ -176,6 +187,7 @@ def train(
       microbatches=microbatches,
       temperature=method.temperature,
       reference_every=method.reference_every,
+      reference_alpha=method.reference_alpha,
       state_shardings=jax.tree.map(lambda x: x.sharding, state),
     )
     state, finished = loop.run(
@@ -273,6 +285,7 @@ def pictures(run_dir: pathlib.Path) -> list[pathlib.Path]:
   made, title = [], '/'.join(run_dir.parts[-2:])
   if importlib.util.find_spec('matplotlib') is not None:
     made.append(curves.draw(run_dir, title=title))
+    made += filter(None, [reliability.draw(run_dir, title=title)])
   if files := sorted((run_dir / 'rollouts').glob('*.jsonl'), reverse=True):
     full = (file for file in files if 'log_ratio' in transcripts.load(file, 1)[0])
     file = next(full, files[0])  # not every run has such a one
