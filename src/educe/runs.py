@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import inspect
 import json
 import pathlib
 import re
@@ -19,7 +20,7 @@ import jax
 
 from educe import config as config_lib
 from educe import paths, sharding
-from educe.measurement import curves, transcript_page
+from educe.measurement import curves, reliability, transcript_page
 from educe.models import policy, value_head
 from educe.policies import check_vocabulary, open_values, read_config
 from educe.progress import say
@@ -122,6 +123,7 @@ def train(
   )
   world: Any = environment and call('environment', environment)
   exam: Any = evaluation and config_lib.bound('evaluation', evaluation)
+  compares = exam and 'reference' in inspect.signature(exam.func).parameters
 
   # The policy, on the mesh.
   grid = call('mesh', mesh)
@@ -143,7 +145,9 @@ def train(
 
   with contextlib.ExitStack() as closing:  # also when something below is refused
     # Where batches come from.
-    supply = dict(model=net, tokenizer=words, environment=world, seed=seed)
+    supply = dict(
+      model=net, params=params, tokenizer=words, environment=world, seed=seed
+    )
     opinion: Any = judge and call('judge', judge, open_values=open_values)
     rounds = rollouts and call('rollouts', rollouts, **supply, judge=opinion)
     if rounds:
@@ -161,13 +165,19 @@ def train(
       run_dir=run_dir,
     )
     closing.callback(method.data.close)
-    sharding.check_batch(method.rows * jax.process_count(), microbatches, grid)
+    if method.couples and microbatches > 1:
+      raise ValueError(
+        f'microbatches={microbatches}: the loss compares rows across the whole batch, so '
+        'that it cannot be cut; set microbatches=1, or choose another loss'
+      )
+    rows = method.rows * jax.process_count()
+    sharding.check_batch(rows, microbatches, grid, method.group)
     copied = method.reference_every is not None and method.reference is None
     state = init_state(params, tx, jax.random.key(seed), reference=copied)
     if method.reference is not None:
       state = state._replace(reference=method.reference)
     state = sharding.replicate_rest(state, grid)
-    del params  # the state owns them now
+    del params, supply  # the state owns them now
 
     # Where it stood, if it ran before.
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -187,10 +197,11 @@ def train(
 
     def evaluate(state) -> dict[str, Any]:
       step = int(state.step)
-      score = exam(net, state.params, words)
+      score = exam(net, state.params, words, *([state.reference] if compares else []))
       transcripts.save(score.transcripts, run_dir / 'samples' / f'{step}.jsonl')
-      say(f'\n{transcripts.show(score.transcripts, limit=3)}')
-      say(f'\nstep {step}: solves {score}')
+      if 'completion' in score.transcripts[0]:
+        say(f'\n{transcripts.show(score.transcripts, limit=3)}')
+      say(f'\nstep {step}: {score.verb} {score}')
       return score.metrics()
 
     step = make_step(
@@ -201,6 +212,7 @@ def train(
       temperature=method.temperature,
       reference_every=method.reference_every,
       scorer=method.score,
+      reference_alpha=method.reference_alpha,
       state_shardings=jax.tree.map(lambda x: x.sharding, state),
     )
     state, finished = loop.run(
@@ -279,6 +291,7 @@ def pictures(run_dir: pathlib.Path) -> list[pathlib.Path]:
   made, title = [], '/'.join(run_dir.parts[-2:])
   if importlib.util.find_spec('matplotlib') is not None:
     made.append(curves.draw(run_dir, title=title))
+    made += filter(None, [reliability.draw(run_dir, title=title)])
   if files := sorted((run_dir / 'rollouts').glob('*.jsonl'), reverse=True):
     full = (file for file in files if 'log_ratio' in transcripts.load(file, 1)[0])
     file = next(full, files[0])  # not every run has such a one
@@ -351,9 +364,7 @@ def with_stages(values: Any, folders: dict[str, pathlib.Path]) -> Any:
     return values
   name = values.removeprefix('stage://')
   if name not in folders:
-    raise config_lib.ConfigError(
-      f'{values}: no stage {name!r}' + near(name, list(folders))
-    )
+    raise config_lib.ConfigError(f'{values}: no such stage' + near(name, folders))
   return str(folders[name])
 
 

@@ -189,7 +189,10 @@ class Algorithm(NamedTuple):
   rows: of a batch of this process
   reference_every: None: no reference is kept · 0: the initial policy, for ever · n: the
       policy as it was at the last step that n divides
-  asks_policy: next_batch samples from the state's policy, and so waits for its step
+  reference_alpha: share of the policy in what the reference then becomes; 1 is a copy
+  asks_policy: next_batch reads the state's params, and so waits for its step
+  group: rows that belong together, next to each other: a pair is two
+  couples: the loss of a row depends on the others, so that a batch must not be cut
   reference: params that the state's reference starts with, a teacher's; None: a copy
       of the policy's, where one is kept
   score: (params, the state's reference, batch) -> Scores, where it is more than
@@ -203,5 +206,8 @@ class Algorithm(NamedTuple):
   temperature: float = 1.0
   reference_every: int | None = None
   asks_policy: bool = False
+  reference_alpha: float = 1.0
+  group: int = 1
+  couples: bool = False
   reference: Params | None = None
   score: ScoreFn | None = None

@@ -15,7 +15,7 @@ from educe.losses import sft
 from educe.losses.logprobs import score
 from educe.models import policy, presets, safetensors
 from educe.training import optimizer
-from educe.training.step import accumulate, init_state, make_step
+from educe.training.step import accumulate, init_state, make_step, mixed
 from educe.types import Batch, Max, Mean
 
 GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
@@ -271,6 +271,29 @@ def test_the_reference_is_the_policy_of_every_nth_step(every, copied):
     else:
       np.testing.assert_array_equal(state.reference['head'], want)
       assert (number in copied) == np.array_equal(want, state.params['head'])
+
+
+def test_a_lagging_reference_takes_a_share_of_the_policy():
+  """Every second step; α·policy + (1 − α)·reference, in float64."""
+  tx = optimizer.make(10, name='sgd', learning_rate=0.5, schedule='constant')
+  state = init_state(params(), tx, jax.random.key(0), reference=True)
+  step = make_step(MODEL, sft.loss, tx, reference_every=2, reference_alpha=0.25)
+  want = np.array(state.params['head'], np.float64)
+  for number in range(1, 6):
+    state, _ = step(state, draw(seed=number))
+    if number % 2 == 0:
+      want = 0.25 * np.array(state.params['head'], np.float64) + 0.75 * want
+    # Two roundings of float32 at most, of numbers below 1.
+    np.testing.assert_allclose(state.reference['head'], want, rtol=0, atol=3e-7)
+  assert np.abs(want - np.array(state.params['head'])).max() > 1e-3
+
+
+def test_the_mean_of_policy_and_reference_is_taken_in_float32():
+  new, old = ({'w': jnp.full(3, x, jnp.bfloat16)} for x in (256.0, 2.0))
+  got = mixed(new, old, 0.5)['w']
+  assert got.dtype == jnp.bfloat16
+  assert got.tolist() == [129.0] * 3
+  assert mixed(new, old, 1.0) is new
 
 
 def test_the_temperature_divides_the_logits_that_are_scored():

@@ -20,7 +20,8 @@ def make(data: Batches, loss: LossFn) -> Algorithm:
 
   Of packed rows, which hold several documents, positions and segments go to the model.
 
-  Raises ValueError, before any device is touched, if the loss refuses such batches.
+  Raises ValueError, before any device is touched, for data that are not documents, and
+  if the loss refuses such batches.
   """
   dry_run(loss, *extra_fields(data))
 
@@ -41,5 +42,13 @@ def read(data: Batches) -> tuple[Batch, dict[str, Any]]:
 
 
 def extra_fields(data: Batches) -> tuple[str, ...]:
-  """Of packed rows, which hold several documents, what the model must know of them."""
+  """Of packed rows, which hold several documents, what the model must know of them.
+
+  Raises ValueError for data that are not documents.
+  """
+  if data.records != 'documents':
+    raise ValueError(
+      f'config.data.records={data.records!r}: sft imitates all that it reads, and of '
+      "preferences not all is to be imitated; use records='documents'"
+    )
   return ('positions', 'segments') if data.packing else ()

@@ -19,10 +19,11 @@ def dry_run(loss: LossFn, *fields: str) -> None:
   Raises ValueError, naming config.loss, for what the loss refuses.
   """
   shape: Any = jax.ShapeDtypeStruct((2, 2), np.float32)
-  batch = Batch(shape, shape, **dict.fromkeys({*fields} - {'divergence'}, shape))
-  distance = shape if 'divergence' in fields else None
+  row: Any = jax.ShapeDtypeStruct((2,), np.float32)
+  shapes = {name: row if name == 'labels' else shape for name in fields}
+  distance = shapes.pop('divergence', None)
   try:
     scores = Scores(shape, shape, shape, shape, distance)
-    jax.eval_shape(loss, scores, batch)
+    jax.eval_shape(loss, scores, Batch(shape, shape, **shapes))
   except ValueError as error:
     raise ValueError(f'config.loss: {error}') from error
