@@ -68,6 +68,7 @@ DEBUG = {
   'algorithm.minibatches': 2,
   'algorithm.keep': 'best',  # nothing that a random model says is right
   'algorithm.teacher': {'name': 'scratch', 'preset': 'debug', 'seed': 1},
+  'judge': {'name': 'length', 'target': 20},
   'evaluation.max_new_tokens': 4,
 }
 

@@ -271,3 +271,10 @@ def test_a_judge_of_the_wrong_kind_is_named():
     rounds_of(lambda records, said: [1.0]).next(params, 0)
   with pytest.raises(ValueError, match='judge: a score is nan'):
     rounds_of(lambda records, said: [float('nan')] * len(said)).next(params, 0)
+
+
+def test_length_is_nearest_to_its_target():
+  scores = judges.length(target=4)([{}] * 3, ['ab', 'abcd', 'abcdefgh'])
+  assert scores == [-0.5, 0.0, -1.0]
+  with pytest.raises(ValueError, match='target=0 must be at least 1'):
+    judges.length(target=0)

@@ -92,11 +92,12 @@ def make(
     )
   (size,) = sizes
   heat = 1.0 if rollouts is None else rollouts.temperature
-  several = epochs * minibatches > 1
+  by_token = objective == 'reverse_kl'
+  later = epochs * minibatches > 1 or bool(rollouts and rollouts.ahead)
   fields = {
     'divergence': objective == 'jsd',
-    'ref_logp': objective == 'reverse_kl',
-    'old_logp': several or bool(rollouts and rollouts.ahead),
+    'ref_logp': by_token,
+    'old_logp': by_token and later,
   }
   dry_run(loss, *extra, *(name for name, there in fields.items() if there))
 
@@ -120,7 +121,7 @@ def make(
       # `where`, not `*`: what a model says of padding may be anything.
       return np.where(mask > 0, read(params, r.tokens, r.mask)[0], 0.0)
 
-    stale = fields['old_logp'] or current.step != int(state.step)
+    stale = by_token and (later or current.step != int(state.step))
     info['sampling/staleness_steps'] = int(state.step) - current.step
     transcripts.save(
       [{**row, 'step': int(state.step)} for row in r.transcripts],
@@ -130,7 +131,7 @@ def make(
       tokens=np.asarray(r.tokens),
       mask=mask,
       old_logp=logp(student_logp, state.params) if stale else None,
-      ref_logp=logp(teacher_logp, state.reference) if fields['ref_logp'] else None,
+      ref_logp=logp(teacher_logp, state.reference) if by_token else None,
     )
     return Batch(**arrays), info
 

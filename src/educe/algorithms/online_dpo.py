@@ -30,8 +30,6 @@ from educe.rollouts.position import Position
 from educe.rollouts.rounds import Round, Rounds, rows_of
 from educe.types import Algorithm, Batch, LossFn, Model, Rollouts, TrainState
 
-PATIENCE = 10  # rounds in a row that may give no pair
-
 
 def make(
   model: Model,
@@ -50,7 +48,7 @@ def make(
   Writes rollouts/<round>.jsonl: each completion with `chosen`, 1, −1 where rejected, or 0.
 
   Args:
-    batch_size: pairs a step; the last of a round are filled up with empty ones.
+    batch_size: pairs a step; the last of a round is filled up with empty ones.
     epochs: passes over a round's pairs, each in an order of its own.
     reference_every: None keeps no reference, for losses that read none; 0 keeps the
       initial policy; n copies the policy every n steps.
@@ -58,10 +56,10 @@ def make(
 
   Pairs of equal rewards, or of the same tokens, are dropped and counted (`pairs/ties`),
   and so are prompts with too few scores (`pairs/unscored`). labels are the rewards, so that
-  loss.margin_coef can ask for a margin in proportion to them.
+  loss.margin_coef can ask for a margin in proportion to them. A round without any pair is
+  a pass over an empty batch, whose gradient is 0 and whose loss is NaN, a mean of nothing.
 
-  Raises ValueError for values out of range and, while it runs, when ten rounds in a row
-  gave no pair.
+  Raises ValueError for values out of range.
   """
   _check(rollouts, batch_size, epochs, reference_every, alpha)
   fields = ['labels']
@@ -80,31 +78,22 @@ def make(
     return data.rows(rows_of(pairs, 2)), info
 
   def begin(state: TrainState) -> dict[str, Any]:
-    """Begins the next round that gives any pair. Its numbers."""
-    for _ in range(PATIENCE):
-      current = rollouts.next(state.params, int(state.step))
-      r, info = current.rollouts, dict(current.info)
-      other = rollouts.beside(state.reference, current) if alpha else None
-      rows, counts = against(r, other) if other is not None else ends(r)
-      both = r if other is None else joined(r, other)
-      info |= {f'pairs/{name}': float(count) for name, count in counts.items()}
-      info['sampling/staleness_steps'] = int(state.step) - current.step
-      if other is not None:
-        info['xpo/reference_reward'] = float(np.nanmean(other.rewards))
-      _write(run_dir, current, both, rows, int(state.step))
-      if len(rows):
-        whole = batch_of(both, rows, state)
-        steps = epochs * (len(whole.tokens) // size)
-        data.begin(whole, current.number, steps)
-        return info
-    raise ValueError(
-      f'no pair in {PATIENCE} rounds: all rewards of a prompt are equal; choose other '
-      'prompts, a larger rollouts.group, or a finer reward'
-    )
+    """Begins the next round. Its numbers."""
+    current = rollouts.next(state.params, int(state.step))
+    r, info = current.rollouts, dict(current.info)
+    other = rollouts.beside(state.reference, current) if alpha else None
+    rows, counts = ends(r) if other is None else against(r, other)
+    both = r if other is None else joined(r, other)
+    info |= {f'pairs/{name}': float(count) for name, count in counts.items()}
+    info['sampling/staleness_steps'] = int(state.step) - current.step
+    _write(run_dir, current, both, rows, int(state.step))
+    whole = batch_of(both, rows, state)
+    data.begin(whole, current.number, epochs * (len(whole.tokens) // size))
+    return info
 
   def batch_of(both: Rollouts, rows: np.ndarray, state: TrainState) -> Batch:
     """The pairs as one batch, filled up to whole steps."""
-    missing = (0, -len(rows) % size)
+    missing = (0, -len(rows) % size if len(rows) else size)
     tokens, mask = (
       np.pad(np.asarray(x)[rows], (missing, (0, 0))) for x in (both.tokens, both.mask)
     )

@@ -91,8 +91,10 @@ def ask(
 
 def _persist(client: Client, question, read, stop) -> tuple[Any, str | None]:
   """(answer, None), or (None, why there is none)."""
-  why = 'not asked'
+  why = ''
   for attempt in range(client.retries + 1):
+    if stop.is_set():  # somebody raises already
+      return None, None
     pause = None
     try:
       text = _once(client, question)
@@ -102,11 +104,11 @@ def _persist(client: Client, question, read, stop) -> tuple[Any, str | None]:
       why, pause = f'no verdict in {" ".join(text.split())[:120]!r}', 0.0
     except _Passing as error:
       why, pause = str(error), error.pause
-    if attempt == client.retries:
-      break
-    wait = client.backoff * 2**attempt if pause is None else pause
-    if stop.wait(wait):
-      break
+    except JudgeError:
+      stop.set()
+      raise
+    if attempt < client.retries:
+      stop.wait(client.backoff * 2**attempt if pause is None else pause)
   return None, f'{why} (asked {attempt + 1} times)'
 
 

@@ -72,7 +72,8 @@ def reward_model(
   """The value of a whole text under the reward model that the run at `path` trained.
 
   Texts are padded to few widths (`sampler.bucket`) and read `batch_size` at a time. The
-  value read is that of the state after the text's last token, the end of turn included.
+  value read is that of the state after the text's last token, the end of turn included:
+  a completion that was cut off is scored as if it had ended there.
 
   Args:
     open_values: run folder -> (model with values, params, tokenizer)
@@ -128,6 +129,18 @@ def _encode(words, record: Record, completion: str) -> list[int]:
   whole = encode_record(words, text)
   # What a template writes after the last trained token is never sampled, nor was it rated.
   return whole.tokens[: np.flatnonzero(whole.mask)[-1] + 1].tolist()
+
+
+def length(*, target: int) -> Judge:
+  """−|characters − target|/target: no opinion at all, for dry runs and as a control of how
+  much of another judge's taste is length. Raises ValueError for a target below 1."""
+  if target < 1:
+    raise ValueError(f'judge.target={target} must be at least 1 character')
+
+  def judge(records, completions):
+    return [-abs(len(text) - target) / target for text in completions]
+
+  return judge
 
 
 def endpoint(
