@@ -1,6 +1,10 @@
 """Eight virtual CPU devices; shape annotations of losses and kernels are checked."""
 
+import contextlib
+import http.server
+import json
 import os
+import threading
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = (
@@ -46,3 +50,61 @@ def compile_once(tmp_path_factory):
   for name, value in zip(names, before, strict=True):
     jax.config.update(name, value)
   compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def server():
+  """`serve(answer)` is a chat-completions server in a thread: (its url, what it was asked).
+
+  answer(question, count) is the text of the answer; or (status, headers, body bytes); or
+  a function of the handler, which writes whatever it likes. count: of this question so far
+  """
+  running = []
+
+  def serve(answer):
+    asked = []
+    lock = threading.Lock()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+      def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
+        question = body['messages'][-1]['content']
+        with lock:
+          count = sum(x['question'] == question for x in asked)
+          asked.append(
+            {
+              'question': question,
+              'path': self.path,
+              'key': self.headers.get('Authorization'),
+              **body,
+            }
+          )
+        said = answer(question, count)
+        with contextlib.suppress(OSError):  # who asked may be gone
+          if callable(said):
+            return said(self)
+          if isinstance(said, str):
+            text = {'choices': [{'message': {'content': said}}]}
+            said = 200, {}, json.dumps(text).encode()
+          status, headers, data = said
+          self.send_response(status)
+          for name, value in {**headers, 'Content-Length': str(len(data))}.items():
+            self.send_header(name, value)
+          self.end_headers()
+          self.wfile.write(data)
+
+      def log_message(self, *_):
+        pass
+
+    running.append(http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler))
+    running[-1].daemon_threads = True
+    running[-1].block_on_close = False
+    threading.Thread(
+      target=running[-1].serve_forever, args=(0.05,), daemon=True
+    ).start()
+    return f'http://127.0.0.1:{running[-1].server_port}/v1', asked
+
+  yield serve
+  for each in running:
+    each.shutdown()
+    each.server_close()

@@ -20,6 +20,7 @@ FLOORS = [
   {'algorithms', 'training'},
   {'measurement'},
   {'config'},
+  {'policies'},
   {'runs'},
   {'cli'},
   {'__main__'},

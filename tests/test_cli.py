@@ -13,7 +13,7 @@ from educe import cli
 from educe.data import tfds_builder
 from educe.data import tokenizer as tokenizers
 from educe.models import policy, safetensors, scratch
-from educe.runs import check_vocabulary
+from educe.policies import check_vocabulary
 from educe.training import metrics
 
 ROOT = pathlib.Path(__file__).parents[1]

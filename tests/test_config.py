@@ -1,5 +1,6 @@
 """The signature is the schema: what binds, what is refused, and how it is said."""
 
+import functools
 import json
 import pathlib
 import re
@@ -286,3 +287,17 @@ def test_debug_adds_no_minibatches(preset, minibatches):
   path = pathlib.Path(__file__).parents[1] / 'configs' / 'grpo.py'
   values = config.load([f'--config={path}:{preset},debug'])
   assert config.expand(values, runs.train)['algorithm']['minibatches'] == minibatches
+
+
+def test_what_has_a_default_is_supplied_where_there_is_any(monkeypatch):
+  """A section before the * may be left out if the function says what stands for it."""
+
+  def make(model, rollouts=None, size=3, *, knob: int = 1):
+    return model, rollouts, size, knob
+
+  monkeypatch.setattr(config, 'resolve', lambda *_: make)
+  call = functools.partial(config.call, 'optimizer', {'knob': 2})
+  assert call(model='m') == ('m', None, 3, 2)
+  assert call(model='m', rollouts='r', size=0) == ('m', 'r', 0, 2)
+  with pytest.raises(config.ConfigError, match=r'needs a section config\.model'):
+    call(rollouts='r')

@@ -47,7 +47,8 @@ def stages(values):
 
 def test_there_are_recipes():
   assert {recipe for _, recipe in RECIPES if ',' not in recipe} == {
-    'demo', 'gsm8k', 'chain', 'arithmetic', 'smollm', 'zero', 'r1',
+    'demo', 'gsm8k', 'chain', 'arithmetic', 'smollm', 'zero', 'r1', 'offline',
+    'xpo', 'judge', 'hh', 'ipo', 'simpo', 'tr_dpo', 'kto', 'pandalm', 'verifier',
   }  # fmt: skip
   assert len(presets(ROOT / 'configs' / 'grpo.py')) == 10
 
@@ -69,7 +70,9 @@ def test_a_recipe_binds_and_its_optimizer_is_real(path, recipe):
 def test_a_recipe_takes_its_debug_steps(path, recipe, tmp_path, capsys, compile_once):
   values = config.load([f'--config={path}:{recipe}'])
   for stage in stages(values):
-    file = stage.get('source', {}).get('path', '')
+    source = stage.get('source', stage.get('environment', {}).get('source', {}))
+    public = 'preference_sources' in source.get('name', '')
+    file = 'data://' if public else source.get('path', '')
     if file.startswith('data://') and paths.data_root() is None:
       pytest.skip('its data are not on this machine')
   argv = ['train', f'--config={path}:{recipe},debug', f'--run_dir={tmp_path}']

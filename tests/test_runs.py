@@ -3,13 +3,15 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 
+import jax
 import numpy as np
 import pytest
 
 from educe import cli, runs
-from educe.models import scratch
+from educe.models import scratch, value_head
 from educe.rollouts import rounds, transcripts
 from educe.training import checkpoint, metrics
 
@@ -304,6 +306,142 @@ def test_one_step_off_runs_on_a_mesh(alone, tmp_path):
   records = metrics.read(tmp_path / 'run' / 'metrics.jsonl')
   stale = [r['sampling/staleness_steps'] for r in records if 'reward' in r]
   assert stale == [0, 2]
+
+
+@pytest.fixture(scope='module')
+def ppo(config, compile_once, tmp_path_factory):
+  """(a config: SFT, then PPO with a critic; the folder of its run)."""
+  folder = tmp_path_factory.mktemp('ppo')
+  text = pathlib.Path(config.partition('=')[2]).read_text()
+  text = text.replace("""    advantage=dict(name='rloo'),
+    algorithm=dict(name='grpo', minibatches=2),
+    loss=dict(name='grpo'),
+""", """    value=dict(trunk='separate', init_std=0.1),
+    algorithm=dict(
+      name='ppo', epochs=1, minibatches=2, kl_target=1e-3, kl_horizon=16,
+    ),
+    loss=dict(name='ppo'),
+""").replace('learning_rate=1e-9', 'learning_rate=1e-3')  # fmt: skip
+  path = folder / 'ppo.py'
+  path.write_text(text)
+  assert go(f'--config={path}', folder / 'run') == 0
+  return f'--config={path}', folder / 'run'
+
+
+def values_of(folder):
+  """(the value head and its trunk, the whole params) that a run ended with."""
+  model, like = scratch.load(preset='chain')
+  _, params = checkpoint.saved_with_value(folder / 'checkpoints', model, like)
+  return value_head.taken(params), params
+
+
+def test_ppo_logs_what_its_users_look_for(ppo):
+  rows = [r for r in metrics.read(ppo[1] / 'rl' / 'metrics.jsonl') if 'loss' in r]
+  assert len(rows) == 3
+  for name in (
+    'objective/kl', 'objective/kl_coef', 'objective/scores', 'objective/rlhf_reward',
+    'explained_variance', 'policy_loss', 'value_loss', 'value_clip_ratio', 'approx_kl',
+    'entropy', 'importance_ratio', 'clip_ratio/low', 'clip_ratio/high', 'kl',
+  ):  # fmt: skip
+    assert all(np.isfinite(row[name]) for row in rows), name
+  assert rows[0]['objective/kl'] == pytest.approx(0, abs=1e-5)
+  assert abs(rows[2]['objective/kl']) > 1e-3  # the second round
+  used = [row['objective/kl_coef'] for row in rows]
+  np.testing.assert_allclose(used, [0.05, 0.05, 0.05 * (1 - 0.2 * 16 / 16)])
+
+
+def test_a_policy_is_sampled_and_gone_on_with_without_its_critic(ppo, tmp_path):
+  folder = ppo[1]
+  flags = ['--prompt=0a=', '--raw', '--max_new_tokens=2']
+  assert cli.main(['sample', f'--model={folder / "rl"}', *flags]) == 0
+  to = tmp_path / 'out'
+  argv = ['convert', f'--model={folder / "rl"}', f'--to={to}']
+  assert cli.main(argv) == 0
+  assert (to / 'model.safetensors').exists()
+  like = scratch.load(preset='chain')[1]
+  alone = checkpoint.saved_params(folder / 'rl' / 'checkpoints', like)
+  _, params = values_of(folder / 'rl')
+  np.testing.assert_array_equal(alone['embedding'], params['embedding'])
+  trunk = params['value']['trunk']
+  assert np.abs(trunk['embedding'] - params['embedding']).max() > 1e-4  # it learned too
+
+
+def test_a_critic_starts_as_another_runs_values(ppo, tmp_path):
+  """By folder, and by the name of a stage: its values at the first step are theirs."""
+  path, folder = ppo
+  text = pathlib.Path(path.partition('=')[2]).read_text()
+  text = text.replace("stages=('base', 'rl'), base=base, rl=rl", (
+    "stages=('base', 'rl', 'more'), base=base, rl=rl, "
+    "more=dict(rl, init_from='base', value_from='rl', optimizer=dict("
+    "name='sgd', learning_rate=1e-9))"
+  ))  # fmt: skip
+  where = tmp_path / 'more.py'
+  where.write_text(text)
+  shutil.copytree(folder, tmp_path / 'run')
+  assert go(f'--config={where}', tmp_path / 'run') == 0
+  theirs, _ = values_of(tmp_path / 'run' / 'rl')
+  ours, params = values_of(tmp_path / 'run' / 'more')
+  # A rate of 1e-9 moves a float32 by less than it can say, or by its last bit.
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ours, theirs)
+  base = checkpoint.saved_params(
+    tmp_path / 'run' / 'base' / 'checkpoints', scratch.load(preset='chain')[1]
+  )
+  np.testing.assert_allclose(params['embedding'], base['embedding'], atol=1e-6)
+  written = json.loads((tmp_path / 'run' / 'more' / 'config.json').read_text())
+  assert written['value_from'] == str(tmp_path / 'run' / 'rl')
+
+
+def test_ppo_goes_on_as_if_it_had_not_stopped(ppo, tmp_path):
+  path, folder = ppo
+  text = pathlib.Path(path.partition('=')[2]).read_text()
+  where = tmp_path / 'alone.py'
+  where.write_text(text.replace("dict(stages=('base', 'rl'), base=base, rl=rl)", 'rl'))
+  first = f'--config.init_from={folder / "base"}'
+  for name, steps in (('whole', [5]), ('cut', [3, 5])):  # 3: inside the second round
+    for count in steps:
+      flags = [first, f'--config.steps={count}', '--config.optimizer.schedule=constant']
+      assert go(f'--config={where}', tmp_path / name, *flags) == 0
+  whole, cut = (
+    [
+      {k: v for k, v in row.items() if not k.startswith(('timing/', 'perf/'))}
+      for row in metrics.read(tmp_path / name / 'metrics.jsonl')
+      if 'loss' in row
+    ]
+    for name in ('whole', 'cut')
+  )
+  assert len(whole) == 5
+  assert whole == cut
+
+
+@pytest.mark.parametrize(
+  ('flags', 'message'),
+  [
+    (['--config.rl.value.trunk=own'], "value.trunk='own' must be one of"),
+    (['--config.rl.value_from=nowhere'], "value_from='nowhere' is not the folder of"),
+    (['--config.rl.value_from={base}'], 'is of a run without a value head'),
+    (['--config.rl.algorithm.kl_coef=-1.0'], 'kl_coef=-1.0 must be at least 0'),
+    (['--config.rl.loss.value_clip=-1.0'], 'value_clip=-1.0 must be above 0'),
+  ],
+)
+def test_what_a_critic_cannot_be_is_one_line(ppo, tmp_path, capsys, flags, message):
+  path, folder = ppo
+  shutil.copytree(folder / 'base', tmp_path / 'run' / 'base')
+  flags = [flag.format(base=folder / 'base') for flag in flags]
+  assert go(path, tmp_path / 'run', *flags) == 1
+  assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_ppo_without_a_value_head_is_one_line(ppo, tmp_path, capsys):
+  text = pathlib.Path(ppo[0].partition('=')[2]).read_text()
+  where = tmp_path / 'without.py'
+  text = text.replace("value=dict(trunk='separate', init_std=0.1),", '')
+  where.write_text(text.replace("dict(stages=('base', 'rl'), base=base, rl=rl)", 'rl'))
+  assert go(f'--config={where}', tmp_path / 'run') == 1
+  assert 'ppo needs a value head' in capsys.readouterr().err.splitlines()[-1]
+  (tmp_path / 'x' / 'checkpoints').mkdir(parents=True)
+  flags = [f'--config.value_from={tmp_path / "x"}']
+  assert go(f'--config={where}', tmp_path / 'run', *flags) == 1
+  assert 'without a section value' in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_story_is_told_of_those_that_were_measured(tmp_path):

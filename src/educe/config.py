@@ -20,15 +20,16 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import ml_collections
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from educe.spelling import near, siblings
 
 # section → the function that it calls. {name} is the section's own `name`.
 PLACES = {
   'model': 'educe.models.{name}:load',
+  'teacher': 'educe.models.{name}:load',
+  'value': 'educe.models.value_head:attach',
   'tokenizer': 'educe.data.tokenizer:load',
   'source': 'educe.data.sources:{name}',
   'data': 'educe.data.pipeline:make',
@@ -37,6 +38,7 @@ PLACES = {
   'optimizer': 'educe.training.optimizer:make',
   'environment': 'educe.environments.{name}:make',
   'rollouts': 'educe.rollouts.rounds:make',
+  'judge': 'educe.rollouts.judges:{name}',
   'advantage': 'educe.losses.advantages:{name}',
   'evaluation': 'educe.measurement.{name}:evaluate',
   'mesh': 'educe.sharding:make_mesh',
@@ -65,6 +67,8 @@ DEBUG = {
   'rollouts.workers': 0,
   'algorithm.minibatches': 2,
   'algorithm.keep': 'best',  # nothing that a random model says is right
+  'algorithm.teacher': {'name': 'scratch', 'preset': 'debug', 'seed': 1},
+  'judge': {'name': 'length', 'target': 20},
   'evaluation.max_new_tokens': 4,
 }
 
@@ -167,9 +171,7 @@ def expand(values: Mapping[str, Any], function: Callable, path='config') -> dict
   """
   where = f'{function.__module__}.{function.__name__}'
   parameters = inspect.signature(function).parameters
-  schema = {
-    n: p for n, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY
-  }
+  schema = {n: p for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
   is_open = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
   hints = typing.get_type_hints(function)
   for key, value in values.items():
@@ -208,16 +210,17 @@ def expand_section(section: str, values: Mapping[str, Any], path: str) -> dict:
 def call(section: str, values: Mapping[str, Any], **supply: Any) -> Any:
   """Calls a section's function: its config, and by name what it takes before the *.
 
-  Raises ConfigError when it takes something that this program does not have, and names
-  the section in front of what the function itself refuses or does not find.
+  Raises ConfigError when it takes something that this program does not have, unless that
+  has a default, and names the section before what the function itself does not take.
   """
   function = bound(section, values)
   wanted = _supplied(function.func)
-  for name in wanted:
-    if supply.get(name) is None:
+  for name, parameter in wanted.items():
+    if supply.get(name) is None and parameter.default is parameter.empty:
       raise ConfigError(f'config.{section} needs a section config.{name}')
   try:
-    return function(*(supply[name] for name in wanted))
+    given = {n: x for n, x in supply.items() if x is not None}
+    return function(*(given.get(n, p.default) for n, p in wanted.items()))
   except ConfigError:
     raise
   except (ValueError, OSError) as error:
@@ -270,10 +273,10 @@ def bound(section: str, values: Mapping[str, Any]) -> functools.partial:
   return functools.partial(function, **values)
 
 
-def _supplied(function: Callable) -> list[str]:
+def _supplied(function: Callable) -> dict[str, inspect.Parameter]:
   """What a section's function takes from the program: all before the *."""
-  parameters = inspect.signature(function).parameters.values()
-  return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+  parameters = inspect.signature(function).parameters
+  return {n: p for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD}
 
 
 def _checked(value: Any, hint: Any, path: str) -> Any:
@@ -311,7 +314,7 @@ def _spec(argv: Sequence[str]) -> str:
   raise ConfigError('--config is missing: name a file, as --config=configs/sft.py:demo')
 
 
-def _shrink(config: ml_collections.ConfigDict, keep: set[str]) -> None:
+def _shrink(config: ConfigDict, keep: set[str]) -> None:
   for path, value in DEBUG.items():
     *parents, leaf = path.split('.')
     section: Any = config
@@ -321,11 +324,10 @@ def _shrink(config: ml_collections.ConfigDict, keep: set[str]) -> None:
       continue
     if leaf == 'minibatches' and section.get(leaf, 1) <= value:
       continue
-    if leaf in section or _takes(parents, section, leaf):
+    whole = isinstance(value, dict)  # a section, which is never added
+    if leaf in section or (not whole and _takes(parents, section, leaf)):
       with section.unlocked():
-        section[leaf] = (
-          ml_collections.ConfigDict(value) if isinstance(value, dict) else value
-        )
+        section[leaf] = ConfigDict(value) if whole else value
 
 
 def _takes(parents: Sequence[str], section: Mapping, key: str) -> bool:
@@ -341,9 +343,7 @@ def _check_sections(config: Any, overrides: Sequence[str]) -> None:
     *parents, _ = override.partition('=')[0].removeprefix('--config.').split('.')
     section: Any = config
     for parent in parents:
-      there = [
-        k for k, v in section.items() if isinstance(v, ml_collections.ConfigDict)
-      ]
+      there = [k for k, v in section.items() if isinstance(v, ConfigDict)]
       if parent not in there:
         raise ConfigError(
           f'{override}: the config has no section {parent!r}' + near(parent, there)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import inspect
 import json
 import pathlib
 import re
@@ -19,18 +20,19 @@ import jax
 
 from educe import config as config_lib
 from educe import paths, sharding
-from educe.data import tokenizer as tokenizers
-from educe.measurement import curves, transcript_page
-from educe.models import policy
+from educe.measurement import curves, reliability, transcript_page
+from educe.models import policy, value_head
+from educe.policies import check_vocabulary, open_values, read_config
 from educe.progress import say
 from educe.rollouts import transcripts
-from educe.rollouts.sampler import vocabulary_size
+from educe.spelling import near
 from educe.training import checkpoint, loop, metrics
 from educe.training.step import init_state, make_step
-from educe.types import Model, Params
 
 # The sections that `train` itself reads; the others must be read by one another.
-READ = ('model', 'tokenizer', 'algorithm', 'loss', 'optimizer', 'evaluation', 'mesh')
+READ = (
+  'model', 'value', 'tokenizer', 'algorithm', 'loss', 'optimizer', 'evaluation', 'mesh'
+)  # fmt: skip
 PAGE = 64  # completions on the page of transcripts
 # What may change without changing the result (`init_from` is filled in for a stage).
 BESIDE = ('init_from', 'mesh', 'microbatches', 'save_every', 'keep', 'tensorboard')
@@ -51,7 +53,10 @@ def train(
   environment: dict | None = None,
   rollouts: dict | None = None,
   advantage: dict | None = None,
+  judge: dict | None = None,
   init_from: str | None = None,
+  value: dict | None = None,
+  value_from: str | None = None,
   seed: int = 0,
   microbatches: int = 1,
   save_every: int = 100,
@@ -71,7 +76,12 @@ def train(
     steps: updates.
     source, data: records and batches, for algorithms that train on data.
     environment, rollouts, advantage: for those that train on the policy's own samples.
-    init_from: a run folder; its newest weights take the place of the model's.
+    judge: of those, in place of the environment's rewards.
+    init_from: a run folder (or a stage before this one, by its name); its newest weights
+      take the place of the model's.
+    value: a value head on them, for a reward model or a critic.
+    value_from: likewise; the head starts as the one that it trained, with a trunk of
+      its own if ours is separate.
     seed: of the samples and the training state's random key.
     microbatches: parts a batch is cut into; memory goes down, the result stays.
     save_every, keep: steps between checkpoints, and how many of the newest stay.
@@ -90,8 +100,13 @@ def train(
   tx = call('optimizer', optimizer, steps=steps)
   if evaluation:
     config_lib.check('evaluation', evaluation)
-  if init_from is not None and not (pathlib.Path(init_from) / 'checkpoints').is_dir():
-    raise ValueError(f'init_from={init_from!r} is not the folder of a run')
+  for name, folder in (('init_from', init_from), ('value_from', value_from)):
+    if folder is not None and not (pathlib.Path(folder) / 'checkpoints').is_dir():
+      raise ValueError(f'{name}={folder!r} is not the folder of a run')
+  if value_from is not None and value is None:
+    raise ValueError(
+      f"value_from={value_from!r} without a section value: add value=dict(trunk='shared')"
+    )
   try:
     words = call('tokenizer', tokenizer)
   except config_lib.ConfigError as error:
@@ -108,6 +123,7 @@ def train(
   )
   world: Any = environment and call('environment', environment)
   exam: Any = evaluation and config_lib.bound('evaluation', evaluation)
+  compares = exam and 'reference' in inspect.signature(exam.func).parameters
 
   # The policy, on the mesh.
   grid = call('mesh', mesh)
@@ -117,14 +133,23 @@ def train(
   check_vocabulary(net, params, words)
   if init_from is not None:
     params = checkpoint.saved_params(pathlib.Path(init_from) / 'checkpoints', params)
+  if value is not None:
+    start = None
+    if value_from is not None:
+      where = pathlib.Path(value_from) / 'checkpoints'
+      start = value_head.taken(checkpoint.saved_with_value(where, net, params)[1])
+    net, params = config_lib.bound('value', value)(net, params, start)
   size = policy.count(params)
   flops_per_token = 6.0 * size
   params = sharding.place(params, net.axes, grid)
 
   with contextlib.ExitStack() as closing:  # also when something below is refused
     # Where batches come from.
-    supply = dict(model=net, tokenizer=words, environment=world, seed=seed)
-    rounds = rollouts and call('rollouts', rollouts, **supply)
+    supply = dict(
+      model=net, params=params, tokenizer=words, environment=world, seed=seed
+    )
+    opinion: Any = judge and call('judge', judge, open_values=open_values)
+    rounds = rollouts and call('rollouts', rollouts, **supply, judge=opinion)
     if rounds:
       closing.callback(rounds.close)
     method = call(
@@ -136,14 +161,23 @@ def train(
       advantage=advantage and config_lib.bound('advantage', advantage),
       loss=config_lib.bound('loss', loss),
       place=place,
+      mesh=grid,
       run_dir=run_dir,
     )
     closing.callback(method.data.close)
-    sharding.check_batch(method.rows * jax.process_count(), microbatches, grid)
-    has_reference = method.reference_every is not None
-    state = init_state(params, tx, jax.random.key(seed), reference=has_reference)
+    if method.couples and microbatches > 1:
+      raise ValueError(
+        f'microbatches={microbatches}: the loss compares rows across the whole batch, so '
+        'that it cannot be cut; set microbatches=1, or choose another loss'
+      )
+    rows = method.rows * jax.process_count()
+    sharding.check_batch(rows, microbatches, grid, method.group)
+    copied = method.reference_every is not None and method.reference is None
+    state = init_state(params, tx, jax.random.key(seed), reference=copied)
+    if method.reference is not None:
+      state = state._replace(reference=method.reference)
     state = sharding.replicate_rest(state, grid)
-    del params  # the state owns them now
+    del params, supply  # the state owns them now
 
     # Where it stood, if it ran before.
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -163,10 +197,11 @@ def train(
 
     def evaluate(state) -> dict[str, Any]:
       step = int(state.step)
-      score = exam(net, state.params, words)
+      score = exam(net, state.params, words, *([state.reference] if compares else []))
       transcripts.save(score.transcripts, run_dir / 'samples' / f'{step}.jsonl')
-      say(f'\n{transcripts.show(score.transcripts, limit=3)}')
-      say(f'\nstep {step}: solves {score}')
+      if 'completion' in score.transcripts[0]:
+        say(f'\n{transcripts.show(score.transcripts, limit=3)}')
+      say(f'\nstep {step}: {score.verb} {score}')
       return score.metrics()
 
     step = make_step(
@@ -176,6 +211,8 @@ def train(
       microbatches=microbatches,
       temperature=method.temperature,
       reference_every=method.reference_every,
+      scorer=method.score,
+      reference_alpha=method.reference_alpha,
       state_shardings=jax.tree.map(lambda x: x.sharding, state),
     )
     state, finished = loop.run(
@@ -202,16 +239,6 @@ def train(
       f'stopped at step {int(state.step)}, saved; the same command goes on from there'
     )
   return finished
-
-
-def check_vocabulary(model: Model, params: Params, words: tokenizers.Tokenizer) -> None:
-  """Raises ValueError if the tokenizer can write an id that the model cannot embed."""
-  vocab = vocabulary_size(model, params)
-  if words.vocab_size > vocab:
-    raise ValueError(
-      f'the tokenizer has {words.vocab_size} tokens, the model {vocab} embeddings; '
-      'use the tokenizer that belongs to the model'
-    )
 
 
 def write_config(run_dir: pathlib.Path, config: dict[str, Any]) -> None:
@@ -259,20 +286,12 @@ def headline(run_dir: pathlib.Path, config: dict[str, Any]) -> str:
   )
 
 
-def read_config(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    return json.loads(path.read_text())
-  except json.JSONDecodeError as error:
-    raise ValueError(
-      f'{path} is damaged ({error}); delete it and train again'
-    ) from None
-
-
 def pictures(run_dir: pathlib.Path) -> list[pathlib.Path]:
   """What to look at: the curves, and a page of the last rollouts if there are any."""
   made, title = [], '/'.join(run_dir.parts[-2:])
   if importlib.util.find_spec('matplotlib') is not None:
     made.append(curves.draw(run_dir, title=title))
+    made += filter(None, [reliability.draw(run_dir, title=title)])
   if files := sorted((run_dir / 'rollouts').glob('*.jsonl'), reverse=True):
     full = (file for file in files if 'log_ratio' in transcripts.load(file, 1)[0])
     file = next(full, files[0])  # not every run has such a one
@@ -309,8 +328,12 @@ def run_all(argv: Sequence[str], run_dir: pathlib.Path, *, sweep: bool) -> None:
         )
         for stage in stages
       }
-    for config in runs.values():
+    for folder, config in runs.items():
       config_lib.check_used(config, READ)
+      for key in ('init_from', 'value_from'):
+        if config[key] in (stages or ()):  # a stage's name stands for its folder
+          config[key] = f'stage://{config[key]}'
+      runs[folder] = with_stages(config, {x.name: x for x in runs})
     previous = None
     for folder, config in runs.items():
       if stages and is_done(folder, config):
@@ -331,6 +354,18 @@ def run_all(argv: Sequence[str], run_dir: pathlib.Path, *, sweep: bool) -> None:
       previous = folder
     if stages:
       say(story(list(runs)))
+
+
+def with_stages(values: Any, folders: dict[str, pathlib.Path]) -> Any:
+  """A config in which 'stage://sft' is the folder of the stage of that name."""
+  if isinstance(values, dict):
+    return {key: with_stages(x, folders) for key, x in values.items()}
+  if not isinstance(values, str) or not values.startswith('stage://'):
+    return values
+  name = values.removeprefix('stage://')
+  if name not in folders:
+    raise config_lib.ConfigError(f'{values}: no such stage' + near(name, folders))
+  return str(folders[name])
 
 
 def is_done(folder: pathlib.Path, config: dict[str, Any]) -> bool:

@@ -94,11 +94,15 @@ def place_batch(batch: Any, mesh: Mesh) -> Any:
   )
 
 
-def check_batch(rows: int, microbatches: int, mesh: Mesh) -> None:
-  """Rows of the global batch must split evenly over microbatches and devices."""
+def check_batch(rows: int, microbatches: int, mesh: Mesh, group: int = 1) -> None:
+  """Rows of the global batch must split evenly over microbatches and devices.
+
+  group: rows that must stay together
+  """
   ways = mesh.shape['data'] * mesh.shape['fsdp'] * microbatches
-  if rows % ways:
+  if rows % (ways * group):
+    whole = f' in groups of {group}' if group > 1 else ''
     raise ValueError(
-      f'batch of {rows} rows does not divide into {microbatches} microbatches × '
-      f'{ways // microbatches} data-parallel devices; make it a multiple of {ways}'
+      f'batch of {rows} rows{whole} does not divide into {microbatches} microbatches × '
+      f'{ways // microbatches} data-parallel devices; make it a multiple of {ways * group}'
     )

@@ -40,8 +40,9 @@ class Scores(NamedTuple):
 
   logp: Float[Array, 'B T']  # log p(tokens[b, t] | tokens[b, :t]) (nats)
   entropy: Float[Array, 'B T']  # of the distribution that tokens[b, t] came from (nats)
-  values: Float[Array, 'B T'] | None = None
+  values: Float[Array, 'B T'] | None = None  # of tokens[b, :t], from a value head
   mean_logp: Float[Array, 'B T'] | None = None  # Σ_v log p(v) / V (nats); smoothing
+  divergence: Float[Array, 'B T'] | None = None  # to a teacher's distribution (nats)
 
 
 class Mean(NamedTuple):
@@ -90,6 +91,9 @@ class Model(NamedTuple):
       whose stored position is in 0..position. A position of -1 marks padding.
   axes: params-shaped tree of tuples of logical axis names (see sharding.py)
   architecture: the frozen description that `convert` writes into config.json
+  values(params, states [B, T, D], tokens, positions=None, segments=None) -> [B, T]
+      float32, the value of what has been read up to and with token t; None without a
+      value head (models/value_head.py). `states` are those of `hidden`.
   """
 
   init: Callable[..., Params]
@@ -99,6 +103,7 @@ class Model(NamedTuple):
   decode: Callable[..., tuple[Array, Cache]]
   axes: Any
   architecture: Any
+  values: Callable[..., Array] | None = None
 
 
 class Samples(NamedTuple):
@@ -171,6 +176,7 @@ class Environment(NamedTuple):
 
 
 LossFn = Callable[[Scores, Batch], tuple[Mean, dict[str, Mean | Max]]]
+ScoreFn = Callable[[Params, Params | None, Batch], Scores]
 
 
 class Algorithm(NamedTuple):
@@ -183,7 +189,14 @@ class Algorithm(NamedTuple):
   rows: of a batch of this process
   reference_every: None: no reference is kept · 0: the initial policy, for ever · n: the
       policy as it was at the last step that n divides
-  asks_policy: next_batch samples from the state's policy, and so waits for its step
+  reference_alpha: share of the policy in what the reference then becomes; 1 is a copy
+  asks_policy: next_batch reads the state's params, and so waits for its step
+  group: rows that belong together, next to each other: a pair is two
+  couples: the loss of a row depends on the others, so that a batch must not be cut
+  reference: params that the state's reference starts with, a teacher's; None: a copy
+      of the policy's, where one is kept
+  score: (params, the state's reference, batch) -> Scores, where it is more than
+      losses/logprobs.score of the policy
   """
 
   next_batch: Callable[[TrainState], tuple[Batch, dict[str, Any]]]
@@ -193,3 +206,8 @@ class Algorithm(NamedTuple):
   temperature: float = 1.0
   reference_every: int | None = None
   asks_policy: bool = False
+  reference_alpha: float = 1.0
+  group: int = 1
+  couples: bool = False
+  reference: Params | None = None
+  score: ScoreFn | None = None

@@ -12,6 +12,7 @@ class Rows:
   """Two rows of a pipeline, and its counts."""
 
   batch_size = 2
+  records = 'documents'
 
   def __init__(self, packing=False):
     self.read, self.packing = 0, packing
@@ -65,3 +66,10 @@ def test_what_the_loss_refuses_is_refused_before_the_first_batch(
   with pytest.raises(ValueError, match=message):
     algorithm.make(data, functools.partial(losses.loss, **setting))
   assert data.read == 0
+
+
+def test_preferences_are_not_imitated():
+  data = Rows()
+  data.records = 'pairs'
+  with pytest.raises(ValueError, match=r"config\.data\.records='pairs'"):
+    algorithm.make(data, losses.loss)

@@ -25,8 +25,8 @@ RECORDS = [
 ]
 
 
-def make(records=RECORDS, **options):
-  source = sources.memory(records=records) if isinstance(records, list) else records
+def make(data=RECORDS, **options):
+  source = sources.memory(records=data) if isinstance(data, list) else data
   return pipeline.make(source, BYTE, **{**dict(batch_size=4, max_length=40), **options})
 
 
@@ -361,12 +361,12 @@ def test_a_state_of_something_else_is_refused():
     (dict(process_index=2, process_count=2), 'process_index=2'),
     (dict(epochs=1, process_count=2), 'epochs=1 with process_count=2'),
     (dict(process_count=99), 'too few for 99 processes'),
-    (dict(records=()), 'data set is empty'),
+    (dict(data=()), 'data set is empty'),
     (
-      dict(records=[dict(question='q')]),
+      dict(data=[dict(question='q')]),
       r"memory row 0: record has columns \['question'\]",
     ),
-    (dict(records=[dict(text='a'), dict(text='')]), 'memory row 1: text'),
+    (dict(data=[dict(text='a'), dict(text='')]), 'memory row 1: text'),
   ],
 )
 def test_errors_before_anything_is_read(options, match):
@@ -414,3 +414,148 @@ def test_real_gsm8k_packs_well():
   assert full > 0.8
   seen = {int(i) for batch in rows for i in batch['ids'].ravel()} - {-1}
   assert len(seen) >= 1500 - batches.counts()['dropped_overlong'] - 8 * 20
+
+
+PREFERENCES = {
+  'pairs': [
+    dict(prompt=f'p{i}', chosen='c' * (i * 7 % 44 + 1), rejected='r' * (i * 5 % 30 + 1))
+    for i in range(37)
+  ],
+  'unpaired': [
+    dict(prompt=f'p{i}', completion='c' * (i * 7 % 44 + 1), label=i % 3 == 0)
+    for i in range(37)
+  ],
+  'rated': [
+    dict(prompt=f'p{i}', completion='c' * (i + 1), rating=i) for i in range(37)
+  ],
+  'steps': [
+    dict(prompt=f'p{i}', completions=['s' * (i + 1), 't'], labels=[1, i % 2])
+    for i in range(37)
+  ],
+}
+
+
+def preferences(records, data=None, **options):
+  return make(data or PREFERENCES[records], records=records, **options)
+
+
+@pytest.mark.parametrize('records', PREFERENCES)
+def test_preferences_continue_exactly_with_any_number_of_workers(records):
+  alone = preferences(records, overlong='truncate', max_prompt_length=20)
+  whole = take(alone, 20)  # two epochs and more
+  counts = alone.counts()
+  first = preferences(records, overlong='truncate', max_prompt_length=20)
+  equal(take(first, 11), whole[:11])
+  state = json.loads(json.dumps(first.get_state()))
+  next(first)
+  again = preferences(records, overlong='truncate', max_prompt_length=20, workers=2)
+  again.set_state(state)
+  equal(take(again, 9), whole[11:])
+  assert again.counts() == counts
+  assert counts['truncated'] > 0
+  again.close()
+
+
+def test_a_pair_is_kept_or_dropped_whole():
+  data = PREFERENCES['pairs']
+  fits = [
+    i for i, r in enumerate(data)
+    if len(r['prompt']) + max(len(r['chosen']), len(r['rejected'])) <= 38
+  ]  # fmt: skip
+  batches = preferences('pairs', batch_size=1, epochs=1)
+  seen = []
+  for batch in batches:
+    assert batch['tokens'].shape == (2, 40)
+    record = batch['ids'][0, 0]
+    texts = [
+      BYTE.decode(tokens[mask == 1])
+      for tokens, mask in zip(batch['tokens'], batch['mask'], strict=True)
+    ]
+    own = data[record]
+    assert texts == [f'{own["chosen"]}<|eos|>', f'{own["rejected"]}<|eos|>']
+    seen.append(int(record))
+  assert sorted(seen) == fits
+  assert batches.counts()['dropped_overlong'] == 37 - len(fits)
+
+
+def test_every_mismatched_completion_is_the_next_kept_record_s():
+  batches = preferences('unpaired', epochs=1)
+  for batch in batches:
+    own = batch['ids'][::2, 0]
+    np.testing.assert_array_equal(batch['ids'][1::2, 0], own)
+    mixed = batch['mask'][1::2] == 1
+    others = [
+      np.unique(ids[m]) for ids, m in zip(batch['ids'][1::2], mixed, strict=True)
+    ]
+    np.testing.assert_array_equal(np.concatenate(others), np.roll(own, -1))
+    np.testing.assert_array_equal(batch['labels'][::2], own % 3 == 0)
+    assert np.isnan(batch['labels'][1::2]).all()
+
+
+def test_pairs_truncated_to_nothing_are_counted():
+  data = [
+    dict(prompt='p', chosen='c' * 50 + 'a', rejected='c' * 50 + 'b'),
+    dict(prompt='p', chosen='c' * 50, rejected='b'),
+  ]
+  batches = preferences('pairs', data, batch_size=1, epochs=1, overlong='truncate')
+  (only,) = list(batches)
+  assert (only['mask'].sum(-1) == [38, 2]).all()
+  assert batches.counts()['truncated'] == 1
+  assert batches.counts()['dropped_masked'] == 1
+  assert batches.rows_of(0) is None
+  np.testing.assert_array_equal(batches.rows_of(1)['tokens'], only['tokens'])
+  with pytest.raises(ValueError, match='a whole epoch was dropped'):
+    next(preferences('pairs', data[:1], batch_size=1, overlong='truncate'))
+
+
+def test_ratings_are_of_all_pairs_or_of_none():
+  data = [dict(r, margin=1.0) for r in PREFERENCES['pairs']]
+  rated = preferences('pairs', data)
+  assert rated.has_labels
+  assert next(rated)['labels'].tolist() == [1, 0] * 4
+  assert not preferences('pairs').has_labels
+  for broken, what in ((data, 'not rated'), (PREFERENCES['pairs'], 'rated')):
+    other = [dict(r, margin=None if what == 'not rated' else 1.0) for r in data[:1]]
+    with pytest.raises(ValueError, match=f'memory row 5: {what}, unlike memory row 0'):
+      preferences('pairs', [*broken[:5], *other, *broken[6:]])
+
+
+@pytest.mark.parametrize(
+  ('records', 'options', 'match'),
+  [
+    ('triples', {}, r"records='triples' is not one of \['documents', 'pairs'"),
+    ('pairs', {'packing': True}, "packing=True is of documents, not of records='pairs'"),
+    ('pairs', {'max_prompt_length': 8}, "set overlong='truncate'"),
+    ('pairs', {'max_prompt_length': 40, 'overlong': 'truncate'}, r'in 1..max_length−1=39'),
+    ('unpaired', {'batch_size': 1}, 'needs another one in its batch'),
+    ('unpaired', {'drop_remainder': False}, 'needs another one in its batch'),
+  ],
+)  # fmt: skip
+def test_what_preferences_cannot_be(records, options, match):
+  with pytest.raises(ValueError, match=match):
+    make(PREFERENCES.get(records, RECORDS), records=records, **options)
+
+
+@pytest.mark.parametrize('label', [True, 0])
+def test_labels_that_are_all_the_same_are_refused(label):
+  data = [dict(r, label=label) for r in PREFERENCES['unpaired']]
+  with pytest.raises(ValueError, match=f'every label of the data set is {label}'):
+    preferences('unpaired', data)
+  preferences('unpaired', [*data, dict(data[0], label=not label)]).close()
+
+
+def test_a_bad_pair_is_named_wherever_it_stands():
+  data = [*PREFERENCES['pairs'][:20], dict(prompt='p', chosen='a', rejected='a')]
+  batches = preferences('pairs', data, batch_size=1, epochs=1)
+  with pytest.raises(
+    ValueError, match='memory row 20: chosen and rejected are the same'
+  ):
+    list(batches)
+
+
+def test_pairs_are_not_continued_as_something_else():
+  state = preferences('pairs').get_state()
+  with pytest.raises(ValueError, match="records_as='pairs'"):
+    make([dict(r, completion=r['chosen']) for r in PREFERENCES['pairs']]).set_state(
+      state
+    )

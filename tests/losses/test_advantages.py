@@ -202,3 +202,135 @@ def test_bad_input_is_one_clear_line():
   one = np.ones((8, 1))
   with pytest.raises(ValueError, match=r'baseline=True with kl_coef=0\.1: put the KL'):
     adv.reinforce_plus_plus(R, 4, mask=one, kl=one, kl_coef=0.1, baseline=True)
+
+
+def sequences_of(mask, segments):
+  """The places drawn, sequence by sequence: [(row, [t, …]), …]."""
+  out = []
+  for b in range(len(mask)):
+    for s in sorted({*segments[b]}):
+      places = [t for t in range(mask.shape[1]) if mask[b, t] and segments[b, t] == s]
+      if places:
+        out.append((b, places))
+  return out
+
+
+def gae_by_loop(r, v, mask, gamma, lam, ahead, segments):
+  """Σ_l (γλ)^l δ_{i+l} written out, over the drawn tokens of each sequence."""
+  advantages, returns = np.zeros(mask.shape), np.zeros(mask.shape)
+  for b, places in sequences_of(mask, segments):
+    after = [*(v[b, t] for t in places[1:]), ahead[b, places[-1]]]
+    delta = [r[b, t] + gamma * nxt - v[b, t]
+             for t, nxt in zip(places, after, strict=True)]  # fmt: skip
+    for i, t in enumerate(places):
+      terms = [(gamma * lam) ** k * d for k, d in enumerate(delta[i:])]
+      advantages[b, t] = math.fsum(terms)
+      returns[b, t] = advantages[b, t] + v[b, t]
+  return advantages, returns
+
+
+def episodes(rows=6, length=13, seed=0):
+  """Rewards, values, a mask with observations inside, bootstraps and packed segments."""
+  rng = np.random.default_rng(seed)
+  r, v, ahead = rng.normal(size=(3, rows, length))
+  mask = (rng.random((rows, length)) < 0.6) * 1.0
+  mask[:, 0], mask[1], mask[2], mask[3, 1:] = 0, 0, 1, 1
+  segments = np.sort(rng.integers(1, 4, (rows, length)), -1)
+  segments[:, -1] = 0  # padding
+  mask[:, -1] = 0
+  for x in (r, v, ahead):
+    x[mask == 0] = rng.choice([np.nan, np.inf, -np.inf], (mask == 0).sum())
+  return r, v, mask, ahead, segments
+
+
+@pytest.mark.parametrize('packed', [False, True])
+@pytest.mark.parametrize('cut', [False, True])
+@pytest.mark.parametrize(
+  ('gamma', 'lam'), [(1.0, 0.95), (0.9, 0.7), (0.97, 1.0), (1.0, 0.0)]
+)
+def test_gae_equals_the_loop(gamma, lam, cut, packed):
+  r, v, mask, ahead, segments = episodes()
+  one = np.zeros(mask.shape, int)
+  want = gae_by_loop(
+    r, v, mask, gamma, lam, ahead if cut else 0 * np.nan_to_num(ahead),
+    segments if packed else one,
+  )  # fmt: skip
+  got = adv.gae(
+    r, v, mask, gamma=gamma, lam=lam, bootstrap=ahead if cut else None,
+    segments=segments if packed else None,
+  )  # fmt: skip
+  for a, b in zip(got, want, strict=True):
+    assert a.dtype == np.float64
+    np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+  assert not got[0][mask == 0].any()
+  assert not got[1][mask == 0].any()
+
+
+def test_gae_steps_over_observations():
+  """As if what the environment said between two turns were not there."""
+  r, v, mask = np.array([[0.0, 1, 2, 3]]), np.array([[0.5, 0.1, -0.2, 0.3]]), np.ones(4)
+  short = adv.gae(r, v, mask[None], gamma=0.9, lam=0.8)
+  at = [1, 2, 5, 9]
+  wide = [np.full((1, 11), np.nan) for _ in range(2)]
+  for x, y in zip(wide, (r, v), strict=True):
+    x[0, at] = y
+  drawn = np.isfinite(wide[0]) * 1.0
+  long = adv.gae(*wide, drawn, gamma=0.9, lam=0.8)
+  for a, b in zip(long, short, strict=True):
+    np.testing.assert_array_equal(a[0, at], b[0])
+
+
+def test_gae_at_its_ends():
+  """λ = 1: return minus value. λ = 0: one step ahead. A right critic: advantage 0."""
+  rng = np.random.default_rng(1)
+  r, v = rng.normal(size=(2, 3, 6))
+  mask = np.ones((3, 6))
+  future = np.cumsum(r[:, ::-1], -1)[:, ::-1]
+  a, returns = adv.gae(r, v, mask, lam=1.0)
+  np.testing.assert_allclose(a, future - v, atol=1e-12)
+  np.testing.assert_allclose(returns, future, atol=1e-12)
+  one_step = r + np.pad(v[:, 1:], ((0, 0), (0, 1))) - v
+  np.testing.assert_allclose(adv.gae(r, v, mask, lam=0.0)[0], one_step, atol=1e-12)
+  np.testing.assert_allclose(adv.gae(r, future, mask, lam=0.5)[0], 0, atol=1e-12)
+
+
+def test_a_cut_off_sequence_counts_on_what_would_have_come():
+  r, v, mask = np.zeros((2, 3)), np.zeros((2, 3)), np.array([[0, 1, 1.0], [0, 1, 0]])
+  ahead = np.array([[9, 9, 2.0], [9, 3, 9]])  # 9: not the last drawn, never read
+  a, _ = adv.gae(r, v, mask, gamma=0.5, lam=0.5, bootstrap=ahead)
+  np.testing.assert_allclose(a, [[0, 0.25, 1], [0, 1.5, 0]])
+
+
+@pytest.mark.parametrize('centre', [True, False])
+@pytest.mark.parametrize('ddof', [0, 1])
+def test_whitening_is_over_the_trained_tokens(centre, ddof):
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(4, 7)) * 3 + 5
+  mask = (rng.random((4, 7)) < 0.5) * 1.0
+  x[mask == 0] = np.nan
+  flat = list(x[mask > 0])
+  m = statistics.fmean(flat)
+  s = statistics.stdev(flat) if ddof else statistics.pstdev(flat)
+  want = np.where(mask > 0, (x - m) / (s + 1e-6) + (0 if centre else m), 0)
+  got = adv.whitened(x, mask, centre=centre, ddof=ddof)
+  np.testing.assert_allclose(got, want, rtol=1e-12)
+
+
+def test_whitening_what_is_equal_or_not_there_gives_nothing():
+  x, mask = np.full((2, 3), 0.35), np.array([[0, 1, 1.0], [1, 1, 0]])
+  assert not adv.whitened(x, mask).any()
+  np.testing.assert_allclose(adv.whitened(x, mask, centre=False), 0.35 * mask)
+  assert not adv.whitened(x, 0 * mask).any()
+  assert not adv.whitened(x, 0 * mask, centre=False).any()
+  assert not adv.whitened([[1.0, 2.0]], [[1.0, 0.0]]).any()  # one token has no spread
+
+
+def test_gae_refuses_what_cannot_be():
+  ones = np.ones((2, 3))
+  for options in (dict(gamma=1.1), dict(lam=-0.1), dict(gamma=float('nan'))):
+    with pytest.raises(ValueError, match=r'gamma=.* and lam=.* must be in \[0, 1\]'):
+      adv.gae(ones, ones, ones, **options)
+  with pytest.raises(ValueError, match=r'values has shape \(2, 4\), mask \(2, 3\)'):
+    adv.gae(ones, np.ones((2, 4)), ones)
+  with pytest.raises(ValueError, match=r'bootstrap has shape \(2,\), mask'):
+    adv.gae(ones, ones, ones, bootstrap=np.ones(2))

@@ -40,3 +40,11 @@ def test_only_the_named_fields_are_there():
 
   dry_run(loss, 'advantages', 'ref_logp')
   assert seen == [{'tokens', 'mask', 'advantages', 'ref_logp'}]
+
+
+def test_labels_are_one_a_row():
+  def loss(scores, batch):
+    assert batch.labels.shape == batch.mask.shape[:1]
+    return sft.loss(scores, batch)
+
+  dry_run(loss, 'labels')

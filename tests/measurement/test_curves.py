@@ -317,3 +317,28 @@ draw({str(tmp_path)!r})
 assert 'matplotlib' in sys.modules and 'matplotlib.pyplot' not in sys.modules
 """
   subprocess.run([sys.executable, '-c', code], check=True)
+
+
+def test_preferences_have_panels_of_their_own(tmp_path, monkeypatch):
+  names = (
+    'loss', 'rewards/chosen', 'rewards/rejected', 'rewards/margins',
+    'rewards/accuracies', 'logps/chosen', 'logps/rejected',
+  )  # fmt: skip
+  rows = [
+    {'step': s, **{name: (i + 1) / s for i, name in enumerate(names)}}
+    for s in range(1, 31)
+  ]
+  exam = {'accuracy': 0.3, 'accuracy/low': 0.1, 'accuracy/high': 0.6}
+  panels, _ = pictured(monkeypatch, tmp_path, [{'step': 0, **exam}, *rows])
+  assert list(panels) == [
+    'loss (nats per pair)', 'held-out accuracy', 'rewards', 'reward margin',
+    'pairs the right way round', 'log-probs (nats per sequence)',
+  ]  # fmt: skip
+  first = {title: [line.get_ydata()[0] for line in axes.lines if line.get_alpha()]
+           for title, axes in panels.items()}  # fmt: skip
+  assert first['rewards'] == [2, 3]
+  assert first['reward margin'] == [4]
+  assert first['log-probs (nats per sequence)'] == [6, 7]
+  without = [{k: v for k, v in row.items() if 'logps' not in k} for row in rows]
+  panels, _ = pictured(monkeypatch, tmp_path, without)
+  assert 'log-probs (nats per sequence)' not in panels

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from educe import sharding
+from educe.models import policy, presets, value_head
 from educe.training import checkpoint, optimizer
 from educe.training.checkpoint import CheckpointError
 from educe.training.step import init_state
@@ -234,3 +235,41 @@ def test_a_checkpoint_moves_to_another_mesh(tmp_path, mesh_of):
   got = restore(tmp_path, like)
   assert got.params['embed'].sharding == placed['embed'].sharding
   same(jax.device_get(got._replace(key=state.key)), state)
+
+
+def critic(trunk, model=None):
+  """(Model, params) with a value head that is not zero."""
+  model = model or policy.build(presets.get('debug'))
+  params = model.init(jax.random.key(1))
+  return value_head.attach(model, params, trunk=trunk, init_std=1.0)
+
+
+@pytest.mark.parametrize('trunk', ['shared', 'separate'])
+def test_a_run_with_a_value_head_comes_back_whole_or_as_its_policy(tmp_path, trunk):
+  _, params = critic(trunk)
+  kept = jax.tree.map(np.array, params)
+  save(tmp_path, init_state(params, TX, jax.random.key(0)))
+  plain = policy.build(presets.get('debug'))
+  like = plain.init(jax.random.key(2))
+  alone = checkpoint.saved_params(tmp_path, like)
+  jax.tree.map(np.testing.assert_array_equal, alone, value_head.without(kept))
+  model, whole = checkpoint.saved_with_value(tmp_path, plain, like)
+  jax.tree.map(np.testing.assert_array_equal, whole, kept)
+  tokens = jnp.arange(12).reshape(2, 6)
+  states, _ = model.hidden(whole, tokens)
+  assert np.std(model.values(whole, states, tokens)) > 0
+  resumed = restore(tmp_path, init_state(critic(trunk)[1], TX, jax.random.key(9)))
+  jax.tree.map(np.testing.assert_array_equal, resumed.params, kept)
+
+
+def test_a_value_head_that_is_not_there_is_named(tmp_path):
+  plain = policy.build(presets.get('debug'))
+  params = plain.init(jax.random.key(0))
+  save(tmp_path, init_state(params, TX, jax.random.key(0)))
+  with pytest.raises(CheckpointError, match='a run without a value head; name one'):
+    checkpoint.saved_with_value(tmp_path, plain, params)
+  shared = critic('shared')[1]
+  with pytest.raises(CheckpointError, match='params/value/head/bias is absent there'):
+    checkpoint.saved_params(tmp_path, shared)
+  with pytest.raises(CheckpointError, match='params/value/head/bias is absent there'):
+    restore(tmp_path, init_state(shared, TX, jax.random.key(0)))

@@ -260,3 +260,39 @@ def test_data_that_end_too_early_say_where(tmp_path):
   with pytest.raises(ValueError, match=r'ended before step 4 of 9; raise data.epochs'):
     run(tmp_path, 9, end=3)
   assert records(tmp_path)[-1]['step'] == 3
+
+
+@pytest.mark.parametrize('failing', [1, 4])
+def test_a_batch_that_cannot_be_made_costs_no_update(tmp_path, failing):
+  """A judge is down at step 4: what the three before it learned is saved, and goes on."""
+
+  class Failing(Counter):
+    down = True
+
+  data = Failing()
+  honest = algorithm
+
+  def flaky(data, end):
+    method = honest(data, end)
+
+    def next_batch(state):
+      if data.given + 1 == failing and data.down:
+        raise ValueError('the judge is down')
+      return method.next_batch(state)
+
+    return method._replace(next_batch=next_batch)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(globals(), 'algorithm', flaky)
+    with pytest.raises(ValueError, match='the judge is down'):
+      run(tmp_path, 6, data=data)
+    steps = [
+      int(p.name) for p in (tmp_path / 'checkpoints').iterdir() if p.name.isdigit()
+    ]
+    assert steps == ([] if failing == 1 else [failing - 1])
+    assert [r['step'] for r in records(tmp_path)] == list(range(1, failing))
+    after = Failing()
+    after.down = False
+    state, finished = run(tmp_path, 6, data=after)
+  assert finished
+  assert int(state.params) == 123456

@@ -15,7 +15,7 @@ from educe.losses import sft
 from educe.losses.logprobs import score
 from educe.models import policy, presets, safetensors
 from educe.training import optimizer
-from educe.training.step import accumulate, init_state, make_step
+from educe.training.step import accumulate, init_state, make_step, mixed
 from educe.types import Batch, Max, Mean
 
 GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
@@ -273,6 +273,29 @@ def test_the_reference_is_the_policy_of_every_nth_step(every, copied):
       assert (number in copied) == np.array_equal(want, state.params['head'])
 
 
+def test_a_lagging_reference_takes_a_share_of_the_policy():
+  """Every second step; α·policy + (1 − α)·reference, in float64."""
+  tx = optimizer.make(10, name='sgd', learning_rate=0.5, schedule='constant')
+  state = init_state(params(), tx, jax.random.key(0), reference=True)
+  step = make_step(MODEL, sft.loss, tx, reference_every=2, reference_alpha=0.25)
+  want = np.array(state.params['head'], np.float64)
+  for number in range(1, 6):
+    state, _ = step(state, draw(seed=number))
+    if number % 2 == 0:
+      want = 0.25 * np.array(state.params['head'], np.float64) + 0.75 * want
+    # Two roundings of float32 at most, of numbers below 1.
+    np.testing.assert_allclose(state.reference['head'], want, rtol=0, atol=3e-7)
+  assert np.abs(want - np.array(state.params['head'])).max() > 1e-3
+
+
+def test_the_mean_of_policy_and_reference_is_taken_in_float32():
+  new, old = ({'w': jnp.full(3, x, jnp.bfloat16)} for x in (256.0, 2.0))
+  got = mixed(new, old, 0.5)['w']
+  assert got.dtype == jnp.bfloat16
+  assert got.tolist() == [129.0] * 3
+  assert mixed(new, old, 1.0) is new
+
+
 def test_the_temperature_divides_the_logits_that_are_scored():
   tx = optimizer.make(10, learning_rate=0.1)
   batch, sharp = draw(), {**params(), 'head': params()['head'] * 30}
@@ -282,3 +305,31 @@ def test_the_temperature_divides_the_logits_that_are_scored():
     step = make_step(MODEL, sft.loss, tx, temperature=temperature)
     seen.append(float(step(state, batch)[1]['loss']))
   np.testing.assert_allclose(*seen, rtol=1e-5)
+
+
+def test_a_scorer_gets_the_reference_as_an_argument_not_as_a_constant():
+  """With another reference the same program gives another loss, and no gradient to it."""
+  tx = optimizer.make(10, name='sgd', learning_rate=0.5, schedule='constant')
+  seen = []
+
+  def scorer(policy, reference, batch):
+    seen.append(all(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(reference)))
+    return score(MODEL, policy, batch, teacher=(MODEL, reference), beta=0.0)
+
+  def loss(scores, batch):
+    return Mean((scores.divergence * batch.mask).sum(), batch.mask.sum()), {}
+
+  step = make_step(MODEL, loss, tx, scorer=scorer, microbatches=2)
+  other = jax.tree.map(lambda x: 3 * x, MODEL.init(jax.random.key(5)))
+  losses = []
+  for reference in (params(), other):
+    state = init_state(params(), tx, jax.random.key(0))
+    kept = jax.tree.map(np.array, reference)
+    state, metrics = step(state._replace(reference=reference), draw())
+    losses.append(float(metrics['loss']))
+    jax.tree.map(np.testing.assert_array_equal, state.reference, kept)
+  assert losses[0] == pytest.approx(0, abs=1e-6)  # of itself
+  assert losses[1] > 0.1
+  assert seen
+  assert all(seen)
+  assert step._cache_size() == 1

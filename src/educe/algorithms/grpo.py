@@ -16,16 +16,14 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 
+from educe.algorithms import on_policy
 from educe.data.tokenizer import Tokenizer
 from educe.losses.dry_run import dry_run
-from educe.losses.logprobs import score
-from educe.progress import say
-from educe.rollouts import statistics, transcripts
+from educe.rollouts import statistics
 from educe.rollouts.position import Position
-from educe.rollouts.rounds import Round, Rounds, rows_of
+from educe.rollouts.rounds import Round, Rounds
 from educe.types import Algorithm, Batch, LossFn, Model, Rollouts, TrainState
 
 
@@ -72,13 +70,9 @@ def make(
   Raises ValueError for what cannot be, before anything is sampled: settings that the
   loss or the advantages refuse, groups that do not divide into minibatches.
   """
-  if epochs < 1 or minibatches < 1 or rollouts.prompts % minibatches:
-    raise ValueError(
-      f'algorithm: {epochs=} and {minibatches=} must be at least 1, and '
-      f'rollouts.prompts={rollouts.prompts} a multiple of minibatches'
-    )
-  if not kl_in_reward >= 0 or (reference_every or 0) < 0:
-    raise ValueError(f'algorithm: {kl_in_reward=}, {reference_every=} must be ≥ 0')
+  on_policy.check(rollouts, loss, epochs, minibatches, reference_every)
+  if not kl_in_reward >= 0:
+    raise ValueError(f'algorithm: {kl_in_reward=} must be ≥ 0')
   if not 0 <= overlong_buffer <= rollouts.max_new_tokens:
     raise ValueError(
       f'algorithm.overlong_buffer={overlong_buffer} must be in 0..rollouts.'
@@ -99,18 +93,6 @@ def make(
   several = epochs * minibatches > 1
   scored = several or needs_kl or rollouts.ahead
 
-  settings = getattr(loss, 'keywords', {})
-  if several and settings.get('objective') == 'reinforce':
-    say(
-      f"warning: loss.objective='reinforce' has no ratio, and with {epochs=} × "
-      f"{minibatches=} most updates are off policy; 'clip' has one"
-    )
-  if rollouts.ahead and settings.get('sampler_correction', 'none') == 'none':
-    say(
-      'warning: rollouts.ahead samples from the policy of a round ago, and loss.'
-      "sampler_correction='none' does not weigh that; 'token_truncate' does"
-    )
-
   def assign(rewards, **supply):
     named = {name: x for name, x in supply.items() if name in wants}
     return advantage(rewards, rollouts.group, **named)
@@ -125,20 +107,12 @@ def make(
   fields = {'old_logp': scored, 'ref_logp': reference_every is not None}
   given = [name for name, there in fields.items() if there]
   dry_run(loss, 'sampler_logp', 'advantages', *given)
-  read = jax.jit(
-    lambda params, batch: (
-      score(model, params, batch, temperature=rollouts.temperature).logp
-    )
-  )
   size = rollouts.prompts // minibatches * rollouts.group
+  read = on_policy.reader(model, rollouts, place, size)
 
   def logp(params, tokens, mask) -> np.ndarray:
-    """`[B, T]`, a minibatch at a time; 0 where the mask is."""
-    parts = [
-      read(params, place(Batch(tokens[at : at + size], mask[at : at + size])))
-      for at in range(0, len(tokens), size)
-    ]
-    return np.concatenate([np.asarray(x) for x in parts]) * mask
+    """`[B, T]`; 0 where the mask is."""
+    return read(params, tokens, mask)[0] * mask
 
   def prepare(state: TrainState, current: Round) -> tuple[Batch, dict[str, Any]]:
     """The whole round as one batch."""
@@ -167,33 +141,23 @@ def make(
       mask = mask * np.repeat(~statistics.equal(r), r.group)[:, None]
     values = assign(rewards, mask=mask, kl=kl, greedy=current.greedy)
     values = np.asarray(values if values.ndim == 2 else values[:, None] * mask)
-    drawn = np.asarray(r.sampler_logp)
     arrays: dict[str, Any] = dict(
       tokens=np.asarray(r.tokens),
       mask=mask,
-      sampler_logp=drawn if r.kept is None else drawn - np.log(r.kept),
+      sampler_logp=on_policy.drawn_logp(r),
       old_logp=old,
       ref_logp=ref,
       advantages=(values * mask).astype(np.float32),
     )
     batch = Batch(**arrays)
     info['sampling/staleness_steps'] = int(state.step) - current.step
-    _write(run_dir, tokenizer, current, batch, seen, int(state.step))
+    on_policy.write(run_dir, tokenizer, current, batch, seen, int(state.step))
     return batch, info
 
   data = Position(rollouts)
-
-  def next_batch(state: TrainState) -> tuple[Batch, dict[str, Any]]:
-    info: dict[str, Any] = {}
-    if data.spent:
-      current = rollouts.next(state.params, int(state.step), greedy='greedy' in wants)
-      whole, info = prepare(state, current)
-      data.begin(whole, current.number, epochs * minibatches)
-    groups = data.take(rollouts.prompts, rollouts.prompts // minibatches)
-    if not several:
-      groups.sort()  # the whole round, as it was sampled
-    return data.rows(rows_of(groups, rollouts.group)), info
-
+  next_batch = on_policy.walk(
+    data, prepare, epochs, minibatches, greedy='greedy' in wants
+  )
   heat = rollouts.temperature
   return Algorithm(
     next_batch, loss, data, size, heat, reference_every, asks_policy=True
@@ -204,21 +168,3 @@ def _overlong(rollouts: Rollouts, limit: int, buffer: int) -> np.ndarray:
   """What each row loses: 0 up to limit − buffer tokens, then linearly to 1 at limit."""
   lengths = np.asarray(rollouts.mask).sum(-1)
   return np.clip((lengths - (limit - buffer)) / buffer, 0, 1)
-
-
-def _write(run_dir, tokenizer, current: Round, batch: Batch, seen, step: int) -> None:
-  rows = []
-  difference = None if seen is None else seen - np.asarray(batch.sampler_logp)
-  for row, transcript in enumerate(current.rollouts.transcripts):
-    at = np.flatnonzero(np.asarray(current.rollouts.mask)[row])
-    advantages = np.asarray(batch.advantages)[row, at]
-    extra: dict[str, Any] = {
-      'step': step,
-      'advantage': float(advantages.mean()) if len(at) else 0.0,
-      'tokens': [tokenizer.decode([t]) for t in np.asarray(batch.tokens)[row, at]],
-      'advantages': [round(float(x), 5) for x in advantages],
-    }
-    if difference is not None:
-      extra['log_ratio'] = [round(float(x), 6) for x in difference[row, at]]
-    rows.append({**transcript, **extra})
-  transcripts.save(rows, run_dir / 'rollouts' / f'{current.number:06}.jsonl')

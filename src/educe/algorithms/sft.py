@@ -20,16 +20,35 @@ def make(data: Batches, loss: LossFn) -> Algorithm:
 
   Of packed rows, which hold several documents, positions and segments go to the model.
 
-  Raises ValueError, before any device is touched, if the loss refuses such batches.
+  Raises ValueError, before any device is touched, for data that are not documents, and
+  if the loss refuses such batches.
   """
-  extra = ('positions', 'segments') if data.packing else ()
-  dry_run(loss, *extra)
+  dry_run(loss, *extra_fields(data))
 
   def next_batch(_: TrainState) -> tuple[Batch, dict[str, Any]]:
-    rows = next(data)
-    ids = np.ascontiguousarray(rows['ids'])
-    info = {'data/ids_crc32': zlib.crc32(ids.tobytes())}
-    info |= {f'data/{name}': count for name, count in data.counts().items()}
-    return Batch(rows['tokens'], rows['mask'], **{x: rows[x] for x in extra}), info
+    return read(data)
 
   return Algorithm(next_batch, loss, data, data.batch_size)
+
+
+def read(data: Batches) -> tuple[Batch, dict[str, Any]]:
+  """The next batch of texts, and its info."""
+  rows = next(data)
+  ids = np.ascontiguousarray(rows['ids'])
+  info = {'data/ids_crc32': zlib.crc32(ids.tobytes())}
+  info |= {f'data/{name}': count for name, count in data.counts().items()}
+  extra = {name: rows[name] for name in extra_fields(data)}
+  return Batch(rows['tokens'], rows['mask'], **extra), info
+
+
+def extra_fields(data: Batches) -> tuple[str, ...]:
+  """Of packed rows, which hold several documents, what the model must know of them.
+
+  Raises ValueError for data that are not documents.
+  """
+  if data.records != 'documents':
+    raise ValueError(
+      f'config.data.records={data.records!r}: sft imitates all that it reads, and of '
+      "preferences not all is to be imitated; use records='documents'"
+    )
+  return ('positions', 'segments') if data.packing else ()

@@ -15,19 +15,14 @@ from __future__ import annotations
 import atexit
 import functools
 import hashlib
-import multiprocessing
-import os
-import signal
-import sys
-import threading
 import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import grain
-from absl import flags
+import numpy as np
 
-from educe.data import chat, packing
+from educe.data import chat, groups, packing, pairs, reading
 from educe.data import tokenizer as tokenizer_lib
 from educe.types import StateMismatch
 
@@ -36,6 +31,7 @@ _PEEK = 8
 # Rows kept open by first-fit. On GSM8K chats in SmolLM2's vocabulary rows are 90 % full
 # at 512 tokens, 95 % at 1024 and 98 % at 2048; twice as many bins add half a point.
 _BINS = 64
+_LABELLED = ('unpaired', 'rated')  # of pairs the first record tells
 
 
 def make(
@@ -46,25 +42,33 @@ def make(
   *,
   batch_size: int,
   max_length: int,
+  records: str = 'documents',
   packing: bool = False,
   shuffle: bool = True,
   seed: int = 0,
   epochs: int | None = None,
   workers: int = 0,
   overlong: str = 'drop',
+  max_prompt_length: int | None = None,
   drop_remainder: bool = True,
 ) -> Batches:
   """An iterator of dicts of [B, T] arrays: tokens, mask, segments, positions, ids.
 
-  source: random access to records (see `sources`); what `chat.encode_record` accepts
-  batch_size: B, rows of this process
+  source: random access to records (see `sources`)
+  batch_size: rows of this process; of pairs and unpaired records, groups of two rows (64
+    pairs are 128 rows)
   max_length: T, tokens a row
+  records: 'documents', what `chat.encode_record` accepts; or 'pairs', 'unpaired', 'rated',
+    'steps', what `pairs.encode` does, in rows as `groups` lays them out
   packing: several documents a row, instead of one and padding
   seed: of the order of records (each epoch has its own order) and of packed rows
   epochs: times through the data; None is for ever. With several processes it must be
     None: they would run out at different steps, for they drop different records
   workers: processes that tokenise; 0 does it in a thread of this one
-  overlong: 'drop' or 'truncate' what exceeds max_length; `.counts()` tells how many
+  overlong: 'drop' or 'truncate' what exceeds max_length; `.counts()` tells how many. Of a
+    document the end is cut off; of preferences see `groups.fit`
+  max_prompt_length: tokens of a prompt's end that truncated preferences keep; None is half
+    of max_length
   drop_remainder: leave out the last, incomplete batch; False fills it with padding rows
   process_index, process_count: which share of the records is read here
 
@@ -72,26 +76,37 @@ def make(
   records if they cannot be encoded.
   """
   _check(locals())
+  cut: dict[str, Any] = dict(max_length=max_length, overlong=overlong)
+  if records != 'documents':
+    cut |= dict(max_prompt_length=max_prompt_length, bos_id=tokenizer.bos_id)
+  encode = functools.partial(
+    _encode, source=source, tokenizer=tokenizer, records=records, cut=cut
+  )
+  if records == 'pairs':
+    encode = functools.partial(encode, rated='labels' in encode(0))
   for index in range(min(_PEEK, len(source))):
-    _encode(index, source, tokenizer, max_length, overlong)
-  records = _Records(
+    encode(index)
+  if records == 'unpaired':
+    _check_labels(source)
+  read = reading.Records(
     functools.partial(
-      _encoded_records,
-      source=source,
-      tokenizer=tokenizer,
-      max_length=max_length,
-      overlong=overlong,
+      reading.in_order,
+      count=len(source),
+      encode=encode,
       order=(shuffle, seed, epochs, process_index, process_count),
     ),
     workers=workers,
     limit=-(-len(source) // process_count),
     hint=f'max_length={max_length}, overlong={overlong!r}',
   )
-  rows = _rows(records, packing, max_length, tokenizer.pad_id, seed)
+  rows = _rows(read, records, packing, max_length, tokenizer.pad_id, seed)
   batches = rows.batch(batch_size, drop_remainder=drop_remainder)
+  fill = functools.partial(_fill_rows, batch_size=batch_size, pad_id=tokenizer.pad_id)
   if not drop_remainder:
+    batches = batches.map(functools.partial(fill, records=records))
+  if records != 'documents':
     batches = batches.map(
-      functools.partial(_fill_rows, batch_size=batch_size, pad_id=tokenizer.pad_id)
+      functools.partial(groups.rows, records=records, pad_id=tokenizer.pad_id)
     )
   rules = hashlib.blake2b(digest_size=8)
   rules.update(tokenizer.definition.encode())
@@ -102,29 +117,31 @@ def make(
     tokenizer=rules.hexdigest(),
     batch_size=batch_size,
     max_length=max_length,
+    records_as=records,
     packing=packing,
     shuffle=shuffle,
     seed=seed,
     overlong=overlong,
+    max_prompt_length=max_prompt_length,
     process_index=process_index,
     process_count=process_count,
   )
-  return Batches(iter(batches), records, fingerprint)
+  return Batches(iter(batches), read, fingerprint, encode, tokenizer.pad_id)
 
 
 # `packing` is a keyword of make(): the module is used through these.
-def _rows(records, packed, max_length, pad_id, seed):
+def _rows(read, records, packed, max_length, pad_id, seed):
   if packed:
     return packing.pack(
-      records, max_length=max_length, pad_id=pad_id, bins=_BINS, seed=seed
+      read, max_length=max_length, pad_id=pad_id, bins=_BINS, seed=seed
     )
-  return records.map(
-    functools.partial(packing.pad, max_length=max_length, pad_id=pad_id)
-  )
+  pad = packing.pad if records == 'documents' else groups.pad
+  return read.map(functools.partial(pad, max_length=max_length, pad_id=pad_id))
 
 
-def _fill_rows(batch, batch_size, pad_id):
-  return packing.fill_rows(batch, batch_size=batch_size, pad_id=pad_id)
+def _fill_rows(batch, records, batch_size, pad_id):
+  fill = packing.fill_rows if records == 'documents' else groups.fill_rows
+  return fill(batch, batch_size=batch_size, pad_id=pad_id)
 
 
 class Batches(grain.DatasetIterator):
@@ -134,12 +151,18 @@ class Batches(grain.DatasetIterator):
   that was last returned when it was taken. Works with `grain.checkpoint`.
   """
 
-  def __init__(self, parent, records: _Records, fingerprint: dict[str, Any]):
+  def __init__(self, parent, read: reading.Records, fingerprint, encode, pad_id: int):
     super().__init__(parent)
-    self.batch_size: int = fingerprint['batch_size']
+    self.records: str = fingerprint['records_as']
+    self.group: int = groups.ROWS[self.records]  # rows that a record takes
+    self.batch_size: int = fingerprint['batch_size'] * self.group  # rows
+    self.max_length: int = fingerprint['max_length']
     self.packing: bool = fingerprint['packing']
-    self._records = records
-    self._fingerprint = fingerprint
+    self.pad_id = pad_id
+    self.has_labels: bool = encode.keywords.get('rated', self.records in _LABELLED)
+    self.fingerprint: dict[str, Any] = fingerprint
+    self._encode = encode
+    self._records = read
     self._returned = 0
     # At the interpreter's end garbage collection comes too late to close workers.
     atexit.register(_close, weakref.ref(self))
@@ -151,12 +174,19 @@ class Batches(grain.DatasetIterator):
       if not self._returned:
         raise ValueError(
           f'no batch: {self.counts()["records"]} records gave fewer than '
-          f'batch_size={self._fingerprint["batch_size"]} rows; lower batch_size, '
+          f'batch_size={self.fingerprint["batch_size"]} rows; lower batch_size, '
           'or set drop_remainder=False'
         ) from None
       raise
     self._returned += 1
     return batch
+
+  def rows_of(self, record: int) -> dict[str, np.ndarray] | None:
+    """The `[G, T]` rows of a record of preferences; None if it is dropped."""
+    document = self._encode(record)
+    if document['fate'] not in (packing.KEPT, packing.TRUNCATED):
+      return None
+    return groups.pad(document, max_length=self.max_length, pad_id=self.pad_id)
 
   def counts(self) -> dict[str, int]:
     """Records read so far by this process, and what became of those too long.
@@ -167,7 +197,7 @@ class Batches(grain.DatasetIterator):
 
   def get_state(self) -> dict[str, Any]:
     return dict(
-      fingerprint=dict(self._fingerprint),
+      fingerprint=dict(self.fingerprint),
       returned=self._returned,
       parent=self._parent.get_state(),
     )
@@ -175,7 +205,7 @@ class Batches(grain.DatasetIterator):
   def set_state(self, state: dict[str, Any]) -> None:
     """Raises StateMismatch if the state is of another data set or other arguments."""
     theirs = state['fingerprint']
-    for name, ours in self._fingerprint.items():
+    for name, ours in self.fingerprint.items():
       if theirs.get(name) != ours:
         raise StateMismatch(
           f'data state was saved with {name}={theirs.get(name)!r} but this pipeline '
@@ -195,149 +225,21 @@ def _close(reference: weakref.ref[Batches]) -> None:
     batches.close()
 
 
-class _Records(grain.IterDataset):
-  """Documents that are kept, in order, counted; `live` is the iterator in use."""
-
-  live: _RecordsIterator
-
-  def __init__(self, documents, *, workers: int, limit: int, hint: str):
-    super().__init__()
-    self.documents = documents
-    self.workers = workers
-    self.limit = limit  # records an epoch, of this process
-    self.hint = hint
-
-  def __iter__(self):
-    self.live = _RecordsIterator(self)
-    return self.live
-
-  def __str__(self) -> str:
-    return 'Records'
-
-
-class _RecordsIterator(grain.DatasetIterator):
-  """Reads through workers from any position; the position is a count of records."""
-
-  def __init__(self, dataset: _Records):
-    super().__init__()
-    self._dataset = dataset
-    self._open: Any = None
-    self.counts = dict(records=0, truncated=0, dropped_overlong=0, dropped_masked=0)
-
-  def __next__(self):
-    self._assert_not_closed()
-    self.start_prefetch()
-    for _ in range(self._dataset.limit):
-      document = next(self._open)
-      fate = document.pop('fate')
-      self.counts['records'] += 1
-      if fate == packing.TRUNCATED:
-        self.counts['truncated'] += 1
-      elif fate == packing.OVERLONG:
-        self.counts['dropped_overlong'] += 1
-      elif fate == packing.MASKED:
-        self.counts['dropped_masked'] += 1
-      if fate in (packing.KEPT, packing.TRUNCATED):
-        return document
-    raise ValueError(
-      f'a whole epoch was dropped ({self.counts}; {self._dataset.hint}): raise '
-      'max_length'
-    )
-
-  def start_prefetch(self) -> None:
-    # Not before the position is known: a worker started at 0 would read for nothing.
-    if self._open is None:
-      documents = self._dataset.documents(self.counts['records'])
-      self._open = _read(documents, self._dataset.workers)
-
-  def get_state(self) -> dict[str, Any]:
-    return dict(self.counts)
-
-  def set_state(self, state: dict[str, Any]) -> None:
-    if self._open is not None:
-      self._open.close()
-    self._open = None
-    self.counts = dict(state)
-
-  def close(self) -> None:
-    if self._open is not None:
-      self._open.close()
-    super().close()
-
-  def __str__(self) -> str:
-    return 'Records'
-
-
-def _encoded_records(
-  start, *, source, tokenizer, max_length, overlong, order
-) -> grain.MapDataset:
-  """This process's documents from its `start`-th on; nothing is read yet."""
-  shuffle, seed, epochs, process_index, process_count = order
-  # Indices, not records, so that a token still knows its record after the shuffle.
-  indices = grain.MapDataset.range(len(source)).seed(seed)
-  if shuffle:
-    indices = indices.shuffle()
-  share = indices.repeat(epochs)[process_index::process_count]
-  return share[start:].map(
-    functools.partial(
-      _encode,
-      source=source,
-      tokenizer=tokenizer,
-      max_length=max_length,
-      overlong=overlong,
-    )
-  )
-
-
-def _encode(index, source, tokenizer, max_length, overlong):
+def _encode(index, source, tokenizer, records, cut, rated=None):
+  where = getattr(source, 'where', 'record {}'.format)
   try:
-    document = chat.encode_record(tokenizer, source[index])
+    if records == 'documents':
+      document = chat.encode_record(tokenizer, source[index])
+      return packing.fit(document, index, **cut)
+    said = pairs.encode(tokenizer, source[index], records)
   except ValueError as error:
-    where = getattr(source, 'where', 'record {}'.format)
     raise ValueError(f'{where(index)}: {error}') from None
-  return packing.fit(document, index, max_length=max_length, overlong=overlong)
-
-
-def _read(documents: grain.MapDataset, workers: int):
-  if workers and not flags.FLAGS.is_parsed():
-    # Grain reads its own flags; a program without absl's command line never parses any.
-    flags.FLAGS.mark_as_parsed()
-  # A worker is asynchronous by itself; in this process a thread reads ahead.
-  ahead = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-  if not workers:
-    ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=64)
-  stream = documents.to_iter_dataset(ahead)
-  # Documents are a few kB: a pipe beats a shared-memory segment each, and nothing is
-  # left behind in /dev/shm when a run is killed.
-  options = grain.experimental.DatasetOptions(min_shm_size=2**62)
-  stream = grain.experimental.WithOptionsIterDataset(stream, options)
-  return iter(
-    stream.mp_prefetch(
-      grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=32),
-      worker_init_fn=_start_worker,
+  if rated not in (None, said.labels is not None):
+    raise ValueError(
+      f'{where(index)}: {"not rated" if rated else "rated"}, unlike {where(0)}; rate '
+      'every pair of a data set, or none'
     )
-  )
-
-
-def _start_worker(index: int, count: int) -> None:
-  """Keeps a worker off the accelerators, and alive exactly as long as its parent."""
-  del index, count
-  os.environ['JAX_PLATFORMS'] = 'cpu'
-  if 'jax' in sys.modules:  # it read the environment when it was imported
-    sys.modules['jax'].config.update('jax_platforms', 'cpu')
-  # Ctrl-C and schedulers signal the whole group; the parent still needs its data for
-  # the step that it finishes before it saves.
-  for name in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(name, signal.SIG_IGN)
-  parent = multiprocessing.parent_process()
-
-  def follow() -> None:
-    # A killed parent cannot close its workers; they would wait on it for ever.
-    if parent is not None:
-      parent.join()
-    os._exit(1)
-
-  threading.Thread(target=follow, daemon=True).start()
+  return groups.fit(said, index, **cut)
 
 
 def _check(a: dict[str, Any]) -> None:
@@ -362,7 +264,41 @@ def _check(a: dict[str, Any]) -> None:
     )
   if not len(a['source']):
     raise ValueError('data set is empty')
+  _check_records(a)
   if len(a['source']) < a['process_count']:
     raise ValueError(
       f'{len(a["source"])} records are too few for {a["process_count"]} processes'
+    )
+
+
+def _check_records(a: dict[str, Any]) -> None:
+  records, longest = a['records'], a['max_prompt_length']
+  if records not in groups.ROWS:
+    raise ValueError(f'records={records!r} is not one of {list(groups.ROWS)}')
+  if longest is not None and not 1 <= longest < a['max_length']:
+    raise ValueError(
+      f'max_prompt_length={longest} must be in 1..max_length−1={a["max_length"] - 1}'
+    )
+  if longest is not None and (records == 'documents' or a['overlong'] == 'drop'):
+    raise ValueError(
+      f"max_prompt_length={longest} is of truncated preferences: set overlong='truncate' "
+      'and records, or leave it out'
+    )
+  if a['packing'] and records != 'documents':
+    raise ValueError(f'packing=True is of documents, not of records={records!r}')
+  alone = a['batch_size'] < 2 or not a['drop_remainder']
+  if records == 'unpaired' and alone:
+    raise ValueError(
+      f'batch_size={a["batch_size"]}, drop_remainder={a["drop_remainder"]}: each unpaired '
+      'record needs another one in its batch: at least 2, and drop_remainder=True'
+    )
+
+
+def _check_labels(source) -> None:
+  # Ends at the second kind of label: only a bad data set is read to its end.
+  label = source[0]['label']
+  if all(source[i].get('label') == label for i in range(1, len(source))):
+    raise ValueError(
+      f'every label of the data set is {label}: unpaired preferences need both desirable '
+      'and undesirable completions'
     )

@@ -11,11 +11,17 @@ statistic and gets advantage 0.
   remax               r − r(greedy completion of the same prompt)
   pass_at_k           k · E over k−1 of the others of (r − their best)₊
 
+With a critic rewards and values are `[B, T]`, a number for each token:
+
+  gae                 Σ_l (γλ)^l·δ_{t+l}, δ_t = r_t + γ·V_{t+1} − V_t
+  whitened            (x − mean) / (std + eps) over the trained tokens of the batch
+
 Sources: GRPO: Zhihong Shao et al., "DeepSeekMath", 2024, §4.1, arXiv:2402.03300. Dr. GRPO:
 Zichen Liu et al., 2025, §3.2, arXiv:2503.20783. RLOO: Arash Ahmadian et al., "Back to
 basics", 2024, §3, arXiv:2402.14740. REINFORCE++: Jian Hu et al., 2025, arXiv:2501.03262.
 ReMax: Ziniu Li et al., 2023, arXiv:2310.10505. pass@k: Christian Walder and Deep
-Karkhanis, "Pass@K policy optimization", 2025, s^(loo−1), arXiv:2505.15201.
+Karkhanis, "Pass@K policy optimization", 2025, s^(loo−1), arXiv:2505.15201. GAE: John
+Schulman et al., 2015, eqs. 11–16, arXiv:1506.02438.
 
 Differs from the papers: DeepSeekMath does not say which standard deviation; ours divides
 by n − ddof with ddof=1, as most code does. eps is added to it, 1e-6. Rows whose rewards
@@ -160,6 +166,81 @@ def pass_at_k(rewards: ArrayLike, group: int, *, k: int) -> np.ndarray:
       others = np.sort(values[scored[scored != i]])
       row[i] = k * np.dot(chance, np.maximum(values[i] - others, 0))
   return out.reshape(-1)
+
+
+def gae(
+  rewards: ArrayLike,
+  values: ArrayLike,
+  mask: ArrayLike,
+  *,
+  gamma: float = 1.0,
+  lam: float = 0.95,
+  bootstrap: ArrayLike | None = None,
+  segments: ArrayLike | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+  """(advantages, returns = advantages + values), `[B, T]`, 0 where the mask is 0.
+
+  Token t is an action, its value that of the state which it was drawn from. Tokens that
+  the policy did not draw (mask 0: prompts, observations, padding) are no steps in time:
+  δ and the chain of λ go over them, to the next token that it drew, and whatever stands
+  there, NaN too, is never read.
+
+  Args:
+    rewards, values: [B, T], of each token drawn
+    gamma, lam: γ, λ in [0, 1]
+    bootstrap: [B, T], read at the last drawn token of a sequence alone: the value of the
+      state that it leads to, where the sequence was cut off rather than ended. None: 0.
+    segments: [B, T], of packed rows; a sequence ends where they change. None: one a row.
+
+  Raises ValueError for γ or λ outside [0, 1], and arrays of different shapes.
+  """
+  if not (0 <= gamma <= 1 and 0 <= lam <= 1):
+    raise ValueError(f'gae: gamma={gamma} and lam={lam} must be in [0, 1]')
+  drawn = np.asarray(mask) > 0
+  given = dict(rewards=rewards, values=values, bootstrap=bootstrap, segments=segments)
+  arrays = {name: np.asarray(x) for name, x in given.items() if x is not None}
+  for name, x in arrays.items():
+    if x.shape != drawn.shape or x.ndim != 2:
+      raise ValueError(f'gae: {name} has shape {x.shape}, mask {drawn.shape}')
+  r, v, ahead = (
+    np.where(drawn, arrays.get(name, 0.0), 0).astype(np.float64)
+    for name in ('rewards', 'values', 'bootstrap')
+  )
+  which = arrays.get('segments', np.zeros(drawn.shape, int))
+  advantages = np.zeros(drawn.shape)
+  rows = len(drawn)
+  # Of the token drawn next, as the scan goes backwards: its value, advantage, segment.
+  value, advantage, segment = np.zeros(rows), np.zeros(rows), np.full(rows, -1)
+  for t in reversed(range(drawn.shape[1])):
+    here, ends = drawn[:, t], which[:, t] != segment
+    delta = r[:, t] + gamma * np.where(ends, ahead[:, t], value) - v[:, t]
+    new = delta + gamma * lam * np.where(ends, 0, advantage)
+    advantages[:, t] = np.where(here, new, 0)
+    value = np.where(here, v[:, t], value)
+    advantage = np.where(here, new, advantage)
+    segment = np.where(here, which[:, t], segment)
+  return advantages, advantages + v
+
+
+def whitened(
+  x: ArrayLike,
+  mask: ArrayLike,
+  *,
+  centre: bool = True,
+  ddof: int = 1,
+  eps: float = EPS,
+) -> np.ndarray:
+  """(x − mean) / (std + eps) over the trained tokens of the batch, `[B, T]`; else 0.
+
+  centre: False adds the mean again, so that only the spread is normalised (for rewards).
+  With fewer than two tokens, or all equal, what is centred is 0.
+  """
+  there = np.asarray(mask) > 0
+  flat = np.where(there, x, np.nan).astype(np.float64).reshape(1, -1)
+  out = _centred(flat) / (_std(flat, ddof) + eps)
+  if not centre and there.any():
+    out = out + np.nanmean(flat)
+  return np.where(there, out.reshape(there.shape), 0.0)
 
 
 def _groups(rewards, group: int, relative: str | None) -> np.ndarray:

@@ -13,13 +13,17 @@ from educe.types import Batch, LossFn, Scores
 def dry_run(loss: LossFn, *fields: str) -> None:
   """Traces `loss`. No array is made.
 
-  fields: what the batches will have beside tokens and mask, as `Batch` names it
+  fields: what the batches will have beside tokens and mask, as `Batch` names it; and
+    'divergence' where the scores will have one, from a teacher
 
   Raises ValueError, naming config.loss, for what the loss refuses.
   """
   shape: Any = jax.ShapeDtypeStruct((2, 2), np.float32)
-  batch = Batch(shape, shape, **dict.fromkeys(fields, shape))
+  row: Any = jax.ShapeDtypeStruct((2,), np.float32)
+  shapes = {name: row if name == 'labels' else shape for name in fields}
+  distance = shapes.pop('divergence', None)
   try:
-    jax.eval_shape(loss, Scores(shape, shape, mean_logp=shape), batch)
+    scores = Scores(shape, shape, shape, shape, distance)
+    jax.eval_shape(loss, scores, Batch(shape, shape, **shapes))
   except ValueError as error:
     raise ValueError(f'config.loss: {error}') from error

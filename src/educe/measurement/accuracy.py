@@ -28,6 +28,7 @@ class Accuracy(NamedTuple):
   total: int
   counts: dict[str, int]  # of each of OUTCOMES
   transcripts: list[dict[str, Any]]
+  verb = 'solves'
 
   def metrics(self) -> dict[str, float]:
     """What goes into metrics.jsonl."""
@@ -134,8 +135,8 @@ def check(
     )
 
 
-def wilson(successes: int, total: int) -> tuple[float, float]:
-  """95 % score interval for a binomial share."""
+def wilson(successes: float, total: int) -> tuple[float, float]:
+  """95 % score interval for a binomial share; a tie may count as half a success."""
   if not 0 <= successes <= total or total == 0:
     raise ValueError(f'wilson: {successes} successes of {total}')
   p, z2 = successes / total, Z * Z / total

@@ -1,7 +1,8 @@
 """One picture of a run: what was logged at every step, accuracy where it was measured.
 
 A run that logged `reward` gets a small panel for each of what reinforcement learning is
-watched by; any other gets its loss and accuracy, larger.
+watched by, one that logged `rewards/margins` of what learning from pairs is; any other
+gets its loss and accuracy, larger.
 """
 
 from __future__ import annotations
@@ -32,6 +33,18 @@ LINES = (
   ('loss', {'loss': ''}, 'number'),
 )
 
+# And those of preferences, after held-out accuracy.
+PREFERENCES = (
+  ('rewards', {'rewards/chosen': 'chosen', 'rewards/rejected': 'rejected'}, 'number'),
+  ('reward margin', {'rewards/margins': ''}, 'number'),
+  ('pairs the right way round', {'rewards/accuracies': ''}, 'share'),
+  (
+    'log-probs (nats per sequence)',
+    {'logps/chosen': 'chosen', 'logps/rejected': 'rejected'},
+    'number',
+  ),
+)
+
 Row = Mapping[str, Any]
 Panel = tuple[str, Callable[[Any], None]]  # a title, and what draws on the axes
 
@@ -51,6 +64,8 @@ def draw(run_dir: str | os.PathLike, *, title: str = '') -> pathlib.Path:
   rows = sorted(metrics.read(path), key=lambda row: row['step'])
   if _has(rows, 'reward'):
     panels = _reinforcement(rows)
+  elif _has(rows, 'rewards/margins'):
+    panels = _preferences(rows)
   elif _has(rows, 'loss'):
     panels = _supervised(rows)
   else:
@@ -134,7 +149,20 @@ def _reinforcement(rows: Sequence[Row]) -> list[Panel]:
     panels.append(('held-out accuracy', functools.partial(_accuracy, points=points)))
   if all(_has(rows, f'groups/solved_{name}') for name in SOLVED):
     panels.append(('solved', functools.partial(_solved, rows=rows)))
-  for title, names, kind in LINES:
+  return panels + _of(rows, LINES)
+
+
+def _preferences(rows: Sequence[Row]) -> list[Panel]:
+  panels = _of(rows, [('loss (nats per pair)', {'loss': ''}, 'number')])
+  if points := _points(rows):
+    panels.append(('held-out accuracy', functools.partial(_accuracy, points=points)))
+  return panels + _of(rows, PREFERENCES)
+
+
+def _of(rows: Sequence[Row], lines) -> list[Panel]:
+  """The panels of what was logged."""
+  panels: list[Panel] = []
+  for title, names, kind in lines:
     there = {k: v for k, v in names.items() if _has(rows, k)}
     if there:
       paint = functools.partial(_lines, rows=rows, names=there, share=kind == 'share')

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from educe.rollouts.rounds import Rounds, pack, unpack
+from educe.rollouts.encoding import pack, unpack
+from educe.rollouts.rounds import Rounds
 from educe.types import Batch
 
 
@@ -24,6 +25,7 @@ class Position:
     self.number = 0  # of that round
     self.used = 0  # steps taken on it
     self.steps = 0  # that it has in all
+    self.extra: dict[str, Any] = {}  # JSON-able, an algorithm's own
 
   @property
   def spent(self) -> bool:
@@ -44,6 +46,8 @@ class Position:
 
   def get_state(self) -> bytes:
     state: dict[str, Any] = {'rollouts': self.rollouts.get_state()}
+    if self.extra:
+      state['extra'] = self.extra
     if self.whole is not None and not self.spent:
       arrays = {n: x for n, x in self.whole._asdict().items() if x is not None}
       state |= {n: getattr(self, n) for n in ('number', 'used', 'steps')}
@@ -54,6 +58,7 @@ class Position:
     state = json.loads(text)
     self.rollouts.set_state(state['rollouts'])
     self.whole = None
+    self.extra |= state.get('extra', {})
     if 'whole' in state:
       arrays: dict[str, Any] = unpack(state['whole'])
       self.begin(Batch(**arrays), state['number'], state['steps'])

@@ -6,13 +6,11 @@ round, and rollouts that were sampled but not yet trained on) survives a restart
 
 from __future__ import annotations
 
-import base64
 import concurrent.futures
 import dataclasses
-import io
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,8 +20,9 @@ import numpy as np
 from educe.data.tokenizer import Tokenizer
 from educe.environments import verifiers
 from educe.progress import say
-from educe.rollouts import statistics, transcripts
+from educe.rollouts import judges, statistics, transcripts
 from educe.rollouts.collect import collect, fitting
+from educe.rollouts.encoding import pack, unpack
 from educe.rollouts.pool import Pool
 from educe.types import Environment, Model, Params, Rollouts, StateMismatch
 
@@ -37,6 +36,7 @@ class Round(NamedTuple):
   number: int  # from 0
   step: int  # of the policy that sampled it
   info: dict[str, Any]
+  chosen: Sequence[int] = ()  # the prompts, by their place in the pool
 
 
 def make(
@@ -44,6 +44,7 @@ def make(
   tokenizer: Tokenizer,
   environment: Environment,
   seed: int,
+  judge: judges.Judge | None = None,
   *,
   prompts: int,
   group: int,
@@ -66,6 +67,8 @@ def make(
   """Rounds of `prompts` × `group` completions of up to `max_new_tokens` tokens.
 
   Args:
+    judge: its scores of a round's completions, all at once, are their rewards; None:
+      the environment's own.
     temperature, top_k, top_p, min_p, stop: of the sampler; see rollouts/sampler.py.
     batch_size: completions sampled side by side; does not change what is sampled.
     pool: 'uniform', each prompt once an epoch, or 'adaptive', see rollouts/pool.py.
@@ -115,9 +118,9 @@ def make(
     say(f'{much}: dropped')
   if not records:
     raise ValueError('rollouts: the environment has no prompts that fit')
-  judge, tally = None, verifiers.Tally(error_limit)
+  verifier, tally = None, verifiers.Tally(error_limit)
   if workers:
-    judge = verifiers.judges(
+    verifier = verifiers.judges(
       environment.respond,
       workers=workers,
       time_limit=time_limit,
@@ -125,16 +128,17 @@ def make(
     )
 
   def sample(params, chosen, key, *, group=group, temperature=temperature):
+    asked = [records[index] for index in chosen]
     rollouts = collect(
       model,
       params,
       tokenizer,
       environment,
-      [records[index] for index in chosen],
+      asked,
       group=group,
       key=key,
       max_new_tokens=max_new_tokens,
-      judge=judge,
+      judge=verifier,
       temperature=temperature,
       top_k=top_k,
       top_p=top_p,
@@ -142,14 +146,14 @@ def make(
       stop=stop,
       batch_size=batch_size,
     )
-    if judge is None:
+    if verifier is None:
       tally.add((row['outcome'], row.get('error')) for row in rollouts.transcripts)
-    return rollouts
+    return judges.rewarded(rollouts, asked, judge) if judge else rollouts
 
   return Rounds(
     sample,
     Pool(len(records), seed=seed, adaptive=pool == 'adaptive'),
-    judge,
+    verifier,
     seed=seed,
     prompts=prompts,
     group=group,
@@ -167,7 +171,7 @@ class Rounds:
 
   _sample: Callable[..., Rollouts]
   _pool: Pool
-  _judge: Any
+  _verifier: Any
   seed: int
   prompts: int
   group: int
@@ -195,6 +199,12 @@ class Rounds:
     self._look(current)
     return current
 
+  def beside(self, params: Params, current: Round) -> Rollouts:
+    """As many completions of another policy, of the same prompts, judged as well."""
+    key = jax.random.fold_in(jax.random.key(self.seed), current.number)
+    key = jax.random.fold_in(key, 2 + self.refills)  # after what drew the round itself
+    return self._sample(params, current.chosen, key)
+
   def _launch(self, params, step, greedy):
     assert self._executor is not None
     # The update donates the params; whoever samples meanwhile needs its own.
@@ -202,6 +212,14 @@ class Rounds:
     return self._executor.submit(self._round, own, step, greedy)
 
   def _round(self, params, step, greedy) -> Round:
+    before = self._pool.get_state()
+    try:
+      return self._sampled(params, step, greedy)
+    except BaseException:
+      self._pool.set_state(before)  # nothing was learned from these prompts: once more
+      raise
+
+  def _sampled(self, params, step, greedy) -> Round:
     began = time.perf_counter()
     key = jax.random.fold_in(jax.random.key(self.seed), self._number)
     chosen = self._pool.draw(self.prompts)
@@ -231,7 +249,7 @@ class Rounds:
       'timing/rollout_seconds': time.perf_counter() - began,
     }
     number, self._number = self._number, self._number + 1
-    return Round(rollouts, baseline, number, step, info)
+    return Round(rollouts, baseline, number, step, info, chosen)
 
   def _ask(self, params, chosen, key) -> Rollouts:
     rollouts = self._sample(params, chosen, key)
@@ -264,7 +282,11 @@ class Rounds:
 
   def get_state(self) -> dict[str, Any]:
     """A JSON-able dict; waits for the round that is being sampled."""
-    waiting = self._waiting.result() if self._waiting else None
+    waiting = self._waiting
+    if (
+      waiting is not None
+    ):  # one that failed is sampled again, and fails where it is asked
+      waiting = None if waiting.exception() else waiting.result()
     return {
       'seed': self.seed,
       'prompts': self.prompts,
@@ -295,8 +317,8 @@ class Rounds:
     """Ends the verifier's processes."""
     if self._executor is not None:
       self._executor.shutdown(wait=True, cancel_futures=True)
-    if self._judge is not None:
-      self._judge.close()
+    if self._verifier is not None:
+      self._verifier.close()
 
 
 def replace_groups(rollouts: Rollouts, places, others: Rollouts, which) -> Rollouts:
@@ -346,6 +368,7 @@ def encode(current: Round) -> dict[str, Any]:
     'arrays': pack(arrays),
     'transcripts': json.dumps(list(r.transcripts), default=str),
     'rest': [r.group, current.number, current.step, current.info],
+    'chosen': [int(index) for index in current.chosen],
   }
 
 
@@ -360,16 +383,5 @@ def decode(state: dict[str, Any]) -> Round:
     number,
     step,
     info,
+    state['chosen'],
   )
-
-
-def pack(arrays: Mapping[str, np.ndarray]) -> str:
-  """Arrays as text, bit by bit."""
-  file = io.BytesIO()
-  np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-  return base64.b64encode(file.getvalue()).decode()
-
-
-def unpack(text: str) -> dict[str, np.ndarray]:
-  with np.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False) as file:
-    return dict(file)

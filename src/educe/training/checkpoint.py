@@ -18,8 +18,10 @@ import grain
 import jax
 import orbax.checkpoint as ocp
 
-from educe.types import StateMismatch, TrainState
+from educe.models import value_head
+from educe.types import Model, Params, StateMismatch, TrainState
 
+VALUE = f'params/{value_head.KEY}/'  # what a critic or reward model adds to a policy
 # What a checkpoint is compared by before it is read, and what each says it belongs to.
 KINDS = {'params': 'model', 'opt_state': 'optimizer', 'reference': 'kind of run'}
 
@@ -118,7 +120,39 @@ def abstract_of(tree: Any) -> Any:
 
 
 def saved_params(folder: pathlib.Path, like: Any, step: int | None = None) -> Any:
-  """Only the params of a run's newest checkpoint (or of `step`), placed like `like`."""
+  """Only the params of a run's newest checkpoint (or of `step`), placed like `like`.
+
+  Of a run with a value head, the policy alone, unless `like` has one too.
+  """
+  where = _state_of(folder, step)
+  with _reading(where, 'sample an older step'):
+    return _read_params(where, abstract_of(like))
+
+
+def saved_with_value(
+  folder: pathlib.Path, model: Model, params: Params, step: int | None = None
+) -> tuple[Model, Params]:
+  """(model, params) of a run that trained a value head, both with it.
+
+  model, params: of that run without it, as its config.model says
+
+  Raises CheckpointError if the run has none, and as `saved_params` does.
+  """
+  where = _state_of(folder, step)
+  with _reading(where, 'read an older step'):
+    found = _saved_shapes(where)
+  parts = {n.split('/')[2] for n in found if n.startswith(VALUE)}
+  if not parts:
+    raise CheckpointError(
+      f'{folder} is of a run without a value head; name one whose config has a section '
+      'value, such as a reward model'
+    )
+  trunk = 'separate' if 'trunk' in parts else 'shared'
+  model, like = value_head.attach(model, params, trunk=trunk)
+  return model, saved_params(folder, like, step)
+
+
+def _state_of(folder: pathlib.Path, step: int | None) -> pathlib.Path:
   with ocp.CheckpointManager(folder.resolve()) as manager:
     step = manager.latest_step() if step is None else step
     if step is None or step not in manager.all_steps():
@@ -126,14 +160,17 @@ def saved_params(folder: pathlib.Path, like: Any, step: int | None = None) -> An
         f'{folder}: no finished checkpoint'
         + ('' if step is None else f' of step {step}')
       )
-    where = folder / str(step) / 'state'
-  with _reading(where, 'sample an older step'):
-    return _read_params(where, abstract_of(like))
+  return folder / str(step) / 'state'
 
 
 def _read_params(where: pathlib.Path, abstract: Any) -> Any:
-  found = {n: x for n, x in _saved_shapes(where).items() if _is_param(n)}
   wanted = _shapes({'params': abstract})
+  whole = any(n.startswith(VALUE) for n in wanted)
+  found = {
+    n: x
+    for n, x in _saved_shapes(where).items()
+    if _is_param(n) and (whole or not n.startswith(VALUE))
+  }
   _same_model(where, found, wanted)
   with ocp.PyTreeCheckpointer() as reader:
     args = ocp.args.PyTreeRestore(

@@ -18,7 +18,7 @@ import optax
 
 from educe.losses.logprobs import score
 from educe.training.optimizer import Optimizer, wide
-from educe.types import Batch, LossFn, Max, Mean, Model, Params, TrainState
+from educe.types import Batch, LossFn, Max, Mean, Model, Params, ScoreFn, TrainState
 
 Metrics = dict[str, Any]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
@@ -43,6 +43,8 @@ def make_step(
   microbatches: int = 1,
   temperature: float = 1.0,
   reference_every: int | None = None,
+  reference_alpha: float = 1.0,
+  scorer: ScoreFn | None = None,
   state_shardings: Any = None,
 ) -> Step:
   """The jitted `step(state, batch) -> (state, metrics)`; it consumes `state`.
@@ -51,8 +53,11 @@ def make_step(
     microbatches: parts that the rows are cut into, one in memory at a time.
     temperature: of the distribution that is scored: the sampling temperature, if the
       loss compares with the sampler.
-    reference_every: steps between copies of the params into the state's reference; 0 and
-      None leave it as it is.
+    reference_every: steps between updates of the state's reference; 0 and None leave it
+      as it is.
+    reference_alpha: α; it becomes α·params + (1 − α)·reference. 1 is a copy.
+    scorer: what scores a batch, where that takes the state's reference too (a teacher);
+      None scores with `model` alone, at `temperature`.
     state_shardings: a TrainState of shardings, when on a mesh: what comes out lies where
       what went in lay.
 
@@ -62,14 +67,16 @@ def make_step(
   optimizer as they were.
   """
 
-  def total(params, batch):
-    params = optimizer.freeze(params)
-    mean, metrics = loss(score(model, params, batch, temperature=temperature), batch)
-    return mean.total, {'loss': mean, **metrics}
-
-  gradient = jax.grad(total, has_aux=True)
+  def plain(params, _, batch):
+    return score(model, params, batch, temperature=temperature)
 
   def step(state, batch):
+    def total(params, batch):
+      scores = (scorer or plain)(optimizer.freeze(params), state.reference, batch)
+      mean, metrics = loss(scores, batch)
+      return mean.total, {'loss': mean, **metrics}
+
+    gradient = jax.grad(total, has_aux=True)
     grads, means = accumulate(gradient, state.params, batch, microbatches)
     count = jnp.where(means['loss'].count > 0, means['loss'].count, 1)
     # In float32: bfloat16 has no 257, and would divide by 256.
@@ -87,11 +94,26 @@ def make_step(
     reference = state.reference
     if reference_every:
       due = (state.step + 1) % reference_every == 0
-      reference = jax.lax.cond(due, lambda: params, lambda: reference)
+      reference = jax.lax.cond(
+        due, lambda: mixed(params, reference, reference_alpha), lambda: reference
+      )
     return TrainState(state.step + 1, params, opt_state, state.key, reference), metrics
 
   out = None if state_shardings is None else (state_shardings, None)
   return jax.jit(step, donate_argnums=0, out_shardings=out)
+
+
+def mixed(params: Params, reference: Params, alpha: float) -> Params:
+  """α·params + (1 − α)·reference, in float32 on the way. Alexey Gorbatovski et al., "Learn
+  your reference model for real good alignment" (TR-DPO), 2024, eq. 4, arXiv:2404.09656."""
+  if alpha == 1:
+    return params
+
+  def mix(new, old):
+    mean = alpha * new.astype(jnp.float32) + (1 - alpha) * old.astype(jnp.float32)
+    return mean.astype(old.dtype)
+
+  return jax.tree.map(mix, params, reference)
 
 
 def accumulate(gradient, params, batch: Batch, microbatches: int):

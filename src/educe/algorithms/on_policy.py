@@ -1,0 +1,140 @@
+"""What algorithms that learn from rounds of their own samples have in common.
+
+round      prompts × group completions of the policy, judged       rollouts/rounds.py
+batch      all of them, scored again by the policy; each algorithm makes its own of it
+updates    epochs (μ) × minibatches of whole groups, each pass in an order of its own
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from educe.data.tokenizer import Tokenizer
+from educe.losses.logprobs import score
+from educe.progress import say
+from educe.rollouts import transcripts
+from educe.rollouts.position import Position
+from educe.rollouts.rounds import Round, Rounds, rows_of
+from educe.types import Batch, LossFn, Model, Params, Rollouts, TrainState
+
+Prepare = Callable[[TrainState, Round], tuple[Batch, dict[str, Any]]]
+
+
+def check(
+  rollouts: Rounds,
+  loss: LossFn,
+  epochs: int,
+  minibatches: int,
+  reference_every: int | None,
+) -> None:
+  """Raises ValueError for passes that cannot be; warns of what is off policy unweighed."""
+  if epochs < 1 or minibatches < 1 or rollouts.prompts % minibatches:
+    raise ValueError(
+      f'algorithm: {epochs=} and {minibatches=} must be at least 1, and '
+      f'rollouts.prompts={rollouts.prompts} a multiple of minibatches'
+    )
+  if (reference_every or 0) < 0:
+    raise ValueError(f'algorithm: {reference_every=} must be ≥ 0')
+  settings = getattr(loss, 'keywords', {})
+  if epochs * minibatches > 1 and settings.get('objective') == 'reinforce':
+    say(
+      f"warning: loss.objective='reinforce' has no ratio, and with {epochs=} × "
+      f"{minibatches=} most updates are off policy; 'clip' has one"
+    )
+  if rollouts.ahead and settings.get('sampler_correction', 'none') == 'none':
+    say(
+      'warning: rollouts.ahead samples from the policy of a round ago, and loss.'
+      "sampler_correction='none' does not weigh that; 'token_truncate' does"
+    )
+
+
+def reader(
+  model: Model, rollouts: Rounds, place: Callable[[Batch], Batch], size: int
+) -> Callable[..., tuple[np.ndarray, np.ndarray | None]]:
+  """read(params, tokens [B, T], mask) -> (log-probs, values) `[B, T]` on the host, at the
+  sampling temperature, `size` rows at a time; values are None without a value head."""
+
+  @jax.jit
+  def parts(params, batch):
+    scores = score(model, params, batch, temperature=rollouts.temperature)
+    return scores.logp, scores.values
+
+  def read(params: Params, tokens, mask):
+    cuts = [slice(at, at + size) for at in range(0, len(tokens), size)]
+    found = [parts(params, place(Batch(tokens[cut], mask[cut]))) for cut in cuts]
+    logp = np.concatenate([np.asarray(x) for x, _ in found])
+    if model.values is None:
+      return logp, None
+    return logp, np.concatenate([np.asarray(v) for _, v in found])
+
+  return read
+
+
+def drawn_logp(rollouts: Rollouts) -> np.ndarray:
+  """Log-probs under what the sampler drew from, after truncation, `[B, T]` (nats)."""
+  drawn = np.asarray(rollouts.sampler_logp)
+  return drawn if rollouts.kept is None else drawn - np.log(rollouts.kept)
+
+
+def walk(
+  data: Position,
+  prepare: Prepare,
+  epochs: int,
+  minibatches: int,
+  *,
+  greedy: bool = False,
+  policy: Callable[[Params], Params] = lambda params: params,
+) -> Prepare:
+  """next_batch(state) -> (batch, info): a minibatch; info is a round's, at its first.
+
+  Args:
+    prepare: (state, Round) -> the whole round as one batch, and its numbers
+    greedy: rounds also judge the greedy completion of each prompt
+    policy: what of the params the sampler needs
+  """
+  rollouts = data.rollouts
+
+  def next_batch(state: TrainState) -> tuple[Batch, dict[str, Any]]:
+    info: dict[str, Any] = {}
+    if data.spent:
+      current = rollouts.next(policy(state.params), int(state.step), greedy=greedy)
+      whole, info = prepare(state, current)
+      data.begin(whole, current.number, epochs * minibatches)
+    groups = data.take(rollouts.prompts, rollouts.prompts // minibatches)
+    if epochs * minibatches == 1:
+      groups.sort()  # the whole round, as it was sampled
+    return data.rows(rows_of(groups, rollouts.group)), info
+
+  return next_batch
+
+
+def write(
+  run_dir: pathlib.Path,
+  tokenizer: Tokenizer,
+  current: Round,
+  batch: Batch,
+  seen: np.ndarray | None,
+  step: int,
+) -> None:
+  """rollouts/<round>.jsonl: every completion with its reward, its advantage, its tokens
+  and, where the policy scored them again (`seen`), log π_old − the sampler's log-prob."""
+  rows = []
+  difference = None if seen is None else seen - np.asarray(batch.sampler_logp)
+  for row, transcript in enumerate(current.rollouts.transcripts):
+    at = np.flatnonzero(np.asarray(current.rollouts.mask)[row])
+    advantages = np.asarray(batch.advantages)[row, at]
+    extra: dict[str, Any] = {
+      'step': step,
+      'advantage': float(advantages.mean()) if len(at) else 0.0,
+      'tokens': [tokenizer.decode([t]) for t in np.asarray(batch.tokens)[row, at]],
+      'advantages': [round(float(x), 5) for x in advantages],
+    }
+    if difference is not None:
+      extra['log_ratio'] = [round(float(x), 6) for x in difference[row, at]]
+    rows.append({**transcript, **extra})
+  transcripts.save(rows, run_dir / 'rollouts' / f'{current.number:06}.jsonl')

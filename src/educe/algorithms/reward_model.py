@@ -1,0 +1,77 @@
+"""Reward models: a value head trained to score whole completions, or each of their steps.
+
+  pairs   the chosen completion above the rejected one          (Bradley–Terry)
+  rated   a number, or right and wrong, for each completion     (regression, outcome)
+  steps   right or wrong at the end of each step                (process rewards)
+
+The value of a text stands after it: `Scores.values[b, t]` is the value of tokens[b, :t]
+(losses/logprobs.py). So every row gets one more column, and the mask is 1 where a score is
+read, and only there: behind the last token of a completion, stop token and all, and behind
+the last token of each step. The loss is losses/reward_model.py.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import numpy as np
+
+from educe.data.pipeline import Batches
+from educe.losses.dry_run import dry_run
+from educe.types import Algorithm, Batch, LossFn, Model, TrainState
+
+RECORDS = ('pairs', 'rated', 'steps')
+
+
+def make(model: Model, data: Batches, loss: LossFn) -> Algorithm:
+  """Algorithm over batches of preferences; a row has data.max_length + 1 tokens.
+
+  The batches have `labels`, the ratings of pairs and of rated completions, and `returns`,
+  the targets where the mask is 1: of steps their labels, of rated completions the rating.
+
+  info: `data/ids_crc32`, and the pipeline's own counts, as for SFT.
+
+  Raises ValueError, before the first step, for a model without a value head, for other
+  records, and for what the loss refuses.
+  """
+  if getattr(model, 'values', None) is None:
+    raise ValueError(
+      "the model has no value head to train: add config.value=dict(trunk='shared')"
+    )
+  if data.records not in RECORDS:
+    raise ValueError(
+      f'config.data.records={data.records!r}: reward_model reads {", ".join(RECORDS)}'
+    )
+  fields = ['labels'] if data.has_labels else []
+  if data.records in ('rated', 'steps'):
+    fields.append('returns')
+  dry_run(loss, *fields)
+
+  def next_batch(_: TrainState) -> tuple[Batch, dict[str, Any]]:
+    rows = next(data)
+    ids = np.ascontiguousarray(rows['ids'])
+    info: dict[str, Any] = {'data/ids_crc32': zlib.crc32(ids.tobytes())}
+    info |= {f'data/{name}': count for name, count in data.counts().items()}
+    return readings(rows, pad_id=data.pad_id), info
+
+  return Algorithm(next_batch, loss, data, data.batch_size, group=data.group)
+
+
+def readings(rows: dict[str, Any], *, pad_id: int) -> Batch:
+  """`[B, T]` rows of data/groups.py as `[B, T + 1]`: the mask is where scores are read."""
+  tokens, ids = rows['tokens'], rows['ids']
+  lengths = (ids >= 0).sum(-1)
+  empty = np.zeros((len(tokens), tokens.shape[1] + 1), np.float32)
+  mask, returns = empty, None
+  if 'targets' in rows:
+    targets = np.pad(rows['targets'], ((0, 0), (1, 0)), constant_values=np.nan)
+    mask = np.isfinite(targets).astype(np.float32)
+    returns = np.nan_to_num(targets, nan=0.0)
+  else:
+    real = np.flatnonzero(lengths)
+    mask[real, lengths[real]] = 1
+    if 'labels' in rows:
+      returns = mask * rows['labels'][:, None]
+  tokens = np.pad(tokens, ((0, 0), (0, 1)), constant_values=pad_id)
+  return Batch(tokens, mask, returns=returns, labels=rows.get('labels'))

@@ -1,0 +1,68 @@
+"""An environment that only asks: whoever judges, it is not this.
+
+Its prompts come from a source of data, and its reward is None, 'not scored': that is for a
+judge (rollouts/judges.py) to give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from educe.environments import problems
+from educe.types import Environment, Turn
+
+
+def make(
+  *,
+  source: Sequence[Mapping[str, Any]],
+  size: int | None = None,
+  part: str = 'all',
+) -> Environment:
+  """The prompts of `source`, each once, in the order in which they first appear.
+
+  source: records with `prompt`, or with `messages`, whose last answer is left off
+  size: so many of them, the first; None: all
+  part: 'train' and 'heldout' share no prompt, whatever the source's order
+
+  Records keep their columns; `answer` is None where there is none.
+
+  Raises ValueError for a record with neither column, an empty prompt, a size that is more
+  than there are, and an unknown part.
+  """
+  problems.in_part('0' * 8, part)  # an unknown one is told before the source is read
+  found: dict[str, dict[str, Any]] = {}
+  for index in range(len(source)):
+    record = dict(source[index])
+    prompt = _prompt(record, index)
+    name = problems.digest(str(prompt))
+    if name not in found and problems.in_part(name, part):
+      found[name] = {'id': name[:12], 'answer': None, **record, 'prompt': prompt}
+    if size is not None and len(found) == size:
+      break
+  if size is not None:
+    problems.at_least_one(size)
+  if len(found) < (size or 1):
+    raise ValueError(
+      f'size={size}: the source has {len(found)} different prompts in part {part!r}'
+    )
+  return Environment(list(found.values()), _only_ask)
+
+
+def _prompt(record: Mapping[str, Any], index: int) -> Any:
+  prompt = record.get('prompt')
+  if prompt is None and record.get('messages'):
+    messages = list(record['messages'])
+    prompt = messages[:-1] if messages[-1].get('role') == 'assistant' else messages
+  if prompt is None:
+    raise ValueError(
+      f'source row {index} has no prompt, only {sorted(record)}; name its column with '
+      "columns=dict(prompt='…')"
+    )
+  if not prompt or (isinstance(prompt, str) and not prompt.strip()):
+    raise ValueError(f'source row {index}: its prompt is empty')
+  return prompt
+
+
+def _only_ask(prompt: Mapping[str, Any], transcript: Sequence[str]) -> Turn:
+  return Turn(None, None, True, {})

@@ -1,0 +1,235 @@
+"""How often a policy, or a reward model, agrees with held-out pairs, and how surely.
+
+A pair is agreed on where the chosen completion has the higher reward r; where the rewards
+are equal a coin would decide, and it counts as half. The reward is one of
+
+  implicit   β·Σ_t log π(y_t)/π_ref(y_t): what DPO trained (Rafael Rafailov et al., 2023,
+             §4, arXiv:2305.18290)
+  average    β·(1/|y|)·Σ_t log π(y_t): without a reference, as SimPO has it (Yu Meng et
+             al., 2024, arXiv:2405.14734)
+  value      of a reward model, behind the last token
+
+Under the Bradley–Terry model the chosen one wins with p = σ(r_w − r_l). Calibrated means
+that of the pairs on which a side is given confidence c = max(p, 1 − p), the share c is
+right: the expected calibration error is the mean of |share right − mean c| over bins of c,
+weighted by their pairs (Chuan Guo et al., 2017, eq. 3, arXiv:1706.04599).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from educe.algorithms.reward_model import readings
+from educe.data import pipeline
+from educe.data.tokenizer import Tokenizer
+from educe.losses.logprobs import score
+from educe.measurement.accuracy import wilson
+from educe.types import Batch, Model, Params
+
+REWARDS = ('implicit', 'average', 'value')
+BINS = 10  # of confidence, from 0.5 to 1
+
+
+class Agreement(NamedTuple):
+  rate: float  # agreed on / total
+  low: float  # Wilson 95 %
+  high: float
+  total: int  # pairs
+  margin: float  # mean of r_w − r_l
+  nll: float  # mean of −log p (nats per pair)
+  ece: float  # expected calibration error, 0..1
+  bins: list[
+    tuple[int, float, float]
+  ]  # (pairs, mean confidence, share right), not empty
+  dropped: int  # pairs too long to be read
+  transcripts: list[dict[str, Any]]
+  verb = 'agrees with'
+
+  def metrics(self) -> dict[str, float]:
+    """What goes into metrics.jsonl."""
+    return {
+      'accuracy': self.rate,
+      'accuracy/low': self.low,
+      'accuracy/high': self.high,
+      'preferences/margin': self.margin,
+      'preferences/nll': self.nll,
+      'preferences/ece': self.ece,
+    }
+
+  def __str__(self) -> str:
+    interval = f'95 % interval {self.low:.1%} to {self.high:.1%}'
+    left = f'; {self.dropped} too long' if self.dropped else ''
+    return (
+      f'{self.rate:.1%} of {self.total} pairs ({interval}{left}), calibration error '
+      f'{self.ece:.3f}'
+    )
+
+
+def agreement(
+  chosen: np.ndarray,
+  rejected: np.ndarray,
+  *,
+  dropped: int = 0,
+  transcripts: Sequence[dict[str, Any]] = (),
+) -> Agreement:
+  """Rewards `[P]` of both sides, in float64.
+
+  Raises ValueError for no pairs and for a reward that is not finite.
+  """
+  margins = np.asarray(chosen, np.float64) - np.asarray(rejected, np.float64)
+  if not margins.size:
+    raise ValueError('agreement: there are no pairs')
+  if not np.isfinite(margins).all():
+    raise ValueError(
+      f'agreement: the rewards of pair {int(np.argmin(np.isfinite(margins)))} are not '
+      'finite'
+    )
+  right = (margins > 0) + 0.5 * (margins == 0)
+  confidence = 1 / (1 + np.exp(-np.abs(margins)))
+  edges = np.linspace(0.5, 1, BINS + 1)
+  of = np.clip(np.searchsorted(edges, confidence, side='right') - 1, 0, BINS - 1)
+  bins = []
+  for index in range(BINS):
+    inside = of == index
+    if inside.any():
+      mean = float(confidence[inside].mean()), float(right[inside].mean())
+      bins.append((int(inside.sum()), *mean))
+  total = len(margins)
+  low, high = wilson(float(right.sum()), total)
+  return Agreement(
+    rate=float(right.mean()),
+    low=low,
+    high=high,
+    total=total,
+    margin=float(margins.mean()),
+    nll=float(np.logaddexp(0, -margins).mean()),
+    ece=sum(n * abs(share - mean) for n, mean, share in bins) / total,
+    bins=bins,
+    dropped=dropped,
+    transcripts=list(transcripts),
+  )
+
+
+def evaluate(
+  model: Model,
+  params: Params,
+  tokenizer: Tokenizer,
+  reference: Params | None,
+  *,
+  source: Sequence[Any],
+  max_length: int,
+  reward: str = 'implicit',
+  beta: float | None = None,
+  batch_size: int = 8,
+  overlong: str = 'drop',
+) -> Agreement:
+  """Agreement with pairs: what the config section `evaluation` runs.
+
+  reference: the run's; TR-DPO's is the moving one
+  source: a section of its own, of pairs that are not trained on
+  reward, beta: see the top of this file; 'value' takes no beta, the others the loss's
+  batch_size: pairs at a time
+  max_length, overlong: as for config.data
+
+  Raises ValueError for an implicit reward without a reference, a value without a value
+  head, and pairs that cannot be read.
+  """
+  check(max_length=max_length, reward=reward, beta=beta, batch_size=batch_size)
+  if reward == 'implicit' and reference is None:
+    raise ValueError(
+      "evaluation.reward='implicit' compares with the run's reference, and none is kept: "
+      "set algorithm.reference_every=0 without precompute, or evaluation.reward='average'"
+    )
+  if reward == 'value' and getattr(model, 'values', None) is None:
+    raise ValueError(
+      "evaluation.reward='value' is of a reward model, and this model has no value head: "
+      "add config.value, or choose 'implicit'"
+    )
+  pairs = pipeline.make(
+    source,
+    tokenizer,
+    batch_size=batch_size,
+    max_length=max_length,
+    records='pairs',
+    shuffle=False,
+    epochs=1,
+    overlong=overlong,
+    drop_remainder=False,
+  )
+  functions = _Functions(model.hidden, model.head, getattr(model, 'values', None))
+  rewards, transcripts = [], []
+  for rows in pairs:
+    found = _rewards(functions, params, reference, rows, reward, beta, tokenizer.pad_id)
+    for pair in range(0, len(found), 2):
+      if rows['ids'][pair, 0] >= 0:
+        rewards.append(found[pair : pair + 2])
+        transcripts.append(_transcript(tokenizer, rows, pair, rewards[-1]))
+  counts = pairs.counts()
+  pairs.close()
+  chosen, rejected = np.array(rewards).T
+  dropped = counts['dropped_overlong'] + counts['dropped_masked']
+  return agreement(chosen, rejected, dropped=dropped, transcripts=transcripts)
+
+
+def check(*, max_length: int, reward: str, beta: float | None, batch_size: int) -> None:
+  """Raises ValueError for arguments of `evaluate` that no model could make good."""
+  if reward not in REWARDS:
+    raise ValueError(f'reward={reward!r} is not one of {list(REWARDS)}')
+  if reward == 'value' and beta is not None:
+    raise ValueError(f"beta={beta}: reward='value' takes none")
+  if reward != 'value' and not (beta is not None and 0 < beta < float('inf')):
+    raise ValueError(f'beta={beta} must be positive: the β of config.loss')
+  if max_length < 2 or batch_size < 1:
+    raise ValueError(
+      f'max_length={max_length} must be at least 2, and batch_size={batch_size} 1'
+    )
+
+
+class _Functions(NamedTuple):
+  """What `score` uses of a Model, hashable: an evaluation compiles once a run."""
+
+  hidden: Callable[..., Any]
+  head: Callable[..., Any]
+  values: Callable[..., Any] | None
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'what'))
+def _read(model: Any, params: Params, batch: Batch, what: str):
+  return getattr(score(model, params, batch), what)
+
+
+def _rewards(functions, params, reference, rows, reward, beta, pad_id) -> np.ndarray:
+  """`[B]`, in float64."""
+  if reward == 'value':
+    batch = readings(rows, pad_id=pad_id)
+    values = np.asarray(_read(functions, params, batch, 'values'), np.float64)
+    return np.where(batch.mask > 0, values, 0).sum(-1)
+  batch = Batch(rows['tokens'], rows['mask'])
+  mask = np.asarray(rows['mask'], np.float64)
+  logp = np.asarray(_read(functions, params, batch, 'logp'), np.float64)
+  if reward == 'average':
+    return beta * (logp * mask).sum(-1) / np.maximum(mask.sum(-1), 1)
+  ref_logp = np.asarray(_read(functions, reference, batch, 'logp'), np.float64)
+  return beta * ((logp - ref_logp) * mask).sum(-1)
+
+
+def _transcript(tokenizer, rows, pair, rewards) -> dict[str, Any]:
+  """A pair for people."""
+
+  def text(row, trained):
+    where = (rows['mask'][row] == trained) & (rows['ids'][row] >= 0)
+    return tokenizer.decode(rows['tokens'][row][where], skip_special=True)
+
+  chosen, rejected = map(float, rewards)
+  return {
+    'id': int(rows['ids'][pair, 0]),
+    'prompt': text(pair, 0),
+    'chosen': text(pair, 1),
+    'rejected': text(pair + 1, 1),
+    'rewards': {'chosen': chosen, 'rejected': rejected},
+  }

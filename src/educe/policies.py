@@ -1,0 +1,114 @@
+"""Finished models, whatever they lie in: files of weights, Hugging Face folders, runs.
+
+As a section of a config, the model of another run is dict(name='educe.policies',
+path='runs/teacher').
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+from educe import config as config_lib
+from educe import paths
+from educe.data import tokenizer as tokenizers
+from educe.models import gguf, llama2c, safetensors
+from educe.rollouts.sampler import vocabulary_size
+from educe.training import checkpoint
+from educe.types import Model, Params
+
+LOADERS = {'.gguf': gguf, '.bin': llama2c}
+
+
+def load(*, path: str) -> tuple[Model, Params]:
+  """The model of a run, its newest params: what a section `model` or `teacher` names.
+
+  Raises ValueError for what is no run, and CheckpointError for one without a checkpoint.
+  """
+  return _of_run(_run(path))[:2]
+
+
+def open_values(path: str):
+  """(model, params, tokenizer) of a run that trained a value head, with that head.
+
+  Raises ValueError for what is no run, and CheckpointError for one without a checkpoint or
+  without a value head.
+  """
+  where = _run(path)
+  config = read_config(where / 'config.json')
+  model, params = config_lib.call('model', config['model'])
+  model, params = checkpoint.saved_with_value(where / 'checkpoints', model, params)
+  words = tokenizers.load(path=config['tokenizer']['path'])
+  check_vocabulary(model, params, words)
+  return model, params, words
+
+
+def _run(path: str) -> pathlib.Path:
+  where = pathlib.Path(path).expanduser()
+  if not (where / 'checkpoints').is_dir():
+    raise ValueError(f'path={path!r} is not the folder of a run')
+  return where
+
+
+def open_policy(path: str, tokenizer: str | None = None):
+  """(model, params, tokenizer) from a .gguf file, a Hugging Face folder, a llama2c .bin
+  (which needs `tokenizer`), or a run folder (its newest checkpoint)."""
+  loader = loader_of(path)
+  if loader is None:
+    model, params, config = _of_run(paths.resolve(path))
+    words = tokenizers.load(path=tokenizer or config['tokenizer']['path'])
+  else:
+    if loader is llama2c and tokenizer is None:
+      raise ValueError(f'{path} carries no tokenizer: add --tokenizer=…/tok512.bin')
+    model, params = loader.load(path=path)
+    words = tokenizers.load(path=tokenizer or path)
+  check_vocabulary(model, params, words)
+  return model, params, words
+
+
+def _of_run(where: pathlib.Path) -> tuple[Model, Params, dict[str, Any]]:
+  config = read_config(where / 'config.json')
+  model, params = config_lib.call('model', config['model'])
+  return model, checkpoint.saved_params(where / 'checkpoints', params), config
+
+
+def loader_of(path: str) -> Any:
+  """The module that reads a model file or folder; None for a run folder."""
+  try:
+    where = paths.resolve(path)
+  except FileNotFoundError as error:
+    raise ValueError(f'--model={error}') from None
+  if (where / 'checkpoints').is_dir():
+    return None
+  if inside := sorted(x.parent.name for x in where.glob('*/checkpoints')):
+    raise ValueError(
+      f'--model={path} holds the runs {", ".join(inside)}; name one, as '
+      f'--model={path}/{inside[-1]}'
+    )
+  if where.is_dir():
+    return safetensors
+  if where.suffix not in LOADERS:
+    raise ValueError(
+      f'--model={path}: not a {", ".join(LOADERS)}, a model folder or a run'
+    )
+  return LOADERS[where.suffix]
+
+
+def check_vocabulary(model: Model, params: Params, words: tokenizers.Tokenizer) -> None:
+  """Raises ValueError if the tokenizer can write an id that the model cannot embed."""
+  vocab = vocabulary_size(model, params)
+  if words.vocab_size > vocab:
+    raise ValueError(
+      f'the tokenizer has {words.vocab_size} tokens, the model {vocab} embeddings; '
+      'use the tokenizer that belongs to the model'
+    )
+
+
+def read_config(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    return json.loads(path.read_text())
+  except json.JSONDecodeError as error:
+    raise ValueError(
+      f'{path} is damaged ({error}); delete it and train again'
+    ) from None

@@ -1,0 +1,325 @@
+"""Judges: numbers for completions that no program can verify.
+
+  judge(records, completions) -> a float for each, or None for 'not scored'
+
+`reward_model` is a run that trained a value head, read at the end of the text. `endpoint`
+is any server that speaks OpenAI's chat completions, asked for a grade of each completion,
+or which of two is better (Lianmin Zheng et al., "Judging LLM-as-a-judge with MT-Bench and
+Chatbot Arena", 2023, §3, arXiv:2306.05685; its two orders against position bias, §3.4).
+
+In a run a judge's numbers are the rewards (config.judge). What could not be judged is
+None: it adds nothing to its group, and its outcome is 'error' (rollouts/rounds.py).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from educe.data.chat import encode_record
+from educe.environments import verifiers
+from educe.rollouts import chat_endpoint
+from educe.rollouts.sampler import bucket
+from educe.types import Batch, Model, Params, Rollouts, Turn
+
+Record = Mapping[str, Any]
+Judge = Callable[[Sequence[Record], Sequence[str]], list[float | None]]
+
+STYLES = ('scalar', 'pairwise')
+SCALAR = """\
+You grade the answer of an assistant. {criteria}
+
+[Conversation]
+{prompt}
+
+[Answer]
+{completion}
+
+Explain yourself in one sentence. Then, on a line of its own, write the grade, a number \
+from {low} to {high}, as: Grade: <number>"""
+PAIRWISE = """\
+You compare two answers of an assistant. {criteria} Their order and their length do not \
+matter.
+
+[Conversation]
+{prompt}
+
+[Answer A]
+{first}
+
+[Answer B]
+{second}
+
+Explain yourself in one sentence. Then, on a line of its own, write your verdict, as: \
+Verdict: A, or Verdict: B, or Verdict: tie"""
+
+
+def reward_model(
+  open_values: Callable[[str], tuple[Model, Params, Any]],
+  *,
+  path: str,
+  batch_size: int = 16,
+  max_length: int | None = None,
+) -> Judge:
+  """The value of a whole text under the reward model that the run at `path` trained.
+
+  Texts are padded to few widths (`sampler.bucket`) and read `batch_size` at a time. The
+  value read is that of the state after the text's last token, the end of turn included:
+  a completion that was cut off is scored as if it had ended there.
+
+  Args:
+    open_values: run folder -> (model with values, params, tokenizer)
+    max_length: tokens; a longer text is None. By default the model's context.
+
+  Raises ValueError for a run without a value head, and sizes below 1.
+  """
+  if batch_size < 1 or (max_length is not None and max_length < 1):
+    raise ValueError(f'judge: {batch_size=} and {max_length=} must be at least 1')
+  model, params, words = open_values(path)
+  if model.values is None:
+    raise ValueError(f'judge.path={path!r} is of a run without a value head')
+  limit = min(max_length or math.inf, model.architecture.max_length)
+
+  @jax.jit
+  def read(params, batch):
+    states, _ = model.hidden(params, batch.tokens)
+    values = model.values(params, states, batch.tokens)
+    last = batch.mask.sum(-1).astype(jnp.int32) - 1
+    return jnp.take_along_axis(values, last[:, None], -1)[:, 0]
+
+  def judge(records, completions):
+    texts = [_encode(words, *pair) for pair in zip(records, completions, strict=True)]
+    scores: list[float | None] = [None] * len(texts)
+    fit = [row for row, ids in enumerate(texts) if len(ids) <= limit]
+    fit.sort(key=lambda row: len(texts[row]))  # so that a batch holds equals
+    for at in range(0, len(fit), batch_size):
+      rows = fit[at : at + batch_size]
+      tokens = np.zeros((batch_size, bucket(len(texts[rows[-1]]))), np.int32)
+      mask = np.zeros(tokens.shape, np.float32)
+      mask[:, 0] = 1  # rows that fill the batch up
+      for place, row in enumerate(rows):
+        tokens[place, : len(texts[row])] = texts[row]
+        mask[place, : len(texts[row])] = 1
+      values = np.asarray(read(params, Batch(tokens, mask)))
+      for place, row in enumerate(rows):
+        value = float(values[place])
+        scores[row] = value if math.isfinite(value) else None
+    return scores
+
+  return judge
+
+
+def _encode(words, record: Record, completion: str) -> list[int]:
+  """Prompt, completion and the end of the turn, as they are trained on."""
+  prompt = record['prompt']
+  said: Any = completion
+  if not isinstance(prompt, str):
+    said = [{'role': 'assistant', 'content': completion}]
+  text = {'prompt': prompt, 'completion': said, 'tools': record.get('tools')}
+  if isinstance(prompt, str) and not completion:
+    text = {'text': prompt}  # nothing but the end was said
+  whole = encode_record(words, text)
+  # What a template writes after the last trained token is never sampled, nor was it rated.
+  return whole.tokens[: np.flatnonzero(whole.mask)[-1] + 1].tolist()
+
+
+def length(*, target: int) -> Judge:
+  """−|characters − target|/target: no opinion at all, for dry runs and as a control of how
+  much of another judge's taste is length. Raises ValueError for a target below 1."""
+  if target < 1:
+    raise ValueError(f'judge.target={target} must be at least 1 character')
+
+  def judge(records, completions):
+    return [-abs(len(text) - target) / target for text in completions]
+
+  return judge
+
+
+def endpoint(
+  *,
+  url: str,
+  model: str,
+  style: str = 'scalar',
+  criteria: str = 'Judge how correct, helpful and harmless it is.',
+  lowest: float = 1.0,
+  highest: float = 10.0,
+  api_key_env: str | None = None,
+  timeout: float = 60.0,
+  retries: int = 3,
+  backoff: float = 1.0,
+  concurrency: int = 8,
+  error_limit: float = 0.1,
+  temperature: float = 0.0,
+  max_tokens: int = 512,
+) -> Judge:
+  """A language model behind an OpenAI-compatible server, as a judge.
+
+  scalar: one question a completion; its score is the grade, from 0 (lowest) to 1
+  (highest). pairwise: two questions for every two completions of a prompt, in both orders,
+  so that a preference for a place cancels: G·(G − 1) a prompt. A score is the share of
+  comparisons won, a tie half; one that is unanswered in either order counts for neither.
+
+  Args:
+    url: of the server, up to and with /v1
+    criteria: sentences for the judge: what is good
+    lowest, highest: of the grades asked for
+    api_key_env: name of the environment variable that holds the key; None sends none
+    timeout, backoff (seconds), retries, concurrency, error_limit: see chat_endpoint.Client
+    temperature, max_tokens: of the judge's own sampling
+
+  Raises ValueError for settings out of range. The judge raises JudgeError when too many
+  questions stay unanswered, and ValueError for a prompt with one completion to compare.
+  """
+  wrong = None
+  if not re.match(r'https?://[^/\s]', url):
+    wrong = (
+      f'url={url!r} must begin with http:// or https://, as http://localhost:8000/v1'
+    )
+  elif style not in STYLES:
+    wrong = f'style={style!r} must be one of {list(STYLES)}'
+  elif not lowest < highest:
+    wrong = f'lowest={lowest} must be less than highest={highest}'
+  elif not (0 < timeout < math.inf and 0 <= backoff < math.inf):
+    wrong = f'timeout={timeout} must be more than 0 seconds, backoff={backoff} not less'
+  elif retries < 0 or concurrency < 1 or max_tokens < 1:
+    wrong = (
+      f'{retries=} must be at least 0, {concurrency=} and {max_tokens=} at least 1'
+    )
+  elif not 0 <= error_limit <= 1:
+    wrong = f'error_limit={error_limit} must be in 0..1'
+  elif not 0 <= temperature < math.inf:
+    wrong = f'temperature={temperature} must be a number ≥ 0'
+  elif api_key_env is not None and not os.environ.get(api_key_env):
+    wrong = f'api_key_env={api_key_env!r}: no such environment variable; export it'
+  if wrong:
+    raise ValueError(f'judge.{wrong}')
+  client = chat_endpoint.Client(
+    url=url,
+    model=model,
+    key=os.environ[api_key_env] if api_key_env else None,
+    timeout=timeout,
+    retries=retries,
+    backoff=backoff,
+    concurrency=concurrency,
+    error_limit=error_limit,
+    temperature=temperature,
+    max_tokens=max_tokens,
+  )
+
+  def grades(records, completions):
+    texts = [
+      SCALAR.format(
+        criteria=criteria,
+        prompt=conversation(record['prompt']),
+        completion=completion,
+        low=f'{lowest:g}',
+        high=f'{highest:g}',
+      )
+      for record, completion in zip(records, completions, strict=True)
+    ]
+
+    def read(text):
+      grade = _last(r'grade\W{0,4}?(-?\d+(?:\.\d+)?)', text)
+      if grade is None or not lowest <= float(grade) <= highest:
+        return None
+      return (float(grade) - lowest) / (highest - lowest)
+
+    return chat_endpoint.ask(client, texts, read)
+
+  def comparisons(records, completions):
+    pairs = list(_pairs(records))
+    asked = [(i, j) for i, j in pairs if completions[i] != completions[j]]
+    questions = [
+      PAIRWISE.format(
+        criteria=criteria,
+        prompt=conversation(records[i]['prompt']),
+        first=completions[a],
+        second=completions[b],
+      )
+      for i, j in asked
+      for a, b in ((i, j), (j, i))
+    ]
+
+    def read(text):
+      verdict = _last(r'verdict\W{0,4}?(a|b|tie)\b', text)
+      return None if verdict is None else {'a': 1.0, 'b': 0.0, 'tie': 0.5}[verdict]
+
+    said = chat_endpoint.ask(client, questions, read)
+    # The second question of a pair has it the other way round.
+    wins = {
+      pair: None if None in (one, two) else (one + 1 - two) / 2
+      for pair, one, two in zip(asked, said[::2], said[1::2], strict=True)
+    }
+    scores: list[list[float]] = [[] for _ in completions]
+    for i, j in pairs:
+      if (won := wins.get((i, j), 0.5)) is not None:
+        scores[i].append(won)
+        scores[j].append(1 - won)
+    return [sum(x) / len(x) if x else None for x in scores]
+
+  return grades if style == 'scalar' else comparisons
+
+
+def rewarded(rollouts: Rollouts, records: Sequence[Record], judge: Judge) -> Rollouts:
+  """Rollouts whose rewards are the judge's scores.
+
+  records: of each group. What the environment had said stays in `rewards`, and so does its
+  outcome where it had scored the row; else that is what the score means, or 'error'.
+
+  Raises ValueError for a judge that answers the wrong number of rows, or no numbers.
+  """
+  rows = list(rollouts.transcripts)
+  repeated = [record for record in records for _ in range(rollouts.group)]
+  scores = judge(repeated, [row['completion'] for row in rows])
+  if len(scores) != len(rows):
+    raise ValueError(f'the judge scored {len(scores)} rows, {len(rows)} were asked')
+  scores = [verifiers.real(score, 'judge: a score') for score in scores]
+  transcripts = []
+  for row, score in zip(rows, scores, strict=True):
+    parts = {'environment': row['reward'], **row['rewards'], 'judge': score}
+    outcome = row['outcome']
+    if row['reward'] is None:
+      outcome = verifiers.outcome(Turn(None, score, True, {}))
+    if score is None:
+      outcome = 'error'
+    extra = {'error': 'the judge gave no score'} if score is None else {}
+    transcripts.append(
+      {**row, **extra, 'reward': score, 'rewards': parts, 'outcome': outcome}
+    )
+  rewards: Any = np.array([math.nan if x is None else x for x in scores], np.float32)
+  return rollouts._replace(rewards=rewards, transcripts=transcripts)
+
+
+def conversation(prompt: str | Sequence[Mapping[str, Any]]) -> str:
+  """A prompt as text for a judge to read."""
+  if isinstance(prompt, str):
+    return prompt
+  return '\n\n'.join(f'{turn["role"]}: {turn["content"]}' for turn in prompt)
+
+
+def _last(pattern: str, text: str) -> str | None:
+  """What the pattern's group says where it is found last: models reason first."""
+  found = re.findall(pattern, text.lower())
+  return found[-1] if found else None
+
+
+def _pairs(records: Sequence[Record]):
+  """(i, j) of every two rows that lie together and have the same prompt."""
+  for _, group in itertools.groupby(
+    range(len(records)), lambda i: records[i]['prompt']
+  ):
+    rows = list(group)
+    if len(rows) < 2:
+      raise ValueError(
+        "judge.style='pairwise' compares completions of the same prompt, and one came "
+        "alone: set rollouts.group to 2 or more, or style='scalar'"
+      )
+    yield from itertools.combinations(rows, 2)

@@ -1,0 +1,276 @@
+"""Preferences to batches: whose log-probs are the reference's, and when they change."""
+
+import functools
+import json
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from educe import cli
+from educe.algorithms import dpo as algorithm
+from educe.data import pipeline, sources, tokenizer
+from educe.models import policy, presets
+from educe.training import metrics, optimizer
+from educe.training.step import init_state, make_step
+from educe.types import Mean
+
+BYTE = tokenizer.load(path='byte')
+MODEL = policy.build(presets.debug)
+PAIRS = [
+  dict(prompt=f'{i}+1=', chosen=f'{i + 1}', rejected='x' * (i % 3 + 1))
+  for i in range(9)
+]
+LABELLED = [
+  dict(prompt=f'{i}', completion='c' * (i + 1), label=i % 2) for i in range(9)
+]
+
+# What a loss file says of its variants.
+COUPLED = frozenset({'sorted', 'kto'})
+UNPAIRED = ('kto',)
+
+
+def loss(scores, batch, *, variant='sigmoid', beta=0.1):
+  """A stand-in for losses/dpo.py, written from its equation; 'free' has no reference."""
+  if variant == 'kto' and batch.labels is None:
+    raise ValueError('kto: no labels')
+  if variant != 'free' and batch.ref_logp is None:
+    raise ValueError(f'{variant}: batch.ref_logp is None')
+  logp = scores.logp
+  if batch.ref_logp is not None:
+    logp = logp - batch.ref_logp
+  h = jnp.where(batch.mask > 0, logp, 0).sum(-1).reshape(-1, 2)
+  margin = beta * (h[:, 0] - h[:, 1])
+  real = (batch.mask.sum(-1).reshape(-1, 2) > 0).all(-1)
+  total = jnp.where(real, jnp.logaddexp(0.0, -margin), 0).sum()
+  count = real.sum() * 1.0
+  margins = Mean(jnp.where(real, margin, 0).sum(), count)
+  return Mean(total, count), {'rewards/margins': margins}
+
+
+def params(seed=0):
+  return MODEL.init(jax.random.key(seed))
+
+
+def make(data=PAIRS, records='pairs', loss=loss, setting=None, start=None, **options):
+  batches = pipeline.make(
+    sources.memory(records=data), BYTE, batch_size=2, max_length=16, records=records
+  )
+  bound = functools.partial(loss, **(setting or {}))
+  given = params() if start is None else start
+  return algorithm.make(MODEL, given, batches, bound, lambda batch: batch, **options)
+
+
+def state_of(policy_seed=0, reference_seed=None):
+  tx = optimizer.make(9, name='sgd', learning_rate=0.5, schedule='constant')
+  state = init_state(params(policy_seed), tx, jax.random.key(0))
+  if reference_seed is not None:
+    state = state._replace(reference=params(reference_seed))
+  return state, tx
+
+
+def log_probs(weights, tokens):
+  """`[B, T]` in float64 from the logits, aligned to the token that they score."""
+  states, _ = MODEL.hidden(weights, tokens)
+  matrix = np.asarray(MODEL.head(weights).matrix, np.float64)
+  logits = np.asarray(states, np.float64) @ matrix
+  logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
+  picked = np.take_along_axis(logits[:, :-1], tokens[:, 1:, None], -1)[..., 0]
+  return np.pad(picked, ((0, 0), (1, 0)))
+
+
+def test_ref_logp_is_the_references_and_not_the_policys():
+  method = make()
+  batch, info = method.next_batch(state_of(0, reference_seed=1)[0])
+  want = log_probs(params(1), batch.tokens) * batch.mask
+  # float32 forward against float64 from the same float32 states: 2e-5 nats.
+  np.testing.assert_allclose(batch.ref_logp, want, atol=2e-5)
+  assert np.abs(want - log_probs(params(0), batch.tokens) * batch.mask).max() > 0.05
+  assert batch.labels is None
+  assert batch.segments is None
+  assert info['data/records'] == 2
+  assert (method.rows, method.group, method.asks_policy) == (4, 2, True)
+  assert method.reference_every == 0
+
+
+def test_the_first_step_loses_ln_2():
+  """The policy is its own reference; two programs may round apart (float32)."""
+  method = make()
+  state, tx = state_of(0, reference_seed=0)
+  step = make_step(MODEL, method.loss, tx)
+  batch, _ = method.next_batch(state)
+  _, values = step(state, batch)
+  assert float(values['loss']) == pytest.approx(np.log(2), abs=1e-6)
+  assert float(values['rewards/margins']) == pytest.approx(0, abs=1e-6)
+  assert float(values['grad_norm']) > 1e-3
+
+
+def test_stored_log_probs_are_those_computed_at_every_step(tmp_path, capsys):
+  plain, stored = make(), make(precompute=str(tmp_path / 'reference'))
+  assert 'under the reference, once' in capsys.readouterr().err
+  state, _ = state_of(1, reference_seed=0)
+  without = state._replace(reference=None)
+  for _ in range(6):
+    one, other = plain.next_batch(state)[0], stored.next_batch(without)[0]
+    np.testing.assert_array_equal(one.tokens, other.tokens)
+    np.testing.assert_array_equal(one.ref_logp, other.ref_logp)
+  assert stored.reference_every is None
+  assert not stored.asks_policy
+  make(precompute=str(tmp_path / 'reference'))
+  assert not capsys.readouterr().err
+  make(precompute=str(tmp_path / 'reference'), start=params(3))
+  assert len([*(tmp_path / 'reference').iterdir()]) == 2
+
+
+def test_a_loss_without_a_reference(capsys):
+  method = make(setting={'variant': 'free'}, reference_every=None)
+  batch, _ = method.next_batch(state_of()[0])
+  assert batch.ref_logp is None
+  assert (method.reference_every, method.asks_policy) == (None, False)
+  assert not capsys.readouterr().err
+  make(setting={'variant': 'free'})
+  assert 'warning: config.loss needs no reference' in capsys.readouterr().err
+
+
+def test_labelled_completions_have_their_labels():
+  method = make(LABELLED, 'unpaired', setting={'variant': 'kto'})
+  batch, _ = method.next_batch(state_of(0, 1)[0])
+  assert np.isnan(batch.labels[1::2]).all()
+  assert set(batch.labels[::2]) <= {0, 1}
+  want = log_probs(params(1), batch.tokens) * batch.mask
+  np.testing.assert_allclose(batch.ref_logp, want, atol=2e-5)
+  assert (want[1::2] != 0).any()
+
+
+@pytest.mark.parametrize(
+  ('variant', 'couples'),
+  [
+    ('sigmoid', False),
+    ('sorted', True),
+    ({'sigmoid': 0.5, 'sorted': 1.0}, True),
+    ({'sigmoid': 0.5, 'sorted': 0.0}, False),
+    (None, False),
+  ],
+)
+def test_losses_that_couple_rows_say_so(variant, couples):
+  setting = {} if variant is None else {'variant': variant}
+  assert make(setting=setting).couples == couples
+
+
+@pytest.mark.parametrize(
+  ('options', 'match'),
+  [
+    (dict(records='documents', data=[dict(text='t')] * 4), "records='documents': dpo"),
+    (dict(setting={'variant': 'kto'}), "'kto' is of records='unpaired', and"),
+    (dict(records='unpaired', data=LABELLED), "'sigmoid' is of records='pairs', and"),
+    (dict(reference_every=None), 'config.loss: sigmoid: batch.ref_logp is None'),
+    (dict(reference_every=-1), 'reference_every=-1 must be ≥ 0'),
+    (dict(reference_every=4, reference_alpha=0.0), 'reference_alpha=0.0 in'),
+    (dict(reference_alpha=0.6), 'is of a reference that moves'),
+    (dict(precompute='x', reference_every=4), 'it needs reference_every=0, not 4'),
+    (
+      dict(precompute='x', reference_every=None),
+      'it needs reference_every=0, not None',
+    ),
+    (
+      dict(
+        precompute='x', records='unpaired', data=LABELLED, setting={'variant': 'kto'}
+      ),
+      'others in each epoch',
+    ),
+  ],
+)
+def test_settings_that_cannot_be(options, match):
+  with pytest.raises(ValueError, match=match):
+    make(**options)
+
+
+CONFIG = """
+import ml_collections
+def get_config():
+  return ml_collections.ConfigDict(dict(
+    seed=0, steps=12, save_every=6,
+    model=dict(name='scratch', preset='debug'),
+    tokenizer=dict(path='byte'),
+    mesh=dict(data=-1),
+    source=dict(name='memory', records={pairs}),
+    data=dict(batch_size=8, max_length=16, records='pairs'),
+    algorithm=dict(name='dpo'),
+    loss=dict(name='stand_in_loss:loss', beta=1.0),
+    optimizer=dict(name='adamw', learning_rate=3e-3, schedule='constant'),
+    evaluation=dict(
+      name='preferences', beta=1.0, max_length=16, batch_size=8,
+      source=dict(name='memory', records={pairs}),
+    ),
+  ))
+"""
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+  """A run of the stand-in loss, by its dotted name."""
+  source = pathlib.Path(__file__).read_text()
+  body = source[source.index('# What a loss file') : source.index('def params(')]
+  head = 'import jax.numpy as jnp\nfrom educe.types import Mean\n'
+  (tmp_path / 'stand_in_loss.py').write_text(head + body)
+  monkeypatch.syspath_prepend(str(tmp_path))
+  monkeypatch.delitem(sys.modules, 'stand_in_loss', raising=False)
+  path = tmp_path / 'config.py'
+  path.write_text(CONFIG.replace('{pairs}', repr(PAIRS)))
+  return f'--config={path}'
+
+
+def read(folder):
+  rows = metrics.read(folder / 'metrics.jsonl')
+  return [r for r in rows if 'loss' in r], [r for r in rows if 'accuracy' in r]
+
+
+@pytest.mark.usefixtures('compile_once')
+def test_a_run_learns_its_pairs_stops_and_goes_on(config, tmp_path, capsys):
+  def go(folder, *flags):
+    return cli.main(['train', config, f'--run_dir={tmp_path / folder}', *flags])
+
+  assert go('whole') == 0, capsys.readouterr().err
+  steps, exams = read(tmp_path / 'whole')
+  assert steps[0]['loss'] == pytest.approx(np.log(2), abs=1e-5)
+  assert steps[-1]['loss'] < 0.3
+  assert steps[-1]['rewards/margins'] > 1
+  first, last = exams
+  assert first['preferences/margin'] == pytest.approx(0, abs=1e-4)
+  assert first['preferences/nll'] == pytest.approx(np.log(2), abs=1e-4)
+  assert last['accuracy'] == 1
+  assert last['accuracy/low'] == pytest.approx(0.7008, abs=1e-3)  # Wilson of 9 in 9
+  assert last['preferences/nll'] < 0.3
+  said = capsys.readouterr().err
+  assert 'agrees with 100.0% of 9 pairs' in said
+  sample = json.loads((tmp_path / 'whole/samples/12.jsonl').open().readline())
+  assert set(sample) == {'id', 'prompt', 'chosen', 'rejected', 'rewards'}
+  # Stopped in the middle, with the reference stored instead of kept: the same losses.
+  store = f'--config.algorithm.precompute={tmp_path / "reference"}'
+  exam = '--config.evaluation.reward=average'
+  assert go('parts', '--config.steps=6', store, exam) == 0
+  assert go('parts', store, exam) == 0
+  again, _ = read(tmp_path / 'parts')
+  np.testing.assert_allclose(
+    [r['loss'] for r in again], [r['loss'] for r in steps], rtol=0, atol=1e-6
+  )
+  assert len([*(tmp_path / 'reference').iterdir()]) == 1
+
+
+@pytest.mark.usefixtures('compile_once')
+def test_what_a_run_refuses(config, tmp_path, capsys):
+  def refused(*flags):
+    assert cli.main(['train', config, f'--run_dir={tmp_path / "r"}', *flags]) == 1
+    return ' '.join(capsys.readouterr().err.split())
+
+  cut = '--config.microbatches=2'
+  said = refused(cut, '--config.loss.variant=sorted')
+  assert 'microbatches=2: the loss compares rows across the whole batch' in said
+  # Eight devices have eight rows, but four pairs.
+  assert 'multiple of 16' in refused('--config.data.batch_size=4')
+  assert 'multiple of 32' in refused(cut)
+  said = refused(f'--config.algorithm.precompute={tmp_path / "reference"}')
+  assert "evaluation.reward='average'" in said

@@ -1,0 +1,180 @@
+"""Agreement and calibration against numbers computed by hand, rewards against float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from educe.data import sources, tokenizer
+from educe.measurement import preferences
+from educe.measurement.preferences import agreement, evaluate
+from educe.models import policy, presets
+
+BYTE = tokenizer.load(path='byte')
+MODEL = policy.build(presets.debug)
+PAIRS = [
+  dict(prompt=f'{i}+1=', chosen=f'{i + 1}', rejected='x' * (3 * i + 1))
+  for i in range(7)
+]
+
+
+def test_agreement_by_hand():
+  # Margins ln 3, ln 3, −ln 3, 0 and ln 19: confidence 3/4 (three), 1/2, 19/20.
+  margins = np.log([3, 3, 1 / 3, 1, 19])
+  got = agreement(margins + 7.0, np.full(5, 7.0))
+  assert got.rate == pytest.approx((1 + 1 + 0 + 0.5 + 1) / 5)
+  assert got.total == 5
+  # Bins of 1/20 from 1/2: the tie, three pairs at 3/4, one at 19/20.
+  assert [n for n, _, _ in got.bins] == [1, 3, 1]
+  np.testing.assert_allclose([c for _, c, _ in got.bins], [0.5, 0.75, 0.95])
+  np.testing.assert_allclose([s for _, _, s in got.bins], [0.5, 2 / 3, 1])
+  assert got.ece == pytest.approx((0 + 3 * (0.75 - 2 / 3) + 0.05) / 5)
+  assert got.nll == pytest.approx(-np.log([3 / 4, 3 / 4, 1 / 4, 1 / 2, 19 / 20]).mean())
+  assert got.margin == pytest.approx(margins.mean())
+  # Wilson's score interval solves |p − π| = z·√(π(1 − π)/n).
+  for bound in (got.low, got.high):
+    z = abs(got.rate - bound) / np.sqrt(bound * (1 - bound) / 5)
+    assert z == pytest.approx(1.959964, abs=1e-6)
+
+
+def test_swapping_the_sides_turns_it_round():
+  rng = np.random.default_rng(0)
+  chosen, rejected = rng.normal(size=(2, 200))
+  one, two = agreement(chosen, rejected), agreement(rejected, chosen)
+  assert one.rate == pytest.approx(1 - two.rate)
+  assert one.margin == pytest.approx(-two.margin)
+  assert [c for _, c, _ in one.bins] == [c for _, c, _ in two.bins]
+
+
+def test_labels_drawn_from_the_model_are_calibrated():
+  """20,000 pairs labelled by Bradley–Terry itself: an error of about 1/√(n per bin)."""
+  rng = np.random.default_rng(0)
+  margins = rng.normal(size=20_000) * 2
+  wins = rng.uniform(size=20_000) < 1 / (1 + np.exp(-margins))
+  signed = np.where(wins, margins, -margins)
+  assert agreement(signed, np.zeros(20_000)).ece < 0.01
+  assert agreement(3 * signed, np.zeros(20_000)).ece > 0.1  # too sure of itself
+  huge = agreement(np.array([1e4, -1e4]), np.zeros(2))
+  assert huge.nll == pytest.approx(5e3)
+  assert huge.ece == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+  ('chosen', 'match'), [([], 'no pairs'), ([1.0, np.nan], 'pair 1 are not finite')]
+)
+def test_rewards_that_say_nothing(chosen, match):
+  with pytest.raises(ValueError, match=match):
+    agreement(np.array(chosen), np.zeros(len(chosen)))
+
+
+def params(seed):
+  return MODEL.init(jax.random.key(seed))
+
+
+def log_prob(weights, record, side):
+  """(Σ log π of the completion, its tokens), in float64, of one unpadded row."""
+  prompt = [BYTE.bos_id, *BYTE.encode(record['prompt'])]
+  tokens = np.array([*prompt, *BYTE.encode(record[side]), BYTE.eos_ids[0]])
+  states, _ = MODEL.hidden(weights, tokens[None])
+  logits = np.asarray(states[0], np.float64) @ np.asarray(
+    MODEL.head(weights).matrix, np.float64
+  )
+  logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
+  drawn = range(len(prompt), len(tokens))
+  return sum(logits[t - 1, tokens[t]] for t in drawn), len(drawn)
+
+
+def run(reference=None, model=MODEL, data=PAIRS, **options):
+  options = dict(max_length=40, batch_size=2, beta=0.5) | options
+  source = sources.memory(records=data)
+  return evaluate(model, params(0), BYTE, reference, source=source, **options)
+
+
+def rewards_of(result):
+  return np.array([[r['rewards'][s] for s in ('chosen', 'rejected')]
+                   for r in result.transcripts])  # fmt: skip
+
+
+def test_implicit_rewards():
+  result = run(reference=params(1))
+  want = [
+    [0.5 * (log_prob(params(0), r, s)[0] - log_prob(params(1), r, s)[0])
+     for s in ('chosen', 'rejected')]
+    for r in PAIRS
+  ]  # fmt: skip
+  # Sums of up to 20 log-probs in float32.
+  np.testing.assert_allclose(rewards_of(result), want, atol=1e-4)
+  assert result.rate == np.mean([w > lost for w, lost in want])
+  assert [r['id'] for r in result.transcripts] == [*range(7)]
+  assert result.transcripts[2]['prompt'] == '2+1='
+  assert result.transcripts[2]['chosen'] == '3'
+  assert result.transcripts[2]['rejected'] == 'x' * 7
+
+
+def test_average_log_probs_need_no_reference():
+  want = []
+  for r in PAIRS:
+    sums = [log_prob(params(0), r, s) for s in ('chosen', 'rejected')]
+    want.append([0.5 * total / n for total, n in sums])
+  np.testing.assert_allclose(rewards_of(run(reward='average')), want, atol=1e-5)
+
+
+def test_values_are_read_behind_the_last_token():
+  def values(weights, states, tokens, positions, segments):
+    del weights, states, positions, segments
+    return jnp.cumsum(tokens, -1).astype(jnp.float32)  # of all that was read
+
+  class Valued(type(MODEL)):
+    pass
+
+  valued = Valued(*MODEL)
+  valued.values = values
+  from educe.losses import logprobs
+
+  if 'values' not in logprobs.score.__code__.co_names:
+    pytest.skip('score reads no values yet')
+  result = run(model=valued, reward='value', beta=None)
+  want = [
+    [sum([BYTE.bos_id, *BYTE.encode(r['prompt'] + r[s]), BYTE.eos_ids[0]])
+     for s in ('chosen', 'rejected')]
+    for r in PAIRS
+  ]  # fmt: skip
+  np.testing.assert_array_equal(rewards_of(result), want)
+
+
+def test_long_pairs_are_counted():
+  result = run(reward='average', max_length=20)
+  kept = [r for r in PAIRS if 2 + len(r['prompt'] + r['rejected']) <= 20]
+  assert (result.total, result.dropped) == (len(kept), 7 - len(kept))
+  assert f'{7 - len(kept)} too long' in str(result)
+  assert run(reward='average', max_length=20, overlong='truncate').total == 7
+
+
+def test_the_policy_against_itself_is_undecided():
+  result = run(reference=params(0))
+  assert (result.rate, result.nll) == (0.5, pytest.approx(np.log(2)))
+  assert result.metrics()['preferences/ece'] == 0
+
+
+@pytest.mark.parametrize(
+  ('options', 'match'),
+  [
+    ({}, "reward='implicit' compares with the run's reference"),
+    ({'reward': 'value', 'beta': None}, 'has no value head: add config.value'),
+    ({'reward': 'value'}, "beta=0.5: reward='value' takes none"),
+    ({'reward': 'logp'}, "reward='logp' is not one of"),
+    ({'beta': None}, 'beta=None must be positive'),
+    ({'max_length': 1}, 'max_length=1 must be at least 2'),
+    ({'reward': 'average', 'data': [dict(PAIRS[0], rejected='1')]}, 'are the same'),
+  ],
+)
+def test_what_cannot_be(options, match):
+  with pytest.raises(ValueError, match=match):
+    run(**options)
+
+
+def test_it_compiles_once():
+  run(reference=params(1))
+  before = preferences._read._cache_size()
+  run(reference=params(2))
+  assert preferences._read._cache_size() == before

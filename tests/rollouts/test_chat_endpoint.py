@@ -1,0 +1,155 @@
+"""Against a real server in a thread: good, slow, dripping, down, overloaded, nonsense."""
+
+import itertools
+import json
+import socket
+import threading
+import time
+
+import pytest
+
+from educe.rollouts import chat_endpoint
+from educe.rollouts.chat_endpoint import Client, JudgeError
+
+
+def client(url, **changes):
+  settings = dict(
+    url=url, model='judge-1', key=None, timeout=5.0, retries=2, backoff=0.01,
+    concurrency=4, error_limit=0.0, temperature=0.3, max_tokens=17,
+  )  # fmt: skip
+  return Client(**(settings | changes))
+
+
+def number(text):
+  return float(text) if text.replace('.', '').isdigit() else None
+
+
+def test_answers_come_in_the_order_of_the_questions(server):
+  def answer(question, count):
+    time.sleep(0.02 * (7 - int(question)))  # the last is done first
+    return f'{10 * int(question)}'
+
+  url, asked = server(answer)
+  got = chat_endpoint.ask(client(url), [str(i) for i in range(8)], number)
+  assert got == [10.0 * i for i in range(8)]
+  assert {x['path'] for x in asked} == {'/v1/chat/completions'}
+  assert all(
+    (x['model'], x['temperature'], x['max_tokens'], x['key'])
+    == ('judge-1', 0.3, 17, None)
+    for x in asked
+  )
+
+
+def test_no_more_than_concurrency_are_under_way(server):
+  now, most, lock = [0], [0], threading.Lock()
+
+  def answer(question, count):
+    with lock:
+      now[0] += 1
+      most[0] = max(most[0], now[0])
+    time.sleep(0.05)
+    with lock:
+      now[0] -= 1
+    return '1'
+
+  url, _ = server(answer)
+  chat_endpoint.ask(client(url, concurrency=3), [str(i) for i in range(12)], number)
+  assert most[0] == 3
+
+
+def test_the_key_goes_along_and_what_was_thought_is_left_out(server):
+  url, asked = server(lambda question, count: '<think>7</think>8')
+  assert chat_endpoint.ask(client(url, key='s3'), ['q'], number) == [8.0]
+  assert asked[0]['key'] == 'Bearer s3'
+
+
+@pytest.mark.parametrize(
+  'first',
+  [
+    (500, {}, b'oops'),
+    (503, {}, b''),
+    (429, {'Retry-After': '0'}, b'slow down'),
+    (200, {}, b'<html>not JSON</html>'),
+    (200, {}, json.dumps({'choices': []}).encode()),
+    (200, {}, json.dumps({'choices': [{'message': {'content': None}}]}).encode()),
+    'I would rather not say',
+    lambda handler: handler.connection.shutdown(socket.SHUT_RDWR),
+  ],
+)
+def test_what_passes_is_asked_again(server, first):
+  url, asked = server(lambda question, count: first if count < 2 else '5')
+  assert chat_endpoint.ask(client(url), ['q'], number) == [5.0]
+  assert len(asked) == 3
+  # … but not for ever.
+  url, asked = server(lambda question, count: first)
+  loose = client(url, error_limit=1.0)
+  assert chat_endpoint.ask(loose, ['q', 'r'], number) == [None, None]
+  assert len(asked) == 6
+
+
+def test_pauses_double_and_a_server_may_ask_for_longer(server):
+  times = []
+
+  def answer(question, count):
+    times.append(time.monotonic())
+    return (503, {'Retry-After': '1'} if count == 2 else {}, b'')
+
+  url, _ = server(answer)
+  patient = client(url, retries=3, backoff=0.2, error_limit=1.0)
+  chat_endpoint.ask(patient, ['q'], number)
+  pauses = [b - a for a, b in itertools.pairwise(times)]
+  for pause, least in zip(pauses, (0.2, 0.4, 1.0), strict=True):
+    assert least <= pause < least + 0.35
+
+
+def drip(handler):
+  handler.send_response(200)
+  handler.end_headers()
+  for _ in range(100):
+    handler.wfile.write(b' ')
+    handler.wfile.flush()
+    time.sleep(0.05)
+
+
+@pytest.mark.parametrize('how', [lambda handler: time.sleep(3), drip])
+def test_a_slow_server_is_given_up_on_in_time(server, how):
+  url, _ = server(lambda question, count: how if question == 'slow' else '1')
+  began = time.monotonic()
+  hasty = client(url, timeout=0.3, retries=1, error_limit=0.5)
+  assert chat_endpoint.ask(hasty, ['a', 'slow', 'b'], number) == [1.0, None, 1.0]
+  assert 0.6 < time.monotonic() - began < 2.0
+
+
+def test_too_many_without_an_answer_are_one_line_and_the_rest_is_not_asked(server):
+  url, asked = server(lambda question, count: 'no' if int(question) < 10 else '1')
+  questions = [str(i) for i in range(200)]
+  with pytest.raises(JudgeError) as error:
+    chat_endpoint.ask(client(url, error_limit=0.01, retries=0), questions, number)
+  said = str(error.value)
+  assert said.startswith(
+    f'judge judge-1 at {url}: 3 of 200 questions without an answer'
+  )
+  assert said.endswith("the first: no verdict in 'no' (asked 1 times)")
+  assert '\n' not in said
+  assert len(asked) < 100
+  # Ten are below a tenth and a bit.
+  got = chat_endpoint.ask(client(url, error_limit=0.05, retries=0), questions, number)
+  assert got == [None] * 10 + [1.0] * 190
+
+
+def test_a_server_that_is_down_says_so():
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    port = free.getsockname()[1]
+  with pytest.raises(JudgeError, match=r'Connection refused \(asked 3 times\)'):
+    chat_endpoint.ask(client(f'http://127.0.0.1:{port}'), ['q'] * 5, number)
+
+
+@pytest.mark.parametrize('status', [400, 401, 404])
+def test_what_asking_again_cannot_mend_is_said_at_once(server, status):
+  url, asked = server(lambda question, count: (status, {}, b'no such\nmodel'))
+  with pytest.raises(
+    JudgeError, match=f'HTTP {status} no such model; look at judge.url'
+  ):
+    chat_endpoint.ask(client(url, error_limit=1.0, concurrency=1), ['q'] * 9, number)
+  assert len(asked) == 1
