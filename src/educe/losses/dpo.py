@@ -22,7 +22,7 @@ A mixture is {variant: weight}: MPO is {'sigmoid': 0.8, 'bco_pair': 0.2, 'sft': 
 Yuanzhe Pang et al., 2024, arXiv:2404.19733).
 
 KTO's baseline is z₀ = sg(max(0, mean of h over mismatched rows)): completions of other
-prompts, which estimate the KL of the policy to the reference.
+prompts, which estimate the KL of the policy to the reference. Without such rows it is 0.
 
 Differs from the papers: WPO divides π(y_t) by Σ_v π(v)², the mean of π(v) when v ~ π;
 here by e^{−H_t}, its geometric mean, which the scores already hold: text that the policy
