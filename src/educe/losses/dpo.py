@@ -1,9 +1,9 @@
 """DPO and its kin: a policy straight from preferences, without a reward model.
 
-  L = ⟨ Σ_v weight_v · w · L_v ⟩        over pairs, or over labelled completions (nats)
+  L = ⟨ ω · Σ_v weight_v · L_v ⟩        over pairs, or over labelled completions (nats)
 
 L_v is the loss of variant v, in losses/preferences.py, which has the equations and their
-sources; a mixture weighs several. Of a pair, w(chosen) and l(rejected), they see
+sources; a mixture weighs several. Of a pair (w chosen, l rejected) they see
 h = Σ_t log π(y_t)/π_ref(y_t), or the log-probs alone, after these settings:
 
   f_divergence       φ(h) in place of h: a reward model under another divergence than the
@@ -14,15 +14,15 @@ h = Σ_t log π(y_t)/π_ref(y_t), or the log-probs alone, after these settings:
                      arXiv:2409.06411
   margin_coef        o = margin_coef·(label_w − label_l) is the margin asked of a pair.
                      Afra Amini et al. (ODPO), 2024, arXiv:2402.10571
-  use_weighting      w = sg(ω_w·ω_l), ω = exp((1/|y|)·Σ_t (log π(y_t) + H_t)), else w = 1.
-                     Wenxuan Zhou et al. (WPO), 2024, eq. 2, arXiv:2406.11827
+  use_weighting      ω = sg(ω_w·ω_l), ω_y = exp((1/|y|)·Σ_t (log π(y_t) + H_t)), and 1 for
+                     sft. Wenxuan Zhou et al. (WPO), 2024, eq. 2, arXiv:2406.11827
 
 A mixture is {variant: weight}: MPO is {'sigmoid': 0.8, 'bco_pair': 0.2, 'sft': 1.0}
 (Weiyun Wang et al., 2024, arXiv:2411.10442), RPO {'sigmoid': 1.0, 'sft': 1.0} (Richard
 Yuanzhe Pang et al., 2024, arXiv:2404.19733).
 
 KTO's baseline is z₀ = sg(max(0, mean of h over mismatched rows)): completions of other
-prompts, which estimate the KL of the policy to the reference.
+prompts, which estimate the KL of the policy to the reference. Without such rows it is 0.
 
 Differs from the papers: WPO divides π(y_t) by Σ_v π(v)², the mean of π(v) when v ~ π;
 here by e^{−H_t}, its geometric mean, which the scores already hold: text that the policy
@@ -106,8 +106,8 @@ def loss(
 
   Args:
     variant: a name in VARIANTS, or {name: weight}
-    beta: β; of ipo and sppo_hard 1/β is the margin aimed at; of orpo the weight λ; SimPO
-      as printed has 2.5 (with gamma=1.375), Tülu 3's sigmoid_norm 5
+    beta: β; ipo aims at a margin of 1/(2β) nats, sppo_hard at rewards of ±1/(2β); of orpo
+      the weight λ. SimPO was run with 2.5 (and gamma=1.375), Tülu 3's sigmoid_norm with 5
     label_smoothing: ε in [0, 0.5), the share of labels taken to be wrong
     f_divergence: 'reverse_kl', 'forward_kl', 'js' or 'alpha', with f_alpha in (0, 1)
     ld_alpha: in [0, 1]; 1 is no change, 0 drops the tail
@@ -122,7 +122,7 @@ def loss(
     rewards/accuracies: share of pairs whose chosen one has the higher reward
     logps/{chosen,rejected}: log π of completions (nats per sequence)
     nll_loss: of sft, orpo, cpo, slic (nats per token of the chosen ones)
-    log_odds_chosen: Δ log odds, of orpo · weighting: w, of use_weighting
+    log_odds_chosen: Δ log odds, of orpo · weighting: ω, of use_weighting
     loss/<variant>: before its weight, of a mixture
   over completions: rewards and logps of {chosen,rejected}, the desirable and undesirable
   ones; kl: z₀, of kto (nats per sequence)
