@@ -44,8 +44,8 @@ def attach(
     init_std: standard deviation of a new head's weights; with 0 every value starts at 0
     seed: of those weights
 
-  Raises ValueError for an unknown trunk, a negative init_std, params that have a head
-  already, a `start` of another width and one whose trunk could not be used.
+  Raises ValueError for an unknown trunk, a negative init_std, params that are no dict or
+  have a head already, and a `start` of another width.
   """
   check(trunk, init_std)
   if not isinstance(params, Mapping) or KEY in params:
