@@ -345,7 +345,7 @@ def test_ppo_logs_what_its_users_look_for(ppo):
   ):  # fmt: skip
     assert all(np.isfinite(row[name]) for row in rows), name
   assert rows[0]['objective/kl'] == pytest.approx(0, abs=1e-5)
-  assert abs(rows[2]['objective/kl']) > 1e-3  # the second round
+  assert abs(rows[2]['objective/kl']) > 1e-5  # the second round
   used = [row['objective/kl_coef'] for row in rows]
   np.testing.assert_allclose(used, [0.05, 0.05, 0.05 * (1 - 0.2 * 16 / 16)])
 
@@ -416,7 +416,7 @@ def test_ppo_goes_on_as_if_it_had_not_stopped(ppo, tmp_path):
 @pytest.mark.parametrize(
   ('flags', 'message'),
   [
-    (['--config.rl.value.trunk=own'], "value.trunk='own' must be one of"),
+    (['--config.rl.value.trunk=own'], "config.rl.value.trunk='own' must be one of"),
     (['--config.rl.value_from=nowhere'], "value_from='nowhere' is not the folder of"),
     (['--config.rl.value_from={base}'], 'is of a run without a value head'),
     (['--config.rl.algorithm.kl_coef=-1.0'], 'kl_coef=-1.0 must be at least 0'),

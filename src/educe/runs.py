@@ -98,12 +98,13 @@ def train(
     if config[name] < low:
       raise ValueError(f'config.{name}={config[name]} must be at least {low}')
   tx = call('optimizer', optimizer, steps=steps)
-  if evaluation:
-    config_lib.check('evaluation', evaluation)
+  for section in ('evaluation', 'value'):
+    if config[section]:
+      config_lib.check(section, config[section])
   for name, folder in (('init_from', init_from), ('value_from', value_from)):
     if folder is not None and not (pathlib.Path(folder) / 'checkpoints').is_dir():
       raise ValueError(f'{name}={folder!r} is not the folder of a run')
-  if value_from is not None and value is None:
+  if value_from is not None and not value:
     raise ValueError(
       f"value_from={value_from!r} without a section value: add value=dict(trunk='shared')"
     )
@@ -133,7 +134,7 @@ def train(
   check_vocabulary(net, params, words)
   if init_from is not None:
     params = checkpoint.saved_params(pathlib.Path(init_from) / 'checkpoints', params)
-  if value is not None:
+  if value:
     start = None
     if value_from is not None:
       where = pathlib.Path(value_from) / 'checkpoints'

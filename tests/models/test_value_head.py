@@ -207,8 +207,8 @@ def test_a_head_can_start_as_anothers(ours, theirs):
 def test_bad_input_is_one_clear_line():
   model, params, _, with_value = build()
   for options, message in (
-    (dict(trunk='own'), r"value.trunk='own' must be one of \['shared', 'separate'\]"),
-    (dict(init_std=-1.0), 'value.init_std=-1.0 must be at least 0'),
+    (dict(trunk='own'), r"trunk='own' must be one of \['shared', 'separate'\]"),
+    (dict(init_std=-1.0), 'init_std=-1.0 must be at least 0'),
     (dict(start=dict(head=dict(weight=jnp.ones(5)))), 'reads 5 numbers, .* has 32'),
   ):
     with pytest.raises(ValueError, match=message):

@@ -83,3 +83,15 @@ def test_closing_it_closes_the_rounds():
   at = position()
   at.close()
   assert at.rollouts.closed
+
+
+def test_what_an_algorithm_keeps_beside_it_survives_between_rounds_too():
+  for at in (position(), Position(Rounds())):
+    at.extra = {'coefficient': 0.1 + 0.2, 'numbers': {'kl': 1e-17}}
+    other = Position(Rounds())
+    other.extra = {'coefficient': 1.0, 'new': 2}
+    other.set_state(at.get_state())
+    assert other.extra == {**at.extra, 'new': 2}
+  before = Position(Rounds()).get_state()  # of a run that kept nothing
+  other.set_state(before)
+  assert other.extra['coefficient'] == 0.1 + 0.2

@@ -22,7 +22,8 @@ from educe.rollouts.position import Position
 from educe.rollouts.rounds import Round, Rounds, rows_of
 from educe.types import Batch, LossFn, Model, Params, Rollouts, TrainState
 
-Prepare = Callable[[TrainState, Round], tuple[Batch, dict[str, Any]]]
+Made = tuple[Batch, dict[str, Any]]
+Prepare = Callable[[TrainState, Round], Made]
 
 
 def check(
@@ -89,7 +90,7 @@ def walk(
   *,
   greedy: bool = False,
   policy: Callable[[Params], Params] = lambda params: params,
-) -> Prepare:
+) -> Callable[[TrainState], Made]:
   """next_batch(state) -> (batch, info): a minibatch; info is a round's, at its first.
 
   Args:
@@ -99,7 +100,7 @@ def walk(
   """
   rollouts = data.rollouts
 
-  def next_batch(state: TrainState) -> tuple[Batch, dict[str, Any]]:
+  def next_batch(state: TrainState) -> Made:
     info: dict[str, Any] = {}
     if data.spent:
       current = rollouts.next(policy(state.params), int(state.step), greedy=greedy)

@@ -44,13 +44,10 @@ def attach(
     init_std: standard deviation of a new head's weights; with 0 every value starts at 0
     seed: of those weights
 
-  Raises ValueError for an unknown trunk, a negative init_std, params that have a head
-  already, a `start` of another width and one whose trunk could not be used.
+  Raises ValueError for an unknown trunk, a negative init_std, params that are no dict or
+  have a head already, and a `start` of another width.
   """
-  if trunk not in TRUNKS:
-    raise ValueError(f'value.trunk={trunk!r} must be one of {list(TRUNKS)}')
-  if not 0 <= init_std < math.inf:
-    raise ValueError(f'value.init_std={init_std} must be at least 0, and finite')
+  check(trunk, init_std)
   if not isinstance(params, Mapping) or KEY in params:
     raise ValueError(f'value: params must be a dict without a key {KEY!r}')
   width = jax.eval_shape(model.head, params).matrix.shape[0]
@@ -84,6 +81,14 @@ def attach(
   if trunk == 'separate':
     added['trunk'] = start['trunk']
   return with_head, {**params, KEY: added}
+
+
+def check(trunk: str, init_std: float) -> None:
+  """Raises ValueError for settings that no model could have."""
+  if trunk not in TRUNKS:
+    raise ValueError(f'trunk={trunk!r} must be one of {list(TRUNKS)}')
+  if not 0 <= init_std < math.inf:
+    raise ValueError(f'init_std={init_std} must be at least 0, and finite')
 
 
 def taken(params: Params) -> dict[str, Any]:
