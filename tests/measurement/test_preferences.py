@@ -159,7 +159,7 @@ def test_the_policy_against_itself_is_undecided():
 @pytest.mark.parametrize(
   ('options', 'match'),
   [
-    ({}, "reward='implicit' compares with the run's reference"),
+    ({}, "reward='implicit' compares with a reference, and none"),
     ({'reward': 'value', 'beta': None}, 'has no value head: add config.value'),
     ({'reward': 'value'}, "beta=0.5: reward='value' takes none"),
     ({'reward': 'logp'}, "reward='logp' is not one of"),

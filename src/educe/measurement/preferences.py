@@ -119,7 +119,7 @@ def evaluate(
   model: Model,
   params: Params,
   tokenizer: Tokenizer,
-  reference: Params | None,
+  reference: Params | None = None,
   *,
   source: Sequence[Any],
   max_length: int,
@@ -130,7 +130,8 @@ def evaluate(
 ) -> Agreement:
   """Agreement with pairs: what the config section `evaluation` runs.
 
-  reference: the run's; TR-DPO's is the moving one
+  reference: of implicit rewards: the run's, which may move (TR-DPO); where it keeps none,
+    the policy that it started from
   source: a section of its own, of pairs that are not trained on
   reward, beta: see the top of this file; 'value' takes no beta, the others the loss's
   batch_size: pairs at a time
@@ -142,8 +143,8 @@ def evaluate(
   check(max_length=max_length, reward=reward, beta=beta, batch_size=batch_size)
   if reward == 'implicit' and reference is None:
     raise ValueError(
-      "evaluation.reward='implicit' compares with the run's reference, and none is kept: "
-      "set algorithm.reference_every=0 without precompute, or evaluation.reward='average'"
+      "evaluation.reward='implicit' compares with a reference, and none is given; "
+      "'average' needs none"
     )
   if reward == 'value' and getattr(model, 'values', None) is None:
     raise ValueError(
