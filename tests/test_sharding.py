@@ -72,3 +72,9 @@ def test_rows_that_belong_together_stay_together(mesh_of):
     sharding.check_batch(8, 1, mesh, group=2)
   with pytest.raises(ValueError, match='multiple of 32'):
     sharding.check_batch(16, 2, mesh, group=2)
+
+
+def test_a_loss_that_compares_all_rows_is_not_cut(mesh_of):
+  sharding.check_batch(16, 1, mesh_of(2, 4), couples=True)
+  with pytest.raises(ValueError, match='microbatches=2: the loss compares rows'):
+    sharding.check_batch(16, 2, mesh_of(2, 4), couples=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-import inspect
 import json
 import pathlib
 import re
@@ -124,7 +123,7 @@ def train(
   )
   world: Any = environment and call('environment', environment)
   exam: Any = evaluation and config_lib.bound('evaluation', evaluation)
-  compares = exam and 'reference' in inspect.signature(exam.func).parameters
+  compares = exam and exam.keywords.get('reward') == 'implicit'
 
   # The policy, on the mesh.
   grid = call('mesh', mesh)
@@ -166,14 +165,11 @@ def train(
       run_dir=run_dir,
     )
     closing.callback(method.data.close)
-    if method.couples and microbatches > 1:
-      raise ValueError(
-        f'microbatches={microbatches}: the loss compares rows across the whole batch, so '
-        'that it cannot be cut; set microbatches=1, or choose another loss'
-      )
     rows = method.rows * jax.process_count()
-    sharding.check_batch(rows, microbatches, grid, method.group)
+    sharding.check_batch(rows, microbatches, grid, method.group, method.couples)
     copied = method.reference_every is not None and method.reference is None
+    # On the host, where the policy that the run starts from is in nobody's way.
+    began = jax.device_get(params) if compares and not copied else None
     state = init_state(params, tx, jax.random.key(seed), reference=copied)
     if method.reference is not None:
       state = state._replace(reference=method.reference)
@@ -198,7 +194,8 @@ def train(
 
     def evaluate(state) -> dict[str, Any]:
       step = int(state.step)
-      score = exam(net, state.params, words, *([state.reference] if compares else []))
+      against = (began if state.reference is None else state.reference,)
+      score = exam(net, state.params, words, *(against if compares else ()))
       transcripts.save(score.transcripts, run_dir / 'samples' / f'{step}.jsonl')
       if 'completion' in score.transcripts[0]:
         say(f'\n{transcripts.show(score.transcripts, limit=3)}')

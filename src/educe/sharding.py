@@ -94,11 +94,19 @@ def place_batch(batch: Any, mesh: Mesh) -> Any:
   )
 
 
-def check_batch(rows: int, microbatches: int, mesh: Mesh, group: int = 1) -> None:
+def check_batch(
+  rows: int, microbatches: int, mesh: Mesh, group: int = 1, couples: bool = False
+) -> None:
   """Rows of the global batch must split evenly over microbatches and devices.
 
   group: rows that must stay together
+  couples: whether the loss must see all of them at once
   """
+  if couples and microbatches > 1:
+    raise ValueError(
+      f'microbatches={microbatches}: the loss compares rows across the whole batch, so '
+      'that it cannot be cut; set microbatches=1, or choose another loss'
+    )
   ways = mesh.shape['data'] * mesh.shape['fsdp'] * microbatches
   if rows % (ways * group):
     whole = f' in groups of {group}' if group > 1 else ''

@@ -250,14 +250,16 @@ def test_a_run_learns_its_pairs_stops_and_goes_on(config, tmp_path, capsys):
   assert set(sample) == {'id', 'prompt', 'chosen', 'rejected', 'rewards'}
   # Stopped in the middle, with the reference stored instead of kept: the same losses.
   store = f'--config.algorithm.precompute={tmp_path / "reference"}'
-  exam = '--config.evaluation.reward=average'
-  assert go('parts', '--config.steps=6', store, exam) == 0
-  assert go('parts', store, exam) == 0
-  again, _ = read(tmp_path / 'parts')
+  assert go('parts', '--config.steps=6', store) == 0
+  assert go('parts', store) == 0
+  again, judged = read(tmp_path / 'parts')
   np.testing.assert_allclose(
     [r['loss'] for r in again], [r['loss'] for r in steps], rtol=0, atol=1e-6
   )
   assert len([*(tmp_path / 'reference').iterdir()]) == 1
+  # And judged against where the run began, although it kept no reference.
+  for name in ('preferences/margin', 'preferences/nll'):
+    assert judged[-1][name] == pytest.approx(last[name], abs=1e-4)
 
 
 @pytest.mark.usefixtures('compile_once')
@@ -272,5 +274,3 @@ def test_what_a_run_refuses(config, tmp_path, capsys):
   # Eight devices have eight rows, but four pairs.
   assert 'multiple of 16' in refused('--config.data.batch_size=4')
   assert 'multiple of 32' in refused(cut)
-  said = refused(f'--config.algorithm.precompute={tmp_path / "reference"}')
-  assert "evaluation.reward='average'" in said

@@ -19,17 +19,18 @@ PAIRS = [
 
 
 def test_agreement_by_hand():
-  # Margins ln 3, ln 3, −ln 3, 0 and ln 19: confidence 3/4 (three), 1/2, 19/20.
-  margins = np.log([3, 3, 1 / 3, 1, 19])
+  # Confidence 0.77 (three, of which one the wrong way round), 0.5 and 0.96.
+  p = np.array([0.77, 0.77, 0.23, 0.5, 0.96])
+  margins = np.log(p / (1 - p))
   got = agreement(margins + 7.0, np.full(5, 7.0))
   assert got.rate == pytest.approx((1 + 1 + 0 + 0.5 + 1) / 5)
   assert got.total == 5
-  # Bins of 1/20 from 1/2: the tie, three pairs at 3/4, one at 19/20.
+  # Bins of 1/20 from 1/2.
   assert [n for n, _, _ in got.bins] == [1, 3, 1]
-  np.testing.assert_allclose([c for _, c, _ in got.bins], [0.5, 0.75, 0.95])
+  np.testing.assert_allclose([c for _, c, _ in got.bins], [0.5, 0.77, 0.96])
   np.testing.assert_allclose([s for _, _, s in got.bins], [0.5, 2 / 3, 1])
-  assert got.ece == pytest.approx((0 + 3 * (0.75 - 2 / 3) + 0.05) / 5)
-  assert got.nll == pytest.approx(-np.log([3 / 4, 3 / 4, 1 / 4, 1 / 2, 19 / 20]).mean())
+  assert got.ece == pytest.approx((0 + 3 * (0.77 - 2 / 3) + 0.04) / 5)
+  assert got.nll == pytest.approx(-np.log(p).mean())
   assert got.margin == pytest.approx(margins.mean())
   # Wilson's score interval solves |p − π| = z·√(π(1 − π)/n).
   for bound in (got.low, got.high):
@@ -124,15 +125,9 @@ def test_values_are_read_behind_the_last_token():
     del weights, states, positions, segments
     return jnp.cumsum(tokens, -1).astype(jnp.float32)  # of all that was read
 
-  class Valued(type(MODEL)):
-    pass
-
-  valued = Valued(*MODEL)
-  valued.values = values
-  from educe.losses import logprobs
-
-  if 'values' not in logprobs.score.__code__.co_names:
-    pytest.skip('score reads no values yet')
+  if 'values' not in MODEL._fields:
+    pytest.skip('this Model has no values yet')
+  valued = MODEL._replace(values=values)
   result = run(model=valued, reward='value', beta=None)
   want = [
     [sum([BYTE.bos_id, *BYTE.encode(r['prompt'] + r[s]), BYTE.eos_ids[0]])
@@ -159,7 +154,7 @@ def test_the_policy_against_itself_is_undecided():
 @pytest.mark.parametrize(
   ('options', 'match'),
   [
-    ({}, "reward='implicit' compares with the run's reference"),
+    ({}, "reward='implicit' compares with a reference, and none"),
     ({'reward': 'value', 'beta': None}, 'has no value head: add config.value'),
     ({'reward': 'value'}, "beta=0.5: reward='value' takes none"),
     ({'reward': 'logp'}, "reward='logp' is not one of"),

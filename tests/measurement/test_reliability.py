@@ -8,7 +8,8 @@ from educe.measurement import reliability
 from educe.measurement.preferences import agreement
 from educe.rollouts import transcripts
 
-MARGINS = np.log([3, 3, 1 / 3, 1, 19])
+P = np.array([0.77, 0.77, 0.23, 0.5, 0.96])
+MARGINS = np.log(P / (1 - P))
 
 
 def rows(margins):
@@ -24,7 +25,7 @@ def test_points_stand_at_confidence_and_share():
   upper, lower = reliability.figure(result, title='a run').axes
   diagonal, line = upper.lines[0], upper.containers[0].lines[0]
   np.testing.assert_allclose(diagonal.get_xdata(), diagonal.get_ydata())
-  np.testing.assert_allclose(line.get_xdata(), [0.5, 0.75, 0.95])
+  np.testing.assert_allclose(line.get_xdata(), [0.5, 0.77, 0.96])
   np.testing.assert_allclose(line.get_ydata(), [0.5, 2 / 3, 1])
   assert [bar.get_height() for bar in lower.patches] == [1, 3, 1]
   assert '70% of 5 pairs' in upper.get_title(loc='left')

@@ -67,7 +67,8 @@ def load_or_compute(
     return _load(file)
   count = data.fingerprint['records']
   say(f'log-probs of {count} records under the reference, once: {file}')
-  lengths, parts = [], []
+  lengths: list[int] = []
+  parts: list[np.ndarray] = []
   batch: list[Rows] = []
 
   def flush() -> None:

@@ -62,8 +62,8 @@ def readings(rows: dict[str, Any], *, pad_id: int) -> Batch:
   """`[B, T]` rows of data/groups.py as `[B, T + 1]`: the mask is where scores are read."""
   tokens, ids = rows['tokens'], rows['ids']
   lengths = (ids >= 0).sum(-1)
-  empty = np.zeros((len(tokens), tokens.shape[1] + 1), np.float32)
-  mask, returns = empty, None
+  mask = np.zeros((len(tokens), tokens.shape[1] + 1), np.float32)
+  returns = None
   if 'targets' in rows:
     targets = np.pad(rows['targets'], ((0, 0), (1, 0)), constant_values=np.nan)
     mask = np.isfinite(targets).astype(np.float32)
@@ -73,5 +73,10 @@ def readings(rows: dict[str, Any], *, pad_id: int) -> Batch:
     mask[real, lengths[real]] = 1
     if 'labels' in rows:
       returns = mask * rows['labels'][:, None]
-  tokens = np.pad(tokens, ((0, 0), (0, 1)), constant_values=pad_id)
-  return Batch(tokens, mask, returns=returns, labels=rows.get('labels'))
+  arrays: dict[str, Any] = dict(
+    tokens=np.pad(tokens, ((0, 0), (0, 1)), constant_values=pad_id),
+    mask=mask,
+    returns=returns,
+    labels=rows.get('labels'),
+  )
+  return Batch(**arrays)

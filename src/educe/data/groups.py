@@ -60,8 +60,8 @@ def fit(
       rest = max_length - len(prompt)
       completions = tuple(type(c)(c.tokens[:rest], c.mask[:rest]) for c in completions)
       targets = None if targets is None else targets[:rest]
-      tokens = [row.tokens for row in completions]
-      same = len(tokens) == 2 and np.array_equal(*tokens)
+      first, last = completions[0].tokens, completions[-1].tokens
+      same = len(completions) == 2 and np.array_equal(first, last)
       if same or (targets is not None and not np.isfinite(targets).any()):
         fate = packing.MASKED
   if fate in (packing.OVERLONG, packing.MASKED):

@@ -90,7 +90,7 @@ def _pair(tokenizer: Tokenizer, record: Mapping[str, Any]) -> Said:
       for name, said in zip(sides, (chosen, rejected), strict=True)
     ]
     start = _shared_start(tokenizer, rows)
-  if np.array_equal(*(row.tokens for row in rows)):
+  if np.array_equal(rows[0].tokens, rows[1].tokens):
     raise ValueError('chosen and rejected are the same: nothing is preferred')
   return _said(rows, start, _ratings(record))
 
@@ -119,8 +119,8 @@ def _conversations(prompt, chosen, rejected):
   opening = chosen[:shared]
   if isinstance(prompt, str):
     # As in UltraFeedback: the prompt once more, as a text.
-    last = next((m for m in opening[::-1] if m['role'] == 'user'), {})
-    matches = last.get('content') == prompt
+    asked = [m['content'] for m in opening if m['role'] == 'user']
+    matches = asked[-1:] == [prompt]
   else:
     matches = prompt is None or chat.normalize(_listed(prompt), 'prompt') == opening
   if not matches:

@@ -192,7 +192,7 @@ def _converted(
   system: str | None = None,
 ) -> Source:
   """Each row of a file as the records that it makes; raises ValueError naming its line."""
-  records = []
+  records: list[Record] = []
   for index in range(len(source)):
     try:
       records += convert(source[index])

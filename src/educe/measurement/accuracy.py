@@ -28,7 +28,10 @@ class Accuracy(NamedTuple):
   total: int
   counts: dict[str, int]  # of each of OUTCOMES
   transcripts: list[dict[str, Any]]
-  verb = 'solves'
+
+  @property
+  def verb(self) -> str:
+    return 'solves'
 
   def metrics(self) -> dict[str, float]:
     """What goes into metrics.jsonl."""

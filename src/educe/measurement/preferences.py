@@ -18,7 +18,7 @@ weighted by their pairs (Chuan Guo et al., 2017, eq. 3, arXiv:1706.04599).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -48,7 +48,10 @@ class Agreement(NamedTuple):
   ]  # (pairs, mean confidence, share right), not empty
   dropped: int  # pairs too long to be read
   transcripts: list[dict[str, Any]]
-  verb = 'agrees with'
+
+  @property
+  def verb(self) -> str:
+    return 'agrees with'
 
   def metrics(self) -> dict[str, float]:
     """What goes into metrics.jsonl."""
@@ -119,7 +122,7 @@ def evaluate(
   model: Model,
   params: Params,
   tokenizer: Tokenizer,
-  reference: Params | None,
+  reference: Params | None = None,
   *,
   source: Sequence[Any],
   max_length: int,
@@ -130,7 +133,8 @@ def evaluate(
 ) -> Agreement:
   """Agreement with pairs: what the config section `evaluation` runs.
 
-  reference: the run's; TR-DPO's is the moving one
+  reference: of implicit rewards: the run's, which may move (TR-DPO); where it keeps none,
+    the policy that it started from
   source: a section of its own, of pairs that are not trained on
   reward, beta: see the top of this file; 'value' takes no beta, the others the loss's
   batch_size: pairs at a time
@@ -142,8 +146,8 @@ def evaluate(
   check(max_length=max_length, reward=reward, beta=beta, batch_size=batch_size)
   if reward == 'implicit' and reference is None:
     raise ValueError(
-      "evaluation.reward='implicit' compares with the run's reference, and none is kept: "
-      "set algorithm.reference_every=0 without precompute, or evaluation.reward='average'"
+      "evaluation.reward='implicit' compares with a reference, and none is given; "
+      "'average' needs none"
     )
   if reward == 'value' and getattr(model, 'values', None) is None:
     raise ValueError(
@@ -161,10 +165,10 @@ def evaluate(
     overlong=overlong,
     drop_remainder=False,
   )
-  functions = _Functions(model.hidden, model.head, getattr(model, 'values', None))
+  hashable = model._replace(axes=None)  # a static argument: compiled once a run
   rewards, transcripts = [], []
   for rows in pairs:
-    found = _rewards(functions, params, reference, rows, reward, beta, tokenizer.pad_id)
+    found = _rewards(hashable, params, reference, rows, reward, beta, tokenizer.pad_id)
     for pair in range(0, len(found), 2):
       if rows['ids'][pair, 0] >= 0:
         rewards.append(found[pair : pair + 2])
@@ -190,31 +194,23 @@ def check(*, max_length: int, reward: str, beta: float | None, batch_size: int) 
     )
 
 
-class _Functions(NamedTuple):
-  """What `score` uses of a Model, hashable: an evaluation compiles once a run."""
-
-  hidden: Callable[..., Any]
-  head: Callable[..., Any]
-  values: Callable[..., Any] | None
-
-
 @functools.partial(jax.jit, static_argnames=('model', 'what'))
-def _read(model: Any, params: Params, batch: Batch, what: str):
+def _read(model: Model, params: Params, batch: Batch, what: str):
   return getattr(score(model, params, batch), what)
 
 
-def _rewards(functions, params, reference, rows, reward, beta, pad_id) -> np.ndarray:
+def _rewards(model, params, reference, rows, reward, beta, pad_id) -> np.ndarray:
   """`[B]`, in float64."""
   if reward == 'value':
     batch = readings(rows, pad_id=pad_id)
-    values = np.asarray(_read(functions, params, batch, 'values'), np.float64)
+    values = np.asarray(_read(model, params, batch, 'values'), np.float64)
     return np.where(batch.mask > 0, values, 0).sum(-1)
   batch = Batch(rows['tokens'], rows['mask'])
   mask = np.asarray(rows['mask'], np.float64)
-  logp = np.asarray(_read(functions, params, batch, 'logp'), np.float64)
+  logp = np.asarray(_read(model, params, batch, 'logp'), np.float64)
   if reward == 'average':
     return beta * (logp * mask).sum(-1) / np.maximum(mask.sum(-1), 1)
-  ref_logp = np.asarray(_read(functions, reference, batch, 'logp'), np.float64)
+  ref_logp = np.asarray(_read(model, reference, batch, 'logp'), np.float64)
   return beta * ((logp - ref_logp) * mask).sum(-1)
 
 
