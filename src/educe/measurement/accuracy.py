@@ -134,8 +134,8 @@ def check(
     )
 
 
-def wilson(successes: int, total: int) -> tuple[float, float]:
-  """95 % score interval for a binomial share."""
+def wilson(successes: float, total: int) -> tuple[float, float]:
+  """95 % score interval for a binomial share; successes may be a sum of shares."""
   if not 0 <= successes <= total or total == 0:
     raise ValueError(f'wilson: {successes} successes of {total}')
   p, z2 = successes / total, Z * Z / total
