@@ -194,7 +194,7 @@ def train(
 
     def evaluate(state) -> dict[str, Any]:
       step = int(state.step)
-      against = (began if state.reference is None else state.reference,)
+      against = (state.reference if began is None else began,)
       score = exam(net, state.params, words, *(against if compares else ()))
       transcripts.save(score.transcripts, run_dir / 'samples' / f'{step}.jsonl')
       if 'completion' in score.transcripts[0]:
