@@ -231,6 +231,8 @@ def rewards(
 ) -> tuple[Float[Array, 'P'], Float[Array, 'P']]:
   """(chosen, rejected) as a variant scores them, in the unit of its own margin."""
   if variant in REFERENCE:
+    assert p.h_w is not None
+    assert p.h_l is not None
     return beta * p.h_w, beta * p.h_l
   if variant in ('orpo', 'simpo'):
     return beta * p.mean_w, beta * p.mean_l
