@@ -396,5 +396,4 @@ def _import_file(path: str) -> types.ModuleType:
 def _one_line(error: BaseException) -> str:
   # A KeyError's own text is the repr of its message.
   words = error.args[0] if isinstance(error, KeyError) and error.args else error
-  text = ' '.join(str(words).split())
-  return text or type(error).__name__
+  return ' '.join(str(words).split()) or type(error).__name__

@@ -94,15 +94,15 @@ def loss(
     return agg.aggregate(x, mask, aggregate, max_completion_length)
 
   values, returns = clean(scores.values), sg(clean(batch.returns))
-  error = (values - returns) ** 2
-  worst, clipped = error, jnp.zeros_like(error)
+  square = (values - returns) ** 2
+  worst, clipped = square, jnp.zeros_like(square)
   if value_clip is not None:
     old = sg(clean(batch.old_values))
     near = old + jnp.clip(values - old, -value_clip, value_clip)
     beyond = (near - returns) ** 2
     # `where`, not maximum, which would halve the gradient where the two are one.
-    worst = jnp.where(beyond > error, beyond, error)
-    clipped = (beyond > error) * 1.0
+    worst = jnp.where(beyond > square, beyond, square)
+    clipped = (beyond > square) * 1.0
   critic = mean(worst / 2)
   log_ratio = jnp.zeros_like(mask)
   if batch.old_logp is not None:
@@ -114,7 +114,7 @@ def loss(
     'approx_kl': agg.token_mean(jnp.expm1(log_ratio) - log_ratio, mask),
     'values': agg.token_mean(values, mask),
     'returns': agg.token_mean(returns, mask),
-    'value_error': agg.token_mean(error, mask),
+    'value_error': agg.token_mean(square, mask),
   }
   total = policy.total + value_coef * critic.total
   if entropy_coef:
