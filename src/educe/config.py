@@ -57,6 +57,7 @@ DEBUG = {
   'evaluation.environment.size': 2,
   'environment.size': 4,
   'evaluation.repeats': 1,
+  'evaluation.size': 8,
   'source.size': 64,
   'source.environment.size': 64,
   'rollouts.prompts': 2,
@@ -249,8 +250,7 @@ def check_used(config: Mapping[str, Any], read: Sequence[str]) -> None:
   sections = {n: x for n, x in config.items() if n in PLACES and x is not None}
   used = set(read)
   for section, values in sections.items():
-    function = resolve(section, values.get('name'))
-    used |= set(_supplied(function))
+    used |= set(_supplied(resolve(section, values.get('name'))))
   for name in sections:
     if name not in used:
       raise ConfigError(
@@ -396,5 +396,4 @@ def _import_file(path: str) -> types.ModuleType:
 def _one_line(error: BaseException) -> str:
   # A KeyError's own text is the repr of its message.
   words = error.args[0] if isinstance(error, KeyError) and error.args else error
-  text = ' '.join(str(words).split())
-  return text or type(error).__name__
+  return ' '.join(str(words).split()) or type(error).__name__
