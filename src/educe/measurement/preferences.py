@@ -238,10 +238,11 @@ def _rewards(model, params, reference, rows, reward, beta, pad_id) -> np.ndarray
 def _spread(batch: Batch, params: Params) -> Batch:
   """Its rows over the mesh of the params, or else every device would read all of them."""
   where = getattr(jax.tree.leaves(params)[0], 'sharding', None)
-  if not isinstance(where, jax.sharding.NamedSharding) or jax.process_count() > 1:
+  mesh = getattr(where, 'mesh', None)
+  if not isinstance(mesh, jax.sharding.Mesh) or jax.process_count() > 1:
     return batch
-  ways = where.mesh.shape['data'] * where.mesh.shape['fsdp']
-  return batch if len(batch.tokens) % ways else place_batch(batch, where.mesh)
+  ways = mesh.shape['data'] * mesh.shape['fsdp']
+  return batch if len(batch.tokens) % ways else place_batch(batch, mesh)
 
 
 def _transcript(tokenizer, rows, pair, rewards) -> dict[str, Any]:
