@@ -59,6 +59,7 @@ DEBUG = {
   'evaluation.environment.size': 2,
   'environment.size': 4,
   'evaluation.repeats': 1,
+  'evaluation.size': 8,
   'source.size': 64,
   'source.environment.size': 64,
   'rollouts.prompts': 2,
@@ -252,8 +253,7 @@ def check_used(config: Mapping[str, Any], read: Sequence[str]) -> None:
   sections = {n: x for n, x in config.items() if n in PLACES and x is not None}
   used = set(read)
   for section, values in sections.items():
-    function = resolve(section, values.get('name'))
-    used |= set(_supplied(function))
+    used |= set(_supplied(resolve(section, values.get('name'))))
   for name in sections:
     if name not in used:
       raise ConfigError(

@@ -1,7 +1,6 @@
 """Preferences to batches: whose log-probs are the reference's, and when they change."""
 
 import functools
-import json
 import pathlib
 import sys
 
@@ -14,6 +13,7 @@ from educe import cli
 from educe.algorithms import dpo as algorithm
 from educe.data import pipeline, sources, tokenizer
 from educe.models import policy, presets
+from educe.rollouts import transcripts
 from educe.training import metrics, optimizer
 from educe.training.step import init_state, make_step
 from educe.types import Mean
@@ -246,7 +246,7 @@ def test_a_run_learns_its_pairs_stops_and_goes_on(config, tmp_path, capsys):
   assert last['preferences/nll'] < 0.3
   said = capsys.readouterr().err
   assert 'agrees with 100.0% of 9 pairs' in said
-  sample = json.loads((tmp_path / 'whole/samples/12.jsonl').open().readline())
+  (sample,) = transcripts.load(tmp_path / 'whole/samples/12.jsonl', 1)
   assert set(sample) == {'id', 'prompt', 'chosen', 'rejected', 'rewards'}
   # Stopped in the middle, with the reference stored instead of kept: the same losses.
   store = f'--config.algorithm.precompute={tmp_path / "reference"}'

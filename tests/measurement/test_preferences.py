@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from educe import sharding
 from educe.data import sources, tokenizer
 from educe.measurement import preferences
 from educe.measurement.preferences import agreement, evaluate
 from educe.models import policy, presets
+from educe.types import Batch
 
 BYTE = tokenizer.load(path='byte')
 MODEL = policy.build(presets.debug)
@@ -112,6 +114,20 @@ def test_implicit_rewards():
   assert result.transcripts[2]['rejected'] == 'x' * 7
 
 
+def test_rows_are_spread_over_the_mesh_of_the_params(mesh_of):
+  mesh = mesh_of(2, 2)
+  weights = sharding.place(params(0), MODEL.axes, mesh)
+  source = sources.memory(records=PAIRS)
+  options = dict(source=source, max_length=40, reward='average', beta=0.5)
+  alone = run(reward='average')
+  for size in (2, 3):  # pairs: 6 rows do not divide into 4, and are read all the same
+    spread = evaluate(MODEL, weights, BYTE, batch_size=size, **options)
+    # float32, summed in another order
+    np.testing.assert_allclose(rewards_of(spread), rewards_of(alone), atol=1e-5)
+  batch = Batch(np.zeros((4, 3), np.int32), np.zeros((4, 3), np.float32))
+  assert len(preferences._spread(batch, weights).tokens.sharding.device_set) == 4
+
+
 def test_average_log_probs_need_no_reference():
   want = []
   for r in PAIRS:
@@ -143,6 +159,7 @@ def test_long_pairs_are_counted():
   assert (result.total, result.dropped) == (len(kept), 7 - len(kept))
   assert f'{7 - len(kept)} too long' in str(result)
   assert run(reward='average', max_length=20, overlong='truncate').total == 7
+  assert run(reward='average', size=3).total == 3
 
 
 def test_the_policy_against_itself_is_undecided():
@@ -160,6 +177,7 @@ def test_the_policy_against_itself_is_undecided():
     ({'reward': 'logp'}, "reward='logp' is not one of"),
     ({'beta': None}, 'beta=None must be positive'),
     ({'max_length': 1}, 'max_length=1 must be at least 2'),
+    ({'size': 0}, 'size=0 at least 1'),
     ({'reward': 'average', 'data': [dict(PAIRS[0], rejected='1')]}, 'are the same'),
   ],
 )

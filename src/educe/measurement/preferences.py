@@ -29,6 +29,7 @@ from educe.data import pipeline
 from educe.data.tokenizer import Tokenizer
 from educe.losses.logprobs import score
 from educe.measurement.accuracy import wilson
+from educe.sharding import place_batch
 from educe.types import Batch, Model, Params
 
 REWARDS = ('implicit', 'average', 'value')
@@ -130,6 +131,7 @@ def evaluate(
   beta: float | None = None,
   batch_size: int = 8,
   overlong: str = 'drop',
+  size: int | None = None,
 ) -> Agreement:
   """Agreement with pairs: what the config section `evaluation` runs.
 
@@ -139,11 +141,18 @@ def evaluate(
   reward, beta: see the top of this file; 'value' takes no beta, the others the loss's
   batch_size: pairs at a time
   max_length, overlong: as for config.data
+  size: the first so many records of the source; None for all
 
   Raises ValueError for an implicit reward without a reference, a value without a value
   head, and pairs that cannot be read.
   """
-  check(max_length=max_length, reward=reward, beta=beta, batch_size=batch_size)
+  check(
+    max_length=max_length,
+    reward=reward,
+    beta=beta,
+    batch_size=batch_size,
+    size=size,
+  )
   if reward == 'implicit' and reference is None:
     raise ValueError(
       "evaluation.reward='implicit' compares with a reference, and none is given; "
@@ -155,7 +164,7 @@ def evaluate(
       "add config.value, or choose 'implicit'"
     )
   pairs = pipeline.make(
-    source,
+    source if size is None else source[:size],
     tokenizer,
     batch_size=batch_size,
     max_length=max_length,
@@ -180,7 +189,14 @@ def evaluate(
   return agreement(chosen, rejected, dropped=dropped, transcripts=transcripts)
 
 
-def check(*, max_length: int, reward: str, beta: float | None, batch_size: int) -> None:
+def check(
+  *,
+  max_length: int,
+  reward: str,
+  beta: float | None,
+  batch_size: int,
+  size: int | None,
+) -> None:
   """Raises ValueError for arguments of `evaluate` that no model could make good."""
   if reward not in REWARDS:
     raise ValueError(f'reward={reward!r} is not one of {list(REWARDS)}')
@@ -188,9 +204,10 @@ def check(*, max_length: int, reward: str, beta: float | None, batch_size: int) 
     raise ValueError(f"beta={beta}: reward='value' takes none")
   if reward != 'value' and not (beta is not None and 0 < beta < float('inf')):
     raise ValueError(f'beta={beta} must be positive: the β of config.loss')
-  if max_length < 2 or batch_size < 1:
+  if max_length < 2 or batch_size < 1 or (size is not None and size < 1):
     raise ValueError(
-      f'max_length={max_length} must be at least 2, and batch_size={batch_size} 1'
+      f'max_length={max_length} must be at least 2, batch_size={batch_size} and '
+      f'size={size} at least 1'
     )
 
 
@@ -201,17 +218,31 @@ def _read(model: Model, params: Params, batch: Batch, what: str):
 
 def _rewards(model, params, reference, rows, reward, beta, pad_id) -> np.ndarray:
   """`[B]`, in float64."""
+  batch = Batch(rows['tokens'], rows['mask'])
   if reward == 'value':
     batch = readings(rows, pad_id=pad_id)
-    values = np.asarray(_read(model, params, batch, 'values'), np.float64)
-    return np.where(batch.mask > 0, values, 0).sum(-1)
-  batch = Batch(rows['tokens'], rows['mask'])
-  mask = np.asarray(rows['mask'], np.float64)
-  logp = np.asarray(_read(model, params, batch, 'logp'), np.float64)
+  mask = np.asarray(batch.mask, np.float64)
+  batch = _spread(batch, params)
+
+  def read(weights, what):
+    return np.asarray(_read(model, weights, batch, what), np.float64)
+
+  if reward == 'value':
+    return np.where(mask > 0, read(params, 'values'), 0).sum(-1)
+  logp = read(params, 'logp')
   if reward == 'average':
     return beta * (logp * mask).sum(-1) / np.maximum(mask.sum(-1), 1)
-  ref_logp = np.asarray(_read(model, reference, batch, 'logp'), np.float64)
-  return beta * ((logp - ref_logp) * mask).sum(-1)
+  return beta * ((logp - read(reference, 'logp')) * mask).sum(-1)
+
+
+def _spread(batch: Batch, params: Params) -> Batch:
+  """Its rows over the mesh of the params, or else every device would read all of them."""
+  where = getattr(jax.tree.leaves(params)[0], 'sharding', None)
+  mesh = getattr(where, 'mesh', None)
+  if not isinstance(mesh, jax.sharding.Mesh) or jax.process_count() > 1:
+    return batch
+  ways = mesh.shape['data'] * mesh.shape['fsdp']
+  return batch if len(batch.tokens) % ways else place_batch(batch, mesh)
 
 
 def _transcript(tokenizer, rows, pair, rewards) -> dict[str, Any]:
