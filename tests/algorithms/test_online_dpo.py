@@ -280,7 +280,7 @@ def test_losses_that_couple_rows_say_so(tmp_path):
   for variant, couples in (
     ('ipo', False),
     ('aot', True),
-    ({'sft': 1, 'bco_pair': 1}, True),
+    ({'sft': 1.0, 'bco_pair': 1.0}, True),
   ):
     loss = functools.partial(dpo.loss, variant=variant)
     assert build(tmp_path, loss=loss).couples == couples
@@ -299,7 +299,7 @@ def test_losses_that_couple_rows_say_so(tmp_path):
     (dict(alpha=0.1, reference_every=None), 'samples from the reference'),
     (dict(rollouts=source(group=1)), 'rollouts.group=1 gives no two'),
     (dict(reference_every=None), r'config.loss: dpo: .*needs log-probs of a reference'),
-    (dict(loss=functools.partial(dpo.loss, beta=-1)), 'config.loss: dpo: beta=-1'),
+    (dict(loss=functools.partial(dpo.loss, beta=-1.0)), 'config.loss: dpo: beta=-1'),
   ],
 )
 def test_bad_input_is_said_before_anything_is_sampled(tmp_path, options, message):
