@@ -17,7 +17,7 @@ demo-smollm: $(VENV)/demo
 	$(BIN)/python -m educe train --config=configs/r1.py:smollm --run_dir=runs/smollm
 
 test: $(VENV)/dev lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -41,6 +41,7 @@ setuptools.setup(
       'beartype>=0.22',
       'mypy>=1.18',
       'pytest>=9.0',
+      'pytest-xdist>=3.8',
       'ruff>=0.14',
       'tensorboardX>=2.6',
     ],
