@@ -372,7 +372,7 @@ def test_a_critic_starts_as_another_runs_values(ppo, tmp_path):
   text = pathlib.Path(path.partition('=')[2]).read_text()
   text = text.replace("stages=('base', 'rl'), base=base, rl=rl", (
     "stages=('base', 'rl', 'more'), base=base, rl=rl, "
-    "more=dict(rl, init_from='base', value_from='rl', optimizer=dict("
+    "more=dict(rl, init_from='stage://base', value_from='stage://rl', optimizer=dict("
     "name='sgd', learning_rate=1e-9))"
   ))  # fmt: skip
   where = tmp_path / 'more.py'

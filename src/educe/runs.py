@@ -76,8 +76,8 @@ def train(
     source, data: records and batches, for algorithms that train on data.
     environment, rollouts, advantage: for those that train on the policy's own samples.
     judge: of those, in place of the environment's rewards.
-    init_from: a run folder (or a stage before this one, by its name); its newest weights
-      take the place of the model's.
+    init_from: a run folder (or stage://name of a stage before this one); its newest
+      weights take the place of the model's.
     value: a value head on them, for a reward model or a critic.
     value_from: likewise; the head starts as the one that it trained, with a trunk of
       its own if ours is separate.
@@ -304,8 +304,9 @@ def run_all(argv: Sequence[str], run_dir: pathlib.Path, *, sweep: bool) -> None:
   """What a config file asks for: one run; or every point of its sweep(), or its
   `stages` one after another, each in its own folder.
 
-  A stage starts from the weights that the stage before it ended with. The keys and types
-  of all are checked before the first is run, their values when each starts.
+  A stage starts from the weights that the stage before it ended with, unless it has an
+  init_from of its own; 'stage://sft', anywhere in it, is the folder of the stage sft. The
+  keys and types of all are checked before the first is run, their values when each starts.
 
   Raises ConfigError where a finished stage was another's.
   """
@@ -328,9 +329,6 @@ def run_all(argv: Sequence[str], run_dir: pathlib.Path, *, sweep: bool) -> None:
       }
     for folder, config in runs.items():
       config_lib.check_used(config, READ)
-      for key in ('init_from', 'value_from'):
-        if config[key] in (stages or ()):  # a stage's name stands for its folder
-          config[key] = f'stage://{config[key]}'
       runs[folder] = with_stages(config, {x.name: x for x in runs})
     previous = None
     for folder, config in runs.items():

@@ -55,7 +55,7 @@ def get_config():
     optimizer=dict(name='adamw', learning_rate=3e-3, schedule='constant'),
   )
   best = stage(
-    steps=2, init_from='base', environment=ASK, rollouts=SAMPLE,
+    steps=2, init_from='stage://base', environment=ASK, rollouts=SAMPLE,
     judge=dict(name='reward_model', path='stage://reward'),
     algorithm=dict(name='expert_iteration', batch_size=8, keep='best'),
     loss=dict(name='sft'), optimizer=dict(name='adamw', learning_rate=1e-3),
