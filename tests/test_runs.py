@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from educe import cli, runs
+from educe import config as config_lib
 from educe.models import scratch, value_head
 from educe.rollouts import rounds, transcripts
 from educe.training import checkpoint, metrics
@@ -484,3 +485,15 @@ def test_the_page_is_of_the_last_round_with_log_ratios_or_else_of_the_last(tmp_p
   assert 'round 1' in shown()
   name = '/'.join(tmp_path.parts[-2:])
   assert f'<h1>{name} · rollouts/000001.jsonl, the first 1</h1>' in shown()
+
+
+def test_a_stage_is_named_by_its_folder():
+  folders = {'sft': pathlib.Path('runs/a/sft')}
+  config = {'judge': {'path': 'stage://sft'}, 'steps': 3, 'init_from': None}
+  assert runs.with_stages(config, folders) == {
+    'judge': {'path': 'runs/a/sft'}, 'steps': 3, 'init_from': None
+  }  # fmt: skip
+  with pytest.raises(
+    config_lib.ConfigError, match=r"stage://stf: no such stage; did you mean 'sft'\?"
+  ):
+    runs.with_stages({'value_from': 'stage://stf'}, folders)
