@@ -136,3 +136,14 @@ def test_a_record_that_changed_is_named(tmp_path):
 def test_nothing_kept_is_refused(tmp_path):
   with pytest.raises(ValueError, match='every record is dropped'):
     load(tmp_path, batches([dict(prompt='p' * 90, chosen='a', rejected='b')] * 3))
+
+
+def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch):
+  def half(stream, **arrays):
+    stream.write(b'half of it')
+    raise OSError('no space left on device')
+
+  monkeypatch.setattr(reference_logp.np, 'savez', half)
+  with pytest.raises(OSError, match='could not be written'):
+    load(tmp_path)
+  assert not [*tmp_path.iterdir()]
