@@ -145,6 +145,7 @@ def make(
   def next_batch(state: TrainState) -> tuple[Batch, dict[str, Any]]:
     if on_policy == 1:
       return sampled(state)
+    assert data is not None
     coin = np.random.default_rng([seed, int(state.step)]).random() if on_policy else 1.0
     batch, info = sampled(state) if coin < on_policy else read(data)
     return batch, info | ({'on_policy': float(coin < on_policy)} if on_policy else {})

@@ -126,7 +126,7 @@ def make(
 def ends(rollouts: Rollouts) -> tuple[np.ndarray, dict[str, int]]:
   """(rows, counts): the best and the worst of each group, one after the other."""
   rewards = np.asarray(rollouts.rewards, np.float64).reshape(-1, rollouts.group)
-  pairs = []
+  pairs: list[tuple[int, int] | None] = []
   for group, scores in enumerate(rewards):
     scored = np.flatnonzero(np.isfinite(scores))
     if len(scored) < 2:
@@ -135,13 +135,15 @@ def ends(rollouts: Rollouts) -> tuple[np.ndarray, dict[str, int]]:
     # The first of equals is the best, and the last of equals the worst.
     best = scored[scores[scored].argmax()]
     worst = scored[::-1][scores[scored[::-1]].argmin()]
-    pairs.append((group * rollouts.group + best, group * rollouts.group + worst))
+    first = group * rollouts.group
+    pairs.append((first + int(best), first + int(worst)))
   return _kept(rollouts, pairs)
 
 
 def against(ours: Rollouts, theirs: Rollouts) -> tuple[np.ndarray, dict[str, int]]:
   """(rows of `joined`, counts): each row of one with the same row of the other."""
-  both, pairs = joined(ours, theirs), []
+  both = joined(ours, theirs)
+  pairs: list[tuple[int, int] | None] = []
   for row in range(len(ours.rewards)):
     pair = (row, row + len(ours.rewards))
     rewards = both.rewards[list(pair)]

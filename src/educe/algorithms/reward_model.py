@@ -35,7 +35,7 @@ def make(model: Model, data: Batches, loss: LossFn) -> Algorithm:
   Raises ValueError, before the first step, for a model without a value head, for other
   records, and for what the loss refuses.
   """
-  if getattr(model, 'values', None) is None:
+  if model.values is None:
     raise ValueError(
       "the model has no value head to train: add config.value=dict(trunk='shared')"
     )

@@ -158,7 +158,7 @@ def evaluate(
       "evaluation.reward='implicit' compares with a reference, and none is given; "
       "'average' needs none"
     )
-  if reward == 'value' and getattr(model, 'values', None) is None:
+  if reward == 'value' and model.values is None:
     raise ValueError(
       "evaluation.reward='value' is of a reward model, and this model has no value head: "
       "add config.value, or choose 'implicit'"

@@ -84,14 +84,15 @@ def reward_model(
   if batch_size < 1 or (max_length is not None and max_length < 1):
     raise ValueError(f'judge: {batch_size=} and {max_length=} must be at least 1')
   model, params, words = open_values(path)
-  if model.values is None:
+  value_of = model.values
+  if value_of is None:
     raise ValueError(f'judge.path={path!r} is of a run without a value head')
   limit = min(max_length or math.inf, model.architecture.max_length)
 
   @jax.jit
   def read(params, batch):
     states, _ = model.hidden(params, batch.tokens)
-    values = model.values(params, states, batch.tokens)
+    values = value_of(params, states, batch.tokens)
     last = batch.mask.sum(-1).astype(jnp.int32) - 1
     return jnp.take_along_axis(values, last[:, None], -1)[:, 0]
 
@@ -108,7 +109,8 @@ def reward_model(
       for place, row in enumerate(rows):
         tokens[place, : len(texts[row])] = texts[row]
         mask[place, : len(texts[row])] = 1
-      values = np.asarray(read(params, Batch(tokens, mask)))
+      batch = Batch(jnp.asarray(tokens), jnp.asarray(mask))
+      values = np.asarray(read(params, batch))
       for place, row in enumerate(rows):
         value = float(values[place])
         scores[row] = value if math.isfinite(value) else None
@@ -255,7 +257,7 @@ def endpoint(
     said = chat_endpoint.ask(client, questions, read)
     # The second question of a pair has it the other way round.
     wins = {
-      pair: None if None in (one, two) else (one + 1 - two) / 2
+      pair: None if one is None or two is None else (one + 1 - two) / 2
       for pair, one, two in zip(asked, said[::2], said[1::2], strict=True)
     }
     scores: list[list[float]] = [[] for _ in completions]
