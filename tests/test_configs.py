@@ -70,7 +70,7 @@ def test_a_recipe_binds_and_its_optimizer_is_real(path, recipe):
   ('path', 'recipe'), RUN, ids=[f'{path.stem}:{recipe}' for path, recipe in RUN]
 )
 def test_a_recipe_takes_its_debug_steps(path, recipe, tmp_path, capsys, compile_once):
-  values = config.load([f'--config={path}:{recipe}'])
+  values = config.load([f'--config={path}:{recipe},debug'])
   for stage in stages(values):
     source = stage.get('source', stage.get('environment', {}).get('source', {}))
     public = 'preference_sources' in source.get('name', '')

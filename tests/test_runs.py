@@ -445,26 +445,6 @@ def test_ppo_without_a_value_head_is_one_line(ppo, tmp_path, capsys):
   assert 'without a section value' in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_story_is_told_of_those_that_were_measured(tmp_path):
-  def write(name, *exams):
-    (tmp_path / name).mkdir()
-    lines = [{'step': 1, 'loss': 1.0}]
-    lines += [
-      {'step': i, 'accuracy': a, 'accuracy/low': a - 0.1, 'accuracy/high': a + 0.1}
-      for i, a in enumerate(exams)
-    ]
-    text = ''.join(json.dumps(line) + '\n' for line in lines)
-    (tmp_path / name / 'metrics.jsonl').write_text(text)
-    return tmp_path / name
-
-  told = runs.story([write('a', 0.2, 0.3), write('b'), write('c', 0.3, 0.5)])
-  assert [line.split() for line in told.splitlines()[1:]] == [
-    ['before', '20.0%', '95', '%', '[10.0%,', '30.0%]'],
-    ['a', '30.0%', '95', '%', '[20.0%,', '40.0%]'],
-    ['c', '50.0%', '95', '%', '[40.0%,', '60.0%]'],
-  ]
-
-
 def test_the_page_is_of_the_last_round_with_log_ratios_or_else_of_the_last(tmp_path):
   def write(number, **extra):
     row = {

@@ -45,7 +45,7 @@ PLACES = {
 }
 
 # What `:debug` makes of a recipe: two steps of a tiny random model, in seconds. It shrinks
-# the sections that a recipe has, and adds none.
+# the sections that a recipe has, and adds none. A file's own DEBUG goes before this one.
 DEBUG = {
   'steps': 2,
   'save_every': 2,
@@ -110,11 +110,13 @@ def load(argv: Sequence[str]) -> dict[str, Any]:
     raise ConfigError(f'--config={_spec(argv)}: {_one_line(error)}') from error
   if 'debug' in words.split(','):
     chosen = set(config_flags.get_override_values(values['config']))
+    small = {**DEBUG, **getattr(module, 'DEBUG', {})}
     for stage in config.get('stages', ()):
       own = f'{stage}.'
-      _shrink(config[stage], {k.removeprefix(own) for k in chosen if k.startswith(own)})
+      mine = {k.removeprefix(own) for k in chosen if k.startswith(own)}
+      _shrink(config[stage], small, mine)
     if 'stages' not in config:
-      _shrink(config, chosen)
+      _shrink(config, small, chosen)
   return config.to_dict()
 
 
@@ -123,9 +125,7 @@ def sweep(argv: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
   file = _spec(argv).partition(':')[0]
   module = _import_file(file)
   if not hasattr(module, 'sweep'):
-    raise ConfigError(
-      f'{file}: no function sweep(); it should yield dicts of overrides'
-    )
+    raise ConfigError(f'{file}: no function sweep(), to yield dicts of overrides')
   for point in module.sweep():
     name = ','.join(f'{key.split(".")[-1]}={value}' for key, value in point.items())
     yield name, [f'--config.{key}={value}' for key, value in point.items()]
@@ -262,11 +262,11 @@ def check_used(config: Mapping[str, Any], read: Sequence[str]) -> None:
       )
 
 
-def bound(section: str, values: Mapping[str, Any]) -> functools.partial:
+def bound(section: str, values: Mapping[str, Any], **supply: Any) -> functools.partial:
   """A section's function with its config already given; sections inside it are called."""
   values = {
-    key: call(key, value) if key in PLACES and isinstance(value, Mapping) else value
-    for key, value in values.items()
+    key: call(key, x, **supply) if key in PLACES and isinstance(x, Mapping) else x
+    for key, x in values.items()
   }
   named = '{name}' in PLACES[section]
   function = resolve(section, values.pop('name') if named else None)
@@ -314,8 +314,8 @@ def _spec(argv: Sequence[str]) -> str:
   raise ConfigError('--config is missing: name a file, as --config=configs/sft.py:demo')
 
 
-def _shrink(config: ConfigDict, keep: set[str]) -> None:
-  for path, value in DEBUG.items():
+def _shrink(config: ConfigDict, small: dict[str, Any], keep: set[str]) -> None:
+  for path, value in small.items():
     *parents, leaf = path.split('.')
     section: Any = config
     for parent in parents:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import inspect
 import json
 import pathlib
 import re
@@ -19,7 +20,7 @@ import jax
 
 from educe import config as config_lib
 from educe import paths, sharding
-from educe.measurement import curves, reliability, transcript_page
+from educe.measurement import curves, reliability, story, transcript_page
 from educe.models import policy, value_head
 from educe.policies import check_vocabulary, open_values, read_config
 from educe.progress import say
@@ -122,8 +123,11 @@ def train(
     process_count=jax.process_count(),
   )
   world: Any = environment and call('environment', environment)
-  exam: Any = evaluation and config_lib.bound('evaluation', evaluation)
-  compares = exam and exam.keywords.get('reward') == 'implicit'
+  exam: Any = evaluation and config_lib.bound(
+    'evaluation', evaluation, open_values=open_values
+  )
+  compares = exam and 'reference' in inspect.signature(exam.func).parameters
+  compares = compares and exam.keywords.get('reward', 'implicit') == 'implicit'
 
   # The policy, on the mesh.
   grid = call('mesh', mesh)
@@ -349,7 +353,7 @@ def run_all(argv: Sequence[str], run_dir: pathlib.Path, *, sweep: bool) -> None:
           return
       previous = folder
     if stages:
-      say(story(list(runs)))
+      say(story.table(list(runs)))
 
 
 def with_stages(values: Any, folders: dict[str, pathlib.Path]) -> Any:
@@ -381,15 +385,3 @@ def check_same(folder: pathlib.Path, config: dict[str, Any]) -> None:
         f'{folder} is done with {key}={before}, and the config now says {after}: restore '
         'it, or give a new --run_dir'
       )
-
-
-def story(folders: Sequence[pathlib.Path]) -> str:
-  """Accuracy before the first of these runs and after each, as a table."""
-  lines: list[str] = []
-  for folder in folders:
-    exams = [x for x in metrics.read(folder / 'metrics.jsonl') if 'accuracy' in x]
-    for label, exam in [('before', exams[:1]), (folder.name, exams[-1:])]:
-      if exam and (label != 'before' or not lines):
-        interval = f'[{exam[0]["accuracy/low"]:.1%}, {exam[0]["accuracy/high"]:.1%}]'
-        lines.append(f'{label:>12}  {exam[0]["accuracy"]:6.1%}  95 % {interval}')
-  return '\n'.join(['accuracy before and after each stage', *lines])

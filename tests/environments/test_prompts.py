@@ -29,6 +29,16 @@ def test_size_takes_the_first_and_parts_share_nothing():
   assert 1 <= len(parts[1]) <= 16  # a fifth of 40, ± 3 standard deviations
 
 
+def test_longest_counts_the_characters_of_all_messages():
+  chat = [{'role': 'user', 'content': 'Say it'}, {'role': 'assistant', 'content': '!!'}]
+  records = [{'prompt': 'Say 1.'}, {'prompt': 'Say it.'}, {'prompt': chat}]
+  found = [x['prompt'] for x in prompts.make(source=records, longest=6).prompts]
+  assert found == ['Say 1.']
+  assert len(prompts.make(source=records, longest=8).prompts) == 3
+  with pytest.raises(ValueError, match=r'has 1 different prompts .* longest=6 char'):
+    prompts.make(source=records, size=2, longest=6)
+
+
 def test_of_messages_the_last_answer_is_left_off():
   user, answer = ({'role': r, 'content': r} for r in ('user', 'assistant'))
   records = [{'messages': [user, answer]}, {'messages': [user, answer, user]}]

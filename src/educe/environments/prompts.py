@@ -18,11 +18,13 @@ def make(
   source: Sequence[Mapping[str, Any]],
   size: int | None = None,
   part: str = 'all',
+  longest: int | None = None,
 ) -> Environment:
   """The prompts of `source`, each once, in the order in which they first appear.
 
   source: records with `prompt`, or with `messages`, whose last answer is left off
   size: so many of them, the first; None: all
+  longest: characters; longer prompts are left out. None: none are
   part: 'train' and 'heldout' share no prompt, whatever the source's order
 
   Records keep their columns; `answer` is None where there is none.
@@ -36,7 +38,8 @@ def make(
     record = dict(source[index])
     prompt = _prompt(record, index)
     name = problems.digest(str(prompt))
-    if name not in found and problems.in_part(name, part):
+    short = longest is None or len(_text(prompt)) <= longest
+    if name not in found and short and problems.in_part(name, part):
       found[name] = {'id': name[:12], 'answer': None, **record, 'prompt': prompt}
     if size is not None and len(found) == size:
       break
@@ -45,6 +48,7 @@ def make(
   if len(found) < (size or 1):
     raise ValueError(
       f'size={size}: the source has {len(found)} different prompts in part {part!r}'
+      + (f' of at most longest={longest} characters' if longest is not None else '')
     )
   return Environment(list(found.values()), _only_ask)
 
@@ -62,6 +66,12 @@ def _prompt(record: Mapping[str, Any], index: int) -> Any:
   if not prompt or (isinstance(prompt, str) and not prompt.strip()):
     raise ValueError(f'source row {index}: its prompt is empty')
   return prompt
+
+
+def _text(prompt: Any) -> str:
+  if isinstance(prompt, str):
+    return prompt
+  return ''.join(str(turn.get('content', '')) for turn in prompt)
 
 
 def _only_ask(prompt: Mapping[str, Any], transcript: Sequence[str]) -> Turn:

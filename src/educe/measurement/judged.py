@@ -1,0 +1,174 @@
+"""What a judge thinks of a policy's answers, beside those of the policy it started from.
+
+On the same prompts, with the same seeds: the mean score of each, how often ours is
+preferred (measurement/win_rate.py), and how far the policy has moved,
+
+  KL(π ‖ π_start) ≈ mean over π's own completions of Σ_t (log π(y_t) − log π_start(y_t)),
+
+so that a run's evaluations are a curve of score against √KL, as Leo Gao et al. (2022,
+arXiv:2210.10760) draw it: with a judge that the run was not trained on, it turns where the
+proxy is over-optimised.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from educe.data.tokenizer import Tokenizer
+from educe.losses.logprobs import score
+from educe.measurement.accuracy import Z
+from educe.measurement.win_rate import WinRate, win_rate
+from educe.rollouts.collect import collect
+from educe.rollouts.judges import Judge, rewarded
+from educe.types import Batch, Environment, Model, Params, Rollouts
+
+
+class Judged(NamedTuple):
+  wins: WinRate  # over the policy that the run started from
+  score: float  # mean of the judge's scores of ours
+  score_error: float  # its standard error, over prompts
+  start_score: float  # of the start's answers
+  kl: float  # nats a completion
+  kl_error: float  # its standard error
+  length: float  # tokens, mean of ours
+  transcripts: list[dict[str, Any]]
+
+  @property
+  def verb(self) -> str:
+    return 'is preferred on'
+
+  def metrics(self) -> dict[str, float]:
+    """What goes into metrics.jsonl."""
+    return {
+      'win_rate': self.wins.rate,
+      'win_rate/low': self.wins.low,
+      'win_rate/high': self.wins.high,
+      'judged/score': self.score,
+      'judged/score_error': self.score_error,
+      'judged/start_score': self.start_score,
+      'judged/kl': self.kl,
+      'judged/kl_error': self.kl_error,
+      'judged/length': self.length,
+    }
+
+  def __str__(self) -> str:
+    return (
+      f'{self.wins}; score {self.score:.3f} ± {Z * self.score_error:.3f}, at the start '
+      f'{self.start_score:.3f}; KL {self.kl:.2f} ± {Z * self.kl_error:.2f} nats'
+    )
+
+
+def evaluate(
+  model: Model,
+  params: Params,
+  tokenizer: Tokenizer,
+  reference: Params,
+  *,
+  environment: Environment,
+  judge: Judge,
+  max_new_tokens: int,
+  temperature: float = 1.0,
+  repeats: int = 1,
+  batch_size: int = 64,
+) -> Judged:
+  """A policy's answers, judged: what the config section `evaluation` runs.
+
+  reference: the policy that the run keeps as its reference, or else started from
+  environment: only its prompts are read
+  judge: a section of its own; not the one that the run is trained on, if over-optimisation
+    is to be seen
+  temperature: of both policies' samples, and of the log-probs in the KL
+  repeats: completions of each prompt; every one is compared with every one of the start's
+
+  Raises ValueError for numbers that cannot be, and where nothing could be judged.
+  """
+  check(
+    max_new_tokens=max_new_tokens,
+    temperature=temperature,
+    repeats=repeats,
+    batch_size=batch_size,
+  )
+  prompts = environment.prompts
+
+  def answers(params: Params) -> Rollouts:
+    rollouts = collect(
+      model,
+      params,
+      tokenizer,
+      environment,
+      prompts,
+      group=repeats,
+      key=jax.random.key(0),
+      max_new_tokens=max_new_tokens,
+      temperature=temperature,
+      batch_size=batch_size,
+      show='evaluating',
+    )
+    return rewarded(rollouts, prompts, judge)
+
+  ours, start = answers(params), answers(reference)
+  scores, start_scores = (
+    np.asarray(x.rewards, np.float64).reshape(-1, repeats) for x in (ours, start)
+  )
+  # A static argument, compiled once a run: without what cannot be hashed.
+  hashable = model._replace(axes=None, architecture=None)
+  parts = []
+  for at in range(0, len(ours.tokens), batch_size):
+    rows = slice(at, at + batch_size)
+    batch = Batch(ours.tokens[rows], ours.mask[rows])
+    parts.append(np.asarray(_kl(hashable, params, reference, batch, temperature)))
+  kl = np.concatenate(parts).astype(np.float64).reshape(-1, repeats).mean(-1)
+  wins = win_rate(scores, start_scores)
+  mean, error = _mean(_by_prompt(scores))
+  kl_mean, kl_error = _mean(kl)
+  return Judged(
+    wins=wins,
+    score=mean,
+    score_error=error,
+    start_score=_mean(_by_prompt(start_scores))[0],
+    kl=kl_mean,
+    kl_error=kl_error,
+    length=float(np.mean([row['length'] for row in ours.transcripts])),
+    transcripts=list(ours.transcripts),
+  )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _kl(model, params, reference, batch: Batch, temperature: float):
+  """Σ_t (log π − log π_start) of each row, `[B]` (nats)."""
+  ours, start = (
+    score(model, p, batch, temperature=temperature) for p in (params, reference)
+  )
+  return ((ours.logp - start.logp) * batch.mask).sum(-1)
+
+
+def _by_prompt(scores: np.ndarray) -> np.ndarray:
+  """The mean of each prompt that has a score."""
+  return np.nanmean(scores[np.isfinite(scores).any(-1)], -1)
+
+
+def _mean(x: np.ndarray) -> tuple[float, float]:
+  """(mean, its standard error) over prompts; of a single one the error is unknown."""
+  error = x.std(ddof=1) / np.sqrt(len(x)) if len(x) > 1 else np.nan
+  return float(x.mean()), float(error)
+
+
+def check(
+  *, max_new_tokens: int, temperature: float, repeats: int, batch_size: int
+) -> None:
+  """Raises ValueError for arguments of `evaluate` that no model could make good."""
+  for name, value in (
+    ('max_new_tokens', max_new_tokens),
+    ('repeats', repeats),
+    ('batch_size', batch_size),
+  ):
+    if value < 1:
+      raise ValueError(f'{name}={value} must be at least 1')
+  if not 0 < temperature < float('inf'):
+    raise ValueError(
+      f'temperature={temperature} must be above 0: a KL is of what is sampled'
+    )
