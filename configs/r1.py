@@ -52,8 +52,8 @@ def demo():
 
 
 def smollm():
-  """32 minutes on 2 CPU cores; 65 % → 94 % of 512 held-out problems by GRPO."""
-  stages = sequence(cold=sft(steps=12), grpo=grpo(steps=80))
+  """41 minutes on 2 CPU cores; 67 % → 79 % of samples are right by GRPO."""
+  stages = sequence(cold=sft(steps=12), grpo=grpo(steps=60))
   stages.grpo.evaluation.repeats = 16
   return stages
 

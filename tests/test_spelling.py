@@ -22,7 +22,8 @@ def test_near(word, names, want):
 
 
 def test_siblings_have_the_function():
-  assert sorted(siblings('educe.losses.nothing', 'loss')) == ['grpo', 'sft']
+  found = sorted(siblings('educe.losses.nothing', 'loss'))
+  assert found == ['distillation', 'dpo', 'grpo', 'ppo', 'reward_model', 'sft']
   assert 'chain' in (found := siblings('educe.environments.nothing', 'make'))
   assert 'verifiers' not in found
   assert siblings('no_such_package.nothing', 'make') == []

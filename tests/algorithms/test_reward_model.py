@@ -21,6 +21,10 @@ class Valued:
   values = True
 
 
+class Plain:
+  values = None
+
+
 def loss(scores, batch, *, wants=()):
   missing = [name for name in wants if getattr(batch, name) is None]
   if missing:
@@ -106,7 +110,7 @@ def test_rows_of_padding_are_not_scored():
 @pytest.mark.parametrize(
   ('records', 'data', 'options', 'match'),
   [
-    ('pairs', PAIRS, {'model': object()}, 'no value head to train: add config.value'),
+    ('pairs', PAIRS, {'model': Plain}, 'no value head to train: add config.value'),
     ('documents', [dict(text='t')] * 4, {}, "config.data.records='documents'"),
     ('pairs', PAIRS, {'wants': ['labels']}, 'config.loss: no labels'),
     ('pairs', PAIRS, {'wants': ['returns']}, 'config.loss: no returns'),

@@ -137,7 +137,8 @@ def ppo_policy(lam, rounds=3000, **setting):
     slope = jax.jit(jax.grad(lambda t, b: ppo.loss(scores(t), b, **setting)[0].value))
 
     def updates(theta):
-      log_pi, _, values, _ = read(theta)
+      seen = read(theta)
+      log_pi, values = seen.logp, seen.values
       pi = np.exp(np.asarray(log_pi).sum(-1, keepdims=True)) * np.ones((1, 3))
       pi[:, 0] = 0
       rewards = -BETA * (np.asarray(log_pi) - log_p0)
