@@ -6,12 +6,11 @@ Long Ouyang et al., "Training language models to follow instructions with human 
 2022, arXiv:2203.02155, small: SmolLM2-135M-Instruct on Anthropic's harmlessness pairs
 (data://hh_rlhf_harmless_test.jsonl.gz; offensive text: a warning is printed).
 
-Stages, each in its own folder:
-  sft           imitates the chosen answers
-  gold          a reward model of pairs that nothing else sees; it judges, and trains no one
-  reward_model  a reward model of the pairs that SFT saw too: the proxy
-  ppo           from sft, its critic from reward_model, rewarded by it
-  dpo           from sft, on the pairs of reward_model
+Recipes (stages, each in its own folder):
+  hh       sft imitates the chosen answers; gold is a reward model of pairs that nothing
+           else sees: it judges, and trains no one; reward_model learns the pairs that sft
+           saw too: the proxy; ppo goes from sft, its critic's head and its rewards from
+           reward_model; dpo from sft, on the pairs of reward_model
 
 What ppo and dpo are measured by: how often `gold` prefers their answers to those of sft on
 held-out prompts, with the KL to sft beside it (measurement/judged.py).
