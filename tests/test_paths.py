@@ -69,9 +69,15 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path):
   assert [x.name for x in tmp_path.iterdir()] == ['a.json']
 
 
+def test_its_folder_may_be_new(tmp_path):
+  paths.write(tmp_path / 'a' / 'b' / 'c.txt', 'x')
+  assert (tmp_path / 'a' / 'b' / 'c.txt').read_text() == 'x'
+
+
 def test_what_cannot_be_written_is_named_with_the_mend(tmp_path):
-  with pytest.raises(OSError, match=r'none/a\.txt: could not .* is the disk full'):
-    paths.write(tmp_path / 'none' / 'a.txt', 'x')
+  paths.write(tmp_path / 'a.txt', 'a file, not a folder')
+  with pytest.raises(OSError, match=r'b\.txt: could not .* is the disk full'):
+    paths.write(tmp_path / 'a.txt' / 'b.txt', 'x')
 
 
 def test_half_a_surrogate_pair_is_written_as_its_escape(tmp_path):

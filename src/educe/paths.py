@@ -66,14 +66,16 @@ def output(path: str | os.PathLike, name: str) -> pathlib.Path:
 
 @contextlib.contextmanager
 def whole(file: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A path beside `file` to write to. It is renamed at the end, so that `file` is there
-  whole or not at all; a failure leaves nothing behind and what was there before."""
+  """A path beside `file`, whose folder may be new, to write to. It is renamed at the end,
+  so that `file` is there whole or not at all; a failure leaves what was there before."""
   temporary = file.with_name(f'.{file.name}.partial')
   try:
+    file.parent.mkdir(parents=True, exist_ok=True)
     yield temporary
     os.replace(temporary, file)
   except BaseException as error:
-    temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+      temporary.unlink()
     if not isinstance(error, OSError):
       raise
     raise OSError(

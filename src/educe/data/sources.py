@@ -32,8 +32,8 @@ import numpy as np
 from educe import paths
 from educe.types import Environment
 
-# A record of one data set must not have these where its first record does not.
 _COLUMN = re.compile(r'\{(\w+(?:\.\w+)*)\}')
+# A record of one data set must not have these where its first record does not.
 KNOWN = ('messages', 'prompt', 'completion', 'text', 'chosen', 'rejected', 'answer')
 
 

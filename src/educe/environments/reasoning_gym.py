@@ -119,9 +119,7 @@ def _respond(
   task: str, dataset: Any, prompt: Mapping[str, Any], transcript: Sequence[str]
 ) -> Turn:
   answer = answers.extract(transcript[-1], prompt['answer'])
-  if task == 'composite':
-    task = prompt['metadata']['source_dataset']
-    dataset = dataset.datasets[task]
+  task, dataset = _family(task, dataset, prompt['metadata'])
   verified, info = None, {'answer': answer}
   if answer is not None:
     try:
@@ -133,6 +131,14 @@ def _respond(
       return Turn(None, None, True, info)
   outcome = 'unparsable' if verified is None else 'verified' if verified else 'wrong'
   return Turn(None, float(verified or 0), True, {'outcome': outcome, **info})
+
+
+def _family(task: str, dataset: Any, metadata: Mapping[str, Any]) -> tuple[str, Any]:
+  """Whose problem it is, with its data set: composite's are those of its parts."""
+  if task != 'composite':
+    return task, dataset
+  part = metadata['source_dataset']
+  return part, dataset.datasets[part]
 
 
 def _sound(task, dataset, prompt) -> bool:
@@ -207,7 +213,7 @@ def _generate(task, size, seed, part, level, options) -> tuple[Any, list[Any]]:
     for index in range(len(dataset)):
       entry = dataset[index]
       digest = problems.digest(entry['question'])
-      if problems.in_part(digest, part) and not _spoilt(dataset, entry):
+      if problems.in_part(digest, part) and not _spoilt(task, dataset, entry):
         found.setdefault(digest, entry)
       if len(found) == size:
         return dataset, list(found.values())
@@ -222,18 +228,14 @@ def _generate(task, size, seed, part, level, options) -> tuple[Any, list[Any]]:
     dataset = _create(task, {**options, 'size': 100, 'seed': seed})
 
 
-def _spoilt(dataset: Any, entry: Mapping[str, Any]) -> bool:
+def _spoilt(task: str, dataset: Any, entry: Mapping[str, Any]) -> bool:
   """Whether the reference answer is not one to the question."""
-  task = entry['metadata']['source_dataset']
+  task, dataset = _family(task, dataset, entry['metadata'])
   if task in ALGEBRA:
     return 'Integral' in entry['answer']
-  if task == 'basic_arithmetic':
-    config = getattr(dataset, 'datasets', {}).get(task, dataset).config
-    expression = entry['metadata']['expression']
-    if not config.allow_parentheses:
-      return '/' in expression or countdown.evaluate(expression)[0] != int(
-        entry['answer']
-      )
+  if task == 'basic_arithmetic' and not dataset.config.allow_parentheses:
+    asked = entry['metadata']['expression']
+    return '/' in asked or countdown.evaluate(asked)[0] != int(entry['answer'])
   return False
 
 

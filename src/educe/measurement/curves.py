@@ -242,12 +242,13 @@ def _accuracy(axes, *, points) -> None:
   )
   ends = {0, len(points) - 1}
   for index in sorted(ends if len(points) > 4 else range(len(points))):
+    on_the_axis = index == 0 and len(points) > 1
     axes.annotate(
       f'{rates[index]:.0%}',
       (at[index], high[index]),
-      xytext=(0, 7),
+      xytext=(4 if on_the_axis else 0, 7),
       textcoords='offset points',
-      ha='center',
+      ha='left' if on_the_axis else 'center',
       color=ORANGE,
       weight='bold',
       size=13,

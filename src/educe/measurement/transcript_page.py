@@ -62,7 +62,6 @@ def page(
     groups='\n'.join(_group(group, full) for group in groups.values()),
   )
   path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
   paths.write(path, text)
   return path
 

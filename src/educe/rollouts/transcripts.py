@@ -15,7 +15,6 @@ from educe import paths
 def save(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
   """One JSON object a line; the file appears whole or not at all."""
   path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
   lines = (json.dumps(row, ensure_ascii=False, default=str) for row in rows)
   paths.write(path, ''.join(f'{line}\n' for line in lines))
 

@@ -8,9 +8,11 @@ mark is never read; older ones are deleted only after a newer one is committed.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import pathlib
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,23 +33,21 @@ class CheckpointError(RuntimeError):
 
 
 def quiet() -> None:
-  """Keeps Orbax's threads from printing what `save` and `wait` also raise.
+  """Keeps Orbax's threads from printing what `save`, `wait` and `restore` also raise.
 
-  After one write has failed, the others find their event loop closed, or nobody who
-  waits for them, each with a trace.
+  After one write has failed the others find their event loop closed, nobody who waits
+  for them, or never begin; the garbage collector comes upon each at a time of its own.
   """
   shown = sys.unraisablehook
 
   def hook(unraisable):
-    if 'Event loop is closed' not in str(unraisable.exc_value):
+    abandoned = inspect.iscoroutine(unraisable.object)
+    if not abandoned and 'Event loop is closed' not in str(unraisable.exc_value):
       shown(unraisable)
 
   sys.unraisablehook = hook
-  logging.getLogger('asyncio').addFilter(_is_awaited)
-
-
-def _is_awaited(record: logging.LogRecord) -> bool:
-  return 'exception was never retrieved' not in record.getMessage()
+  logging.getLogger('asyncio').setLevel(logging.CRITICAL)
+  warnings.filterwarnings('ignore', 'coroutine .* was never awaited', RuntimeWarning)
 
 
 def open_manager(folder: pathlib.Path, *, keep: int = 2) -> ocp.CheckpointManager:
