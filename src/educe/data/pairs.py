@@ -28,8 +28,6 @@ import numpy as np
 from educe.data import chat
 from educe.data.tokenizer import Tokenizer
 
-RECORDS = ('pairs', 'unpaired', 'rated', 'steps')
-
 
 class Said(NamedTuple):
   """A prompt and its completions, as tokens."""
@@ -41,7 +39,7 @@ class Said(NamedTuple):
 
 
 def encode(tokenizer: Tokenizer, record: Mapping[str, Any], records: str) -> Said:
-  """One record as `records` (one of RECORDS) says.
+  """One record as `records` (a key of data/preference_rows.ROWS) says.
 
   Raises ValueError for columns that are missing, or not of the same kind; an empty
   completion; chosen = rejected; prompts that differ; labels that are no labels.
