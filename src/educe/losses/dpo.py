@@ -41,8 +41,8 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient as sg
 
 from educe.losses import aggregate as agg
-from educe.losses import f_divergence as divergences
 from educe.losses import dpo_variants
+from educe.losses import f_divergence as divergences
 from educe.losses.dpo_variants import PAIRED, REFERENCE, REFERENCE_FREE, UNPAIRED
 from educe.spelling import near
 from educe.types import Batch, Max, Mean, Scores

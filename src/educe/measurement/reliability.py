@@ -9,7 +9,7 @@ import numpy as np
 
 from educe.measurement import curves
 from educe.measurement.accuracy import wilson
-from educe.measurement.preferences import Agreement, agreement
+from educe.measurement.agreement import Agreement, agreement
 from educe.rollouts import transcripts
 
 SIDES = ('chosen', 'rejected')
