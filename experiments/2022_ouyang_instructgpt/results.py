@@ -54,7 +54,8 @@ def exams(folder: pathlib.Path, key: str) -> list[dict]:
 
 
 def seconds(folder: pathlib.Path) -> float:
-  """Of its steps alone: without loading, compiling and evaluating."""
+  """Of its updates alone, the first with its compilation: without loading, sampling,
+  judging and evaluating."""
   rows = metrics.read(folder / 'metrics.jsonl')
   return sum(row.get('timing/step_seconds', 0) for row in rows)
 
