@@ -31,8 +31,7 @@ def make(
   Records keep their columns; `answer` is None where there is none.
 
   Raises ValueError for a record with neither column, a prompt that is empty or neither
-  text nor messages, a size that is more
-  than there are, and an unknown part.
+  text nor messages, a size that is more than there are, and an unknown part.
   """
   problems.in_part('0' * 8, part)  # an unknown one is told before the source is read
   found: dict[str, dict[str, Any]] = {}
