@@ -153,8 +153,10 @@ def test_at_the_start_the_loss_is_ln_2():
   _, arrays = draw()
   value, _, metrics = evaluate(np.zeros((8, 6)), arrays)
   assert value == pytest.approx(math.log(2), rel=1e-15)
-  assert metrics['rewards/margins'] == 0
+  assert metrics['rewards/margins'] == metrics['rewards/accuracies'] == 0
   assert metrics['rewards/confidence'] == 0.5
+  metrics = evaluate(np.zeros((8, 6)), arrays, objective='process')[2]
+  assert metrics['accuracy'] == pytest.approx(1 - metrics['labels'])  # 0 says no
 
 
 def test_swapping_a_pair_flips_its_margin():

@@ -108,6 +108,7 @@ def length_controlled(
       'length-controlled win rate: scores and lengths must all be [P], not '
       f'{[list(x.shape) for x in arrays]}'
     )
+  _rows(arrays[0], 'ours'), _rows(arrays[1], 'theirs')
   judged = np.isfinite(arrays[0]) & np.isfinite(arrays[1])
   a, b, our_length, their_length = (x[judged] for x in arrays)
   if not len(a):
