@@ -298,7 +298,7 @@ def test_a_round_whose_other_half_was_not_judged_comes_again(
   with pytest.raises(JudgeError):
     steps(first, 1)  # still down
   failing[0] = False
-  second.data.set_state(json.loads(json.dumps(first.data.get_state().decode())).encode())
+  second.data.set_state(first.data.get_state())
   assert got + steps(second, 10 - len(got)) == want
   assert got + steps(first, 10 - len(got)) == want
   for method in (whole, first, second):
