@@ -369,7 +369,8 @@ def with_stages(values: Any, folders: dict[str, pathlib.Path]) -> Any:
     return values
   name = values.removeprefix('stage://')
   if name not in folders:
-    raise config_lib.ConfigError(f'{values}: no such stage before it' + near(name, folders))
+    hint = near(name, folders)
+    raise config_lib.ConfigError(f'{values}: no such stage before it{hint}')
   return str(folders[name])
 
 

@@ -179,7 +179,7 @@ def test_the_same_numbers_under_another_name_make_another():
 
 def test_a_reference_that_is_broken_is_not_stored(tmp_path):
   broken = lambda params, tokens, mask: np.full(tokens.shape, np.nan)  # noqa: E731
-  with pytest.raises(ValueError, match='not finite: look at config.model'):
+  with pytest.raises(ValueError, match=r'not finite: look at config\.model'):
     load(tmp_path, logp=broken)
   assert not [*tmp_path.iterdir()]
 

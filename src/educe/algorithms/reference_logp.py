@@ -93,8 +93,8 @@ def load_or_compute(
   stored = Stored(np.concatenate(parts).astype(np.float32), starts)
   if not np.isfinite(stored.logp).all():
     raise ValueError(
-      'the reference has log-probs that are not finite: look at config.model (its weights,'
-      ' its dtypes); nothing was stored'
+      'the reference has log-probs that are not finite: look at config.model (its '
+      'weights, its dtypes); nothing was stored'
     )
   if jax.process_index() == 0:
     folder.mkdir(parents=True, exist_ok=True)

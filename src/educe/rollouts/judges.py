@@ -204,7 +204,7 @@ def endpoint(
     wrong = f'api_key_env={api_key_env!r}: no such environment variable; export it'
   elif key and not re.fullmatch('[!-~]+', key):
     wrong = (
-      f'api_key_env={api_key_env!r}: what it holds is no key, for it has a space, a line '
+      f'api_key_env={api_key_env!r}: what it holds is no key: it has a space, a line '
       'break or a letter that is not ASCII'
     )
   if wrong:

@@ -34,7 +34,7 @@ def label(
   than two scores).
 
   Raises ValueError for no rows, a row without those columns, a negative margin, scores
-  that are no finite numbers, and a judge that gives more or fewer than it was asked for.
+  that are no finite numbers, and a judge that gives more or fewer than there are rows.
   """
   if not margin >= 0:
     raise ValueError(f'label: margin={margin} must not be negative')
