@@ -52,7 +52,7 @@ def _pairs(config, source, train, heldout):
     seed=config.get_ref('seed'),
   )
   config.evaluation = dict(
-    name='preferences',
+    name='agreement',
     source=dict(split=heldout, **source),
     reward='implicit',
     beta=config.loss.get_ref('beta'),

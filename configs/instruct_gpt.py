@@ -125,7 +125,7 @@ def reward_model(split):
   config.algorithm = dict(name='reward_model')
   config.loss = dict(name='reward_model', centre_coef=0.01)
   config.evaluation = dict(
-    name='preferences',
+    name='agreement',
     source=pairs(HELDOUT),
     reward='value',
     max_length=config.data.get_ref('max_length'),

@@ -52,7 +52,7 @@ def _data(config, records, **options):
 def _pairs(config, name, train, heldout):
   config.source = dict(name=f'educe.data.preference_sources:{name}', split=train)
   config.evaluation = dict(
-    name='preferences',
+    name='agreement',
     source=dict(name=f'educe.data.preference_sources:{name}', split=heldout),
     reward='value',
     max_length=config.data.get_ref('max_length'),

@@ -211,7 +211,7 @@ def get_config():
     loss=dict(name='stand_in_loss:loss', beta=1.0),
     optimizer=dict(name='adamw', learning_rate=3e-3, schedule='constant'),
     evaluation=dict(
-      name='preferences', beta=1.0, max_length=16, batch_size=8,
+      name='agreement', beta=1.0, max_length=16, batch_size=8,
       source=dict(name='memory', records={pairs}),
     ),
   ))

@@ -6,12 +6,14 @@ each, and whose mask holds π_θ(y) instead of 1 (detached). A token mean is the
 would give.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from educe.environments import tabular
+from educe.environments import chain, tabular
 from educe.losses import advantages, grpo, ppo
 from educe.types import Batch, Scores
 
@@ -89,21 +91,42 @@ def test_the_loss_gives_the_exact_policy_gradient():
   np.testing.assert_allclose(one - one[0], want - want[0], atol=1e-12)
 
 
-FIRST, SECOND = 3, 4  # outcome y is written with two tokens: y // SECOND, y % SECOND
+class World(NamedTuple):
+  """Completions of two tokens: outcome y is written y // second, y % second."""
+
+  p0: np.ndarray  # [N]
+  reward: np.ndarray  # [N]
+  first: int
+  second: int
+
+
+SMALL = World(P0, REWARD, 3, 4)
+
+
+def chain_world():
+  """A prompt of depth 2: its verifier pays for one trace of 64, and the base, as the
+  corpus has it, nearly always writes the shortcut."""
+  (record,), respond = chain.make(depth=2, size=1)
+  traces = [a + b for a in chain.SYMBOLS for b in chain.SYMBOLS]
+  reward = np.array([respond(record, [trace]).reward for trace in traces], np.float64)
+  p0 = np.full(64, 0.05 / 62)
+  p0[reward > 0] = 0.05  # ρ
+  p0[traces.index(2 * record['prompt'][2])] = 0.9
+  return World(p0, reward, 8, 8)
 
 
 def as_tokens(first, second):
-  """Numbers of the first token [3] and of the second after each first [3, 4], on the
-  tokens of all twelve completions, `[12, 3]`; column 0 is blank."""
-  columns = jnp.repeat(first, SECOND), second.reshape(-1)
-  return jnp.stack([jnp.zeros(N), *columns], 1)
+  """Numbers of the first token [F] and of the second after each first [F, S], on the
+  tokens of all completions, `[N, 3]`; column 0 is blank."""
+  columns = jnp.repeat(first, second.shape[1]), second.reshape(-1)
+  return jnp.stack([jnp.zeros(second.size), *columns], 1)
 
 
-def start():
+def start(world):
   """(logits of p0, a critic that knows nothing)."""
-  both = P0.reshape(FIRST, SECOND)
+  both = world.p0.reshape(world.first, world.second)
   logits = {'first': np.log(both.sum(1)), 'second': np.log(both)}
-  return logits, {'first': 0.0, 'second': np.zeros(FIRST)}
+  return logits, {'first': 0.0, 'second': np.zeros(world.first)}
 
 
 def log_probs(theta):
@@ -120,19 +143,20 @@ def learn(update, theta, rounds, rate):
   )
 
 
-def ppo_policy(lam, rounds=3000, **setting):
+def ppo_policy(world, lam, rounds=3000, **setting):
   """PPO with a learned critic, exact expectations: each round GAE on the host, then two
   updates of the policy and the critic from where the round began."""
+  size = len(world.p0)
 
   def scores(theta):
     logits, critic = theta
     log_pi = log_probs(logits)
-    first = jnp.full(FIRST, critic['first'])
-    values = as_tokens(first, jnp.repeat(critic['second'], SECOND))
+    ones = jnp.ones((world.first, world.second))
+    values = as_tokens(ones[:, 0] * critic['first'], ones * critic['second'][:, None])
     return Scores(log_pi, jnp.zeros_like(log_pi), values)
 
   with jax.enable_x64():
-    log_p0 = np.asarray(log_probs(start()[0]))
+    log_p0 = np.asarray(log_probs(start(world)[0]))
     read = jax.jit(scores)
     slope = jax.jit(jax.grad(lambda t, b: ppo.loss(scores(t), b, **setting)[0].value))
 
@@ -142,9 +166,9 @@ def ppo_policy(lam, rounds=3000, **setting):
       pi = np.exp(np.asarray(log_pi).sum(-1, keepdims=True)) * np.ones((1, 3))
       pi[:, 0] = 0
       rewards = -BETA * (np.asarray(log_pi) - log_p0)
-      rewards[:, 2] += REWARD
+      rewards[:, 2] += world.reward
       a, returns = advantages.gae(rewards, values, pi, gamma=1.0, lam=lam)
-      tokens = jnp.zeros((N, 3), jnp.int32)
+      tokens = jnp.zeros((size, 3), jnp.int32)
       batch = Batch(
         tokens, jnp.asarray(pi), old_logp=log_pi, advantages=jnp.asarray(a),
         returns=jnp.asarray(returns), old_values=values,
@@ -153,39 +177,45 @@ def ppo_policy(lam, rounds=3000, **setting):
       moved = jax.tree.map(lambda x, g: x - RATE * g, theta, once)
       return jax.tree.map(jnp.add, once, slope(moved, batch))
 
-    return learn(updates, jax.tree.map(jnp.asarray, start()), rounds, RATE)
+    return learn(updates, jax.tree.map(jnp.asarray, start(world)), rounds, RATE)
 
 
 RATE = 2.0  # the loss is a mean over two tokens a completion
 
 
-def rloo_policy(rounds=3000):
+def rloo_policy(world, rounds=3000):
   """RLOO with k1 in the reward and groups without end, whose baseline is the mean."""
   with jax.enable_x64():
-    log_p0 = log_probs(start()[0]).sum(-1)
+    log_p0 = log_probs(start(world)[0]).sum(-1)
+    size = len(world.p0)
 
     def loss(theta):
       log_pi = log_probs(theta)
       pi = jax.lax.stop_gradient(jnp.exp(log_pi.sum(-1)))
-      reward = jnp.asarray(REWARD) - BETA * (jnp.log(pi) - log_p0)
-      mask = jnp.stack([jnp.zeros(N), pi, pi], 1)
+      reward = jnp.asarray(world.reward) - BETA * (jnp.log(pi) - log_p0)
+      mask = jnp.stack([jnp.zeros(size), pi, pi], 1)
       centred = (reward - (pi * reward).sum())[:, None] * jnp.ones((1, 3))
-      batch = Batch(jnp.zeros((N, 3), jnp.int32), mask, advantages=centred)
+      batch = Batch(jnp.zeros((size, 3), jnp.int32), mask, advantages=centred)
       scores = Scores(log_pi, jnp.zeros_like(log_pi))
       kind = dict(objective='reinforce', aggregate='sequence_sum')
       return grpo.loss(scores, batch, **kind)[0].total
 
-    return learn(jax.jit(jax.grad(loss)), start()[0], rounds, 1.0)
+    return learn(jax.jit(jax.grad(loss)), start(world)[0], rounds, 1.0)
 
 
-@pytest.mark.parametrize('lam', [0.0, 0.95, 1.0])
-def test_ppo_with_a_critic_reaches_gibbs_as_rloo_does(lam):
+@pytest.mark.parametrize(
+  ('world', 'lam'),
+  [(SMALL, 0.0), (SMALL, 0.95), (SMALL, 1.0), (chain_world(), 0.95)],
+  ids=['small-0', 'small-0.95', 'small-1', 'chain'],
+)
+def test_ppo_with_a_critic_reaches_gibbs_as_rloo_does(world, lam):
   """TV ≤ 1e-4 to the optimum, and so to each other ≤ 2e-4: whatever λ, once the critic has
   learned what is to come (KL included)."""
-  ours, theirs = ppo_policy(lam), rloo_policy()
-  assert tabular.total_variation(P0, GIBBS) > 0.2
-  assert tabular.total_variation(theirs, GIBBS) <= 1e-4
-  assert tabular.total_variation(ours, GIBBS) <= 1e-4
+  want = tabular.gibbs(world.p0, world.reward, BETA)
+  ours, theirs = ppo_policy(world, lam), rloo_policy(world)
+  assert tabular.total_variation(world.p0, want) > 0.2
+  assert tabular.total_variation(theirs, want) <= 1e-4
+  assert tabular.total_variation(ours, want) <= 1e-4
   assert tabular.total_variation(ours, theirs) <= 2e-4
 
 

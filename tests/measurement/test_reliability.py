@@ -6,7 +6,7 @@ from matplotlib.image import imread
 
 from educe.measurement import reliability
 from educe.measurement.accuracy import wilson
-from educe.measurement.preferences import agreement
+from educe.measurement.agreement import agreement
 from educe.rollouts import transcripts
 
 P = np.array([0.77, 0.77, 0.23, 0.5, 0.96])

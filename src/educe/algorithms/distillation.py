@@ -76,10 +76,8 @@ def make(
   of two sizes.
   """
   known = inspect.signature(distillation.loss).parameters
-  given = getattr(loss, 'keywords', {})
-  objective, beta = (
-    given.get(name, known[name].default) for name in ('objective', 'beta')
-  )
+  known = known | inspect.signature(loss).parameters  # of a partial: what it was given
+  objective, beta = (known[name].default for name in ('objective', 'beta'))
   _check(objective, on_policy, teacher, rollouts, data, epochs, minibatches)
   extra = () if data is None else extra_fields(data)
   sizes = set() if data is None else {data.batch_size}
@@ -91,7 +89,7 @@ def make(
       ' / minibatches × rollouts.group'
     )
   (size,) = sizes
-  heat = 1.0 if rollouts is None else rollouts.temperature
+  temperature = 1.0 if rollouts is None else rollouts.temperature
   by_token = objective == 'reverse_kl'
   later = epochs * minibatches > 1 or bool(rollouts and rollouts.ahead)
   fields = {
@@ -110,7 +108,9 @@ def make(
 
       def scorer(params, reference, batch):
         to = (other, reference)
-        return score(model, params, batch, temperature=heat, teacher=to, beta=beta)
+        return score(
+          model, params, batch, temperature=temperature, teacher=to, beta=beta
+        )
 
   def prepare(state: TrainState, current: Round) -> tuple[Batch, dict[str, Any]]:
     """The whole round as one batch."""
@@ -118,15 +118,11 @@ def make(
     mask = np.asarray(r.mask)
 
     def logp(read, params):
-      # `where`, not `*`: what a model says of padding may be anything.
-      return np.where(mask > 0, read(params, r.tokens, r.mask)[0], 0.0)
+      return read(params, r.tokens, r.mask)[0]
 
     stale = by_token and (later or current.step != int(state.step))
     info['sampling/staleness_steps'] = int(state.step) - current.step
-    transcripts.save(
-      [{**row, 'step': int(state.step)} for row in r.transcripts],
-      run_dir / 'rollouts' / f'{current.number:06}.jsonl',
-    )
+    transcripts.save_round(run_dir, current.number, int(state.step), r.transcripts)
     arrays: dict[str, Any] = dict(
       tokens=np.asarray(r.tokens),
       mask=mask,
@@ -155,7 +151,7 @@ def make(
     loss,
     texts,
     size,
-    heat,
+    temperature=temperature,
     asks_policy=on_policy > 0,
     reference=frozen,
     score=scorer,
@@ -218,34 +214,36 @@ def _check(objective, on_policy, teacher, rollouts, data, epochs, minibatches) -
   """One clear line for what cannot be."""
   wrong = None
   if not 0 <= on_policy <= 1:
-    wrong = f'on_policy={on_policy} must be in [0, 1]'
+    wrong = f'.on_policy={on_policy} must be in [0, 1]'
   elif on_policy and rollouts is None:
-    wrong = f'on_policy={on_policy} needs config.rollouts; or set on_policy=0'
+    wrong = f'.on_policy={on_policy} needs config.rollouts; or set on_policy=0'
   elif on_policy < 1 and data is None:
-    wrong = f'on_policy={on_policy} needs config.data; or set on_policy=1'
+    wrong = f'.on_policy={on_policy} needs config.data; or set on_policy=1'
   elif not on_policy and rollouts is not None:
-    wrong = 'on_policy=0 samples nothing: delete config.rollouts, or raise it'
+    wrong = '.on_policy=0 samples nothing: delete config.rollouts, or raise it'
   elif on_policy == 1 and data is not None:
-    wrong = 'on_policy=1 reads no data: delete config.data, or lower it'
+    wrong = '.on_policy=1 reads no data: delete config.data, or lower it'
   elif objective == 'supervised' and on_policy:
     wrong = (
-      f"on_policy={on_policy}: loss.objective='supervised' learns from data; set 0"
+      f".on_policy={on_policy}: loss.objective='supervised' learns from data; set 0"
     )
   elif objective == 'reverse_kl' and on_policy < 1:
     wrong = (
-      f"on_policy={on_policy}: loss.objective='reverse_kl' is right on the student's own "
+      f".on_policy={on_policy}: loss.objective='reverse_kl' is right on the student's own "
       "samples alone; set 1, or objective='jsd' with beta=1"
     )
   elif (teacher is None) != (objective == 'supervised'):
     said = 'is missing' if teacher is None else 'is given'
-    wrong = f'teacher {said}, with loss.objective={objective!r}'
+    wrong = f'.teacher {said}, with loss.objective={objective!r}'
     mend = 'name one, as dict(name=…, path=…)' if teacher is None else 'delete it'
     wrong = f'{wrong}: {mend}'
   elif epochs < 1 or minibatches < 1:
-    wrong = f'{epochs=} and {minibatches=} must be at least 1'
+    wrong = f': {epochs=} and {minibatches=} must be at least 1'
   elif rollouts is None and epochs * minibatches > 1:
-    wrong = f'{epochs=} and {minibatches=} are of rollouts, and on_policy=0'
+    wrong = f': {epochs=} and {minibatches=} are of rollouts, and on_policy=0'
   elif rollouts is not None and rollouts.prompts % minibatches:
-    wrong = f'rollouts.prompts={rollouts.prompts} must be a multiple of {minibatches=}'
+    wrong = (
+      f': rollouts.prompts={rollouts.prompts} must be a multiple of {minibatches=}'
+    )
   if wrong:
-    raise ValueError(f'algorithm.{wrong}')
+    raise ValueError(f'algorithm{wrong}')

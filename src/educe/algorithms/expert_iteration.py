@@ -78,13 +78,11 @@ def make(
       r, info = current.rollouts, dict(current.info)
       rows = kept(r, keep, per_prompt)
       marks = np.isin(np.arange(len(r.rewards)), rows)
-      transcripts.save(
-        [
-          {**row, 'step': int(state.step), 'kept': int(mark)}
-          for row, mark in zip(r.transcripts, marks, strict=True)
-        ],
-        run_dir / 'rollouts' / f'{current.number:06}.jsonl',
-      )
+      rows_of_file = [
+        {**row, 'kept': int(mark)}
+        for row, mark in zip(r.transcripts, marks, strict=True)
+      ]
+      transcripts.save_round(run_dir, current.number, int(state.step), rows_of_file)
       info |= {'kept/rows': len(rows), 'kept/prompts': len({*(rows // r.group)})}
       if len(rows):
         chosen: dict[str, Any] = dict(

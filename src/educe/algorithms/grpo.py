@@ -110,10 +110,6 @@ def make(
   size = rollouts.prompts // minibatches * rollouts.group
   read = on_policy.reader(model, rollouts, place, size)
 
-  def logp(params, tokens, mask) -> np.ndarray:
-    """`[B, T]`; 0 where the mask is."""
-    return read(params, tokens, mask)[0] * mask
-
   def prepare(state: TrainState, current: Round) -> tuple[Batch, dict[str, Any]]:
     """The whole round as one batch."""
     r = current.rollouts
@@ -122,11 +118,11 @@ def make(
     shown = rollouts.show_every and current.number % rollouts.show_every == 0
     # A round sampled ahead, before a restart that switched `ahead` off, is stale as well.
     needed = scored or current.step != int(state.step)
-    seen = logp(state.params, r.tokens, mask) if needed or shown else None
+    seen = read(state.params, r.tokens, mask)[0] if needed or shown else None
     old = seen if needed else None
     ref = None
     if reference_every is not None:
-      ref = logp(state.reference, r.tokens, mask)
+      ref = read(state.reference, r.tokens, mask)[0]
     rewards = np.asarray(r.rewards, np.float64)
     if overlong_buffer:
       rewards = rewards - _overlong(r, rollouts.max_new_tokens, overlong_buffer)
@@ -158,9 +154,14 @@ def make(
   next_batch = on_policy.walk(
     data, prepare, epochs, minibatches, greedy='greedy' in wants
   )
-  heat = rollouts.temperature
   return Algorithm(
-    next_batch, loss, data, size, heat, reference_every, asks_policy=True
+    next_batch,
+    loss,
+    data,
+    size,
+    temperature=rollouts.temperature,
+    reference_every=reference_every,
+    asks_policy=True,
   )
 
 

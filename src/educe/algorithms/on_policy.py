@@ -58,7 +58,8 @@ def reader(
   model: Model, rollouts: Rounds, place: Callable[[Batch], Batch], size: int
 ) -> Callable[..., tuple[np.ndarray, np.ndarray | None]]:
   """read(params, tokens [B, T], mask) -> (log-probs, values) `[B, T]` on the host, at the
-  sampling temperature, `size` rows at a time; values are None without a value head."""
+  sampling temperature, `size` rows at a time. Log-probs are 0 where the mask is; values
+  are not, and None without a value head."""
 
   @jax.jit
   def parts(params, batch):
@@ -69,6 +70,7 @@ def reader(
     cuts = [slice(at, at + size) for at in range(0, len(tokens), size)]
     found = [parts(params, place(Batch(tokens[cut], mask[cut]))) for cut in cuts]
     logp = np.concatenate([np.asarray(x) for x, _ in found])
+    logp = np.where(np.asarray(mask) > 0, logp, 0)  # padding may say anything, NaN too
     if model.values is None:
       return logp, None
     return logp, np.concatenate([np.asarray(v) for _, v in found])
@@ -130,7 +132,6 @@ def write(
     at = np.flatnonzero(np.asarray(current.rollouts.mask)[row])
     advantages = np.asarray(batch.advantages)[row, at]
     extra: dict[str, Any] = {
-      'step': step,
       'advantage': float(advantages.mean()) if len(at) else 0.0,
       'tokens': [tokenizer.decode([t]) for t in np.asarray(batch.tokens)[row, at]],
       'advantages': [round(float(x), 5) for x in advantages],
@@ -138,4 +139,4 @@ def write(
     if difference is not None:
       extra['log_ratio'] = [round(float(x), 6) for x in difference[row, at]]
     rows.append({**transcript, **extra})
-  transcripts.save(rows, run_dir / 'rollouts' / f'{current.number:06}.jsonl')
+  transcripts.save_round(run_dir, current.number, step, rows)

@@ -96,7 +96,7 @@ def make(
     wrong = f'{kl_coef=} needs a reference policy: reference_every=0, or kl_coef=0'
   elif kl_target is not None and not (0 < kl_target < math.inf and kl_coef > 0):
     wrong = f'{kl_target=} must be above 0 (nats), with kl_coef={kl_coef} above 0 too'
-  elif kl_horizon < rows:
+  elif kl_target is not None and kl_horizon < rows:
     wrong = f'{kl_horizon=} must be at least the {rows} completions of a round'
   elif not (0 <= gamma <= 1 and 0 <= lam <= 1):
     wrong = f'{gamma=} and {lam=} must be in [0, 1]'
@@ -121,16 +121,17 @@ def make(
     wide = np.pad(tokens, ((0, 0), (0, 1))), np.pad(drawn, ((0, 0), (0, 1)))
     old, values = read(state.params, *wide)
     assert values is not None
-    after, old, values = values[:, 1:], old[:, :-1] * drawn, values[:, :-1] * drawn
+    after, old, values = values[:, 1:], old[:, :-1], values[:, :-1] * drawn
     ref = None
     if reference_every is not None:
-      ref = read_alone(state.reference, tokens, drawn)[0] * drawn
+      ref = read_alone(state.reference, tokens, drawn)[0]
 
     scores = np.asarray(r.rewards, np.float64)
     scored, cut = np.isfinite(scores), 1 - np.asarray(r.stopped)
     mask = drawn * scored[:, None]
     kl = np.zeros(mask.shape) if ref is None else (np.float64(old) - ref) * mask
-    coef = data.extra['kl_coef']
+    # A coefficient that is steered goes on from where it was; a fixed one may be changed.
+    coef = kl_coef if kl_target is None else data.extra['kl_coef']
     rewards = -coef * kl
     shaped = np.where(scored, scores - missing_eos_penalty * cut, 0)
     last = mask.shape[1] - 1 - (drawn[:, ::-1] > 0).argmax(-1)
@@ -177,9 +178,14 @@ def make(
     batch, info = walk(state)
     return batch, {**info, **data.extra['numbers']}
 
-  heat = rollouts.temperature
   return Algorithm(
-    next_batch, loss, data, size, heat, reference_every, asks_policy=True
+    next_batch,
+    loss,
+    data,
+    size,
+    temperature=rollouts.temperature,
+    reference_every=reference_every,
+    asks_policy=True,
   )
 
 

@@ -27,7 +27,6 @@ import numpy as np
 from educe.data import chat
 from educe.data.tokenizer import Tokenizer
 
-RECORDS = ('pairs', 'unpaired', 'rated', 'steps')
 LARGEST = float(np.finfo(np.float32).max)  # what a batch can hold
 
 
@@ -41,7 +40,7 @@ class Said(NamedTuple):
 
 
 def encode(tokenizer: Tokenizer, record: Mapping[str, Any], records: str) -> Said:
-  """One record as `records` (one of RECORDS) says.
+  """One record as `records` (a key of data/preference_rows.ROWS) says.
 
   Raises ValueError for columns that are missing, or not of the same kind; an empty
   completion; chosen = rejected; prompts that differ; labels that are no labels.

@@ -22,7 +22,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from educe.data import chat, groups, packing, pairs, reading
+from educe.data import chat, packing, pairs, preference_rows, reading
 from educe.data import tokenizer as tokenizer_lib
 from educe.types import StateMismatch
 
@@ -59,14 +59,14 @@ def make(
     pairs are 128 rows)
   max_length: T, tokens a row
   records: 'documents', what `chat.encode_record` accepts; or 'pairs', 'unpaired', 'rated',
-    'steps', what `pairs.encode` does, in rows as `groups` lays them out
+    'steps', what `pairs.encode` does, in rows as `preference_rows` lays them out
   packing: several documents a row, instead of one and padding
   seed: of the order of records (each epoch has its own order) and of packed rows
   epochs: times through the data; None is for ever. With several processes it must be
     None: they would run out at different steps, for they drop different records
   workers: processes that tokenise; 0 does it in a thread of this one
   overlong: 'drop' or 'truncate' what exceeds max_length; `.counts()` tells how many. Of a
-    document the end is cut off; of preferences see `groups.fit`
+    document the end is cut off; of preferences see `preference_rows.fit`
   max_prompt_length: tokens of a prompt's end that truncated preferences keep; None is half
     of max_length
   drop_remainder: leave out the last, incomplete batch; False fills it with padding rows
@@ -106,7 +106,7 @@ def make(
     batches = batches.map(functools.partial(fill, records=records))
   if records != 'documents':
     batches = batches.map(
-      functools.partial(groups.rows, records=records, pad_id=tokenizer.pad_id)
+      functools.partial(preference_rows.rows, records=records, pad_id=tokenizer.pad_id)
     )
   rules = hashlib.blake2b(digest_size=8)
   rules.update(tokenizer.definition.encode())
@@ -135,12 +135,12 @@ def _rows(read, records, packed, max_length, pad_id, seed):
     return packing.pack(
       read, max_length=max_length, pad_id=pad_id, bins=_BINS, seed=seed
     )
-  pad = packing.pad if records == 'documents' else groups.pad
+  pad = packing.pad if records == 'documents' else preference_rows.pad
   return read.map(functools.partial(pad, max_length=max_length, pad_id=pad_id))
 
 
 def _fill_rows(batch, records, batch_size, pad_id):
-  fill = packing.fill_rows if records == 'documents' else groups.fill_rows
+  fill = packing.fill_rows if records == 'documents' else preference_rows.fill_rows
   return fill(batch, batch_size=batch_size, pad_id=pad_id)
 
 
@@ -154,7 +154,7 @@ class Batches(grain.DatasetIterator):
   def __init__(self, parent, read: reading.Records, fingerprint, encode, pad_id: int):
     super().__init__(parent)
     self.records: str = fingerprint['records_as']
-    self.group: int = groups.ROWS[self.records]  # rows that a record takes
+    self.group: int = preference_rows.ROWS[self.records]  # rows that a record takes
     self.batch_size: int = fingerprint['batch_size'] * self.group  # rows
     self.max_length: int = fingerprint['max_length']
     self.packing: bool = fingerprint['packing']
@@ -186,7 +186,7 @@ class Batches(grain.DatasetIterator):
     document = self._encode(record)
     if document['fate'] not in (packing.KEPT, packing.TRUNCATED):
       return None
-    return groups.pad(document, max_length=self.max_length, pad_id=self.pad_id)
+    return preference_rows.pad(document, max_length=self.max_length, pad_id=self.pad_id)
 
   def counts(self) -> dict[str, int]:
     """Records read so far by this process, and what became of those too long.
@@ -239,7 +239,7 @@ def _encode(index, source, tokenizer, records, cut, rated=None):
       f'{where(index)}: {"not rated" if rated else "rated"}, unlike {where(0)}; rate '
       'every pair of a data set, or none'
     )
-  return groups.fit(said, index, **cut)
+  return preference_rows.fit(said, index, **cut)
 
 
 def _check(a: dict[str, Any]) -> None:
@@ -273,8 +273,8 @@ def _check(a: dict[str, Any]) -> None:
 
 def _check_records(a: dict[str, Any]) -> None:
   records, longest = a['records'], a['max_prompt_length']
-  if records not in groups.ROWS:
-    raise ValueError(f'records={records!r} is not one of {list(groups.ROWS)}')
+  if records not in preference_rows.ROWS:
+    raise ValueError(f'records={records!r} is not one of {list(preference_rows.ROWS)}')
   if longest is not None and not 1 <= longest < a['max_length']:
     raise ValueError(
       f'max_prompt_length={longest} must be in 1..max_length−1={a["max_length"] - 1}'

@@ -16,7 +16,7 @@ it counts, for a divisor that depends on the data would be no constant.
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from educe.types import Mean
 
@@ -47,6 +47,20 @@ def constant(
 
 
 AGGREGATES = ('constant', 'sequence_mean', 'sequence_sum', 'token_mean')
+
+
+def clean(x: Float[Array, 'B T'], mask: Float[Array, 'B T']) -> Float[Array, 'B T']:
+  """x where the mask is not 0, else 0.
+
+  For what is exponentiated or multiplied later: a `where` after that would hide inf and
+  NaN from the value, but not 0 · inf from the gradient.
+  """
+  return jnp.where(mask > 0, x, 0.0)
+
+
+def over(x: Float[Array, 'N'], counted: Bool[Array, 'N']) -> Mean:
+  """Mean over the rows, or pairs, that are counted."""
+  return Mean(jnp.where(counted, x, 0.0).sum(), counted.sum() * 1.0)
 
 
 def aggregate(x, mask, how: str, max_completion_length: int | None = None) -> Mean:

@@ -22,6 +22,8 @@ MiniLLM's mixed sampling, length normalisation and pre-training loss there is no
 
 from __future__ import annotations
 
+import functools
+
 import jax.numpy as jnp
 from jax.lax import stop_gradient as sg
 
@@ -58,10 +60,7 @@ def loss(
   """
   _check(scores, batch, objective, beta, aggregate)
   mask = batch.mask
-
-  def clean(x):  # before it is exponentiated; see losses/grpo.py
-    return jnp.where(mask > 0, x, 0.0)
-
+  clean = functools.partial(agg.clean, mask=mask)
   mean, metrics = sft.loss(scores, batch, aggregate=aggregate)
   if objective == 'jsd':
     term = clean(scores.divergence)
@@ -88,6 +87,8 @@ def _check(scores: Scores, batch: Batch, objective, beta, aggregate) -> None:
     wrong = f'objective={objective!r} is not one of {list(OBJECTIVES)}'
   elif not 0 <= beta <= 1:
     wrong = f'beta={beta} must be in [0, 1]: 0 is forward KL, 1 reverse KL'
+  elif objective != 'jsd' and beta != 0.5:
+    wrong = f"beta={beta} belongs to objective='jsd', not {objective!r}"
   elif objective == 'jsd' and scores.divergence is None:
     wrong = (
       "objective='jsd' needs the teacher's distributions (scores.divergence): set "

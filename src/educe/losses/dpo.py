@@ -2,7 +2,7 @@
 
   L = ⟨ ω · Σ_v weight_v · L_v ⟩        over pairs, or over labelled completions (nats)
 
-L_v is the loss of variant v, in losses/preferences.py, which has the equations and their
+L_v is the loss of variant v, in losses/dpo_variants.py, which has the equations and their
 sources; a mixture weighs several. Of a pair (w chosen, l rejected) they see
 h = Σ_t log π(y_t)/π_ref(y_t), or the log-probs alone, after these settings:
 
@@ -32,6 +32,7 @@ else differs is said where the equations are.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Mapping
@@ -40,9 +41,9 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient as sg
 
 from educe.losses import aggregate as agg
+from educe.losses import dpo_variants
 from educe.losses import f_divergence as divergences
-from educe.losses import preferences
-from educe.losses.preferences import PAIRED, REFERENCE, REFERENCE_FREE, UNPAIRED
+from educe.losses.dpo_variants import PAIRED, REFERENCE, REFERENCE_FREE, UNPAIRED
 from educe.spelling import near
 from educe.types import Batch, Max, Mean, Scores
 
@@ -134,11 +135,7 @@ def loss(
   settings = {k: v for k, v in locals().items() if k not in ('scores', 'batch')}
   weights = _check(batch, settings)
   mask = batch.mask
-
-  def clean(x):
-    # Before any arithmetic: a `where` after it hides inf from the value alone.
-    return jnp.where(mask > 0, x, 0.0)
-
+  clean = functools.partial(agg.clean, mask=mask)
   logp, entropy = clean(scores.logp), clean(scores.entropy)
   ref_logp = None if batch.ref_logp is None else sg(clean(batch.ref_logp))
   metrics: dict[str, Mean | Max] = {'entropy': agg.token_mean(entropy, mask)}
@@ -152,8 +149,8 @@ def loss(
 def _of_pairs(logp, ref_logp, entropy, batch, weights, settings):
   lengths = batch.mask.sum(-1)
   there = lengths.reshape(-1, 2).min(-1) > 0
-  mean = lambda x: _mean(x, there)  # noqa: E731
-  knobs = preferences.Knobs(**{k: settings[k] for k in preferences.Knobs._fields})
+  mean = functools.partial(agg.over, counted=there)
+  knobs = dpo_variants.Knobs(**{k: settings[k] for k in dpo_variants.Knobs._fields})
   seen = {
     name: _pairs(name, logp, ref_logp, batch, lengths, there, settings)
     for name in weights
@@ -170,7 +167,7 @@ def _of_pairs(logp, ref_logp, entropy, batch, weights, settings):
     metrics |= {f'loss/{name}': mean(x) for name, x in losses.items()}
   scored = next((name for name in weights if name != 'sft'), None)
   if scored:
-    r_w, r_l = preferences.rewards(scored, seen[scored], settings['beta'])
+    r_w, r_l = dpo_variants.rewards(scored, seen[scored], settings['beta'])
     metrics |= {
       'rewards/chosen': mean(r_w),
       'rewards/rejected': mean(r_l),
@@ -184,7 +181,7 @@ def _of_pairs(logp, ref_logp, entropy, batch, weights, settings):
   if 'orpo' in weights:
     pairs = seen['orpo']
     metrics['log_odds_chosen'] = mean(
-      preferences.log_odds(pairs.mean_w) - preferences.log_odds(pairs.mean_l)
+      dpo_variants.log_odds(pairs.mean_w) - dpo_variants.log_odds(pairs.mean_l)
     )
   return mean(sum(weights[name] * x for name, x in losses.items())), metrics
 
@@ -204,7 +201,7 @@ def _pairs(name, logp, ref_logp, batch, lengths, there, settings):
   if 'margin_coef' in reads and settings['margin_coef']:
     label_w, label_l = _split(batch.labels)
     offset = settings['margin_coef'] * (label_w - label_l)
-  pairs = preferences.Pairs(there, logp_w, logp_l, mean_w, mean_l, offset)
+  pairs = dpo_variants.Pairs(there, logp_w, logp_l, mean_w, mean_l, offset)
   if name in REFERENCE_FREE:
     return pairs
   # Differences before sums, so that a policy that is its reference has an h of exactly 0.
@@ -232,21 +229,17 @@ def _of_completions(log_ratio, logp, batch, weights, settings):
   for name in weights:
     z0 = jnp.zeros_like(h[0])
     if name == 'kto':
-      kl = _mean(h, there & jnp.isnan(batch.labels))
+      kl = agg.over(h, there & jnp.isnan(batch.labels))
       z0 = sg(jnp.maximum(kl.total / jnp.maximum(kl.count, 1), 0))
       metrics['kl'] = Mean(z0, jnp.ones_like(z0))
-    losses[name] = row_weight * preferences.kto(h, z0, desirable, beta)
+    losses[name] = row_weight * dpo_variants.kto(h, z0, desirable, beta)
   if len(losses) > 1:
-    metrics |= {f'loss/{name}': _mean(x, labelled) for name, x in losses.items()}
+    metrics |= {f'loss/{name}': agg.over(x, labelled) for name, x in losses.items()}
   for key, rows in (('chosen', desirable), ('rejected', undesirable)):
-    metrics[f'rewards/{key}'] = _mean(beta * h, rows)
-    metrics[f'logps/{key}'] = _mean(logp.sum(-1), rows)
+    metrics[f'rewards/{key}'] = agg.over(beta * h, rows)
+    metrics[f'logps/{key}'] = agg.over(logp.sum(-1), rows)
   total = sum(weights[name] * x for name, x in losses.items())
-  return _mean(total, labelled), metrics
-
-
-def _mean(x, there):
-  return Mean(jnp.where(there, x, 0.0).sum(), there.sum() * 1.0)
+  return agg.over(total, labelled), metrics
 
 
 def _split(x):

@@ -31,6 +31,7 @@ without a lower bound, as it was run, is clip_low=1; bounds are 1 − ε and 1 +
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -96,12 +97,7 @@ def loss(
   """
   _check(**{name: value for name, value in locals().items() if name != 'scores'})
   mask = batch.mask
-
-  def clean(x):
-    # Before anything is exponentiated: a `where` after it would hide inf from the
-    # value, but not 0 · inf from the gradient.
-    return jnp.where(mask > 0, x, 0.0)
-
+  clean = functools.partial(agg.clean, mask=mask)
   logp, entropy = clean(scores.logp), clean(scores.entropy)
   advantages = sg(clean(batch.advantages))
   old_logp = sg(logp if batch.old_logp is None else clean(batch.old_logp))

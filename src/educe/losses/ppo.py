@@ -20,6 +20,7 @@ here.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax.numpy as jnp
@@ -86,9 +87,7 @@ def loss(
   except ValueError as error:  # it speaks for the half that is ours
     raise ValueError(f'ppo: {str(error).removeprefix("grpo: ")}') from error
   mask = batch.mask
-
-  def clean(x):
-    return jnp.where(mask > 0, x, 0.0)
+  clean = functools.partial(agg.clean, mask=mask)
 
   def mean(x):
     return agg.aggregate(x, mask, aggregate, max_completion_length)

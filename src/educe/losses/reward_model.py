@@ -68,7 +68,7 @@ def loss(
   """
   _check(scores, batch, objective, margin, centre_coef, label_smoothing)
   assert scores.values is not None
-  values = jnp.where(batch.mask > 0, scores.values, 0.0)
+  values = agg.clean(scores.values, batch.mask)
   if objective == 'process':
     return _process(values, batch)
   # The last marked place: none is marked after it.
@@ -93,31 +93,31 @@ def _pairs(reward, there, batch, margin, centre_coef, label_smoothing):
   term = term + centre_coef * (chosen + rejected) ** 2
   both = jnp.repeat(pairs, 2)
   metrics = {
-    'rewards/chosen': _mean(chosen, pairs),
-    'rewards/rejected': _mean(rejected, pairs),
-    'rewards/margins': _mean(gap, pairs),
-    'rewards/accuracies': _mean(gap > 0, pairs),
-    'rewards/mean': _mean(reward, both),
-    'rewards/mean_square': _mean(reward**2, both),
-    'rewards/confidence': _mean(jax.nn.sigmoid(jnp.abs(gap)), pairs),
+    'rewards/chosen': agg.over(chosen, pairs),
+    'rewards/rejected': agg.over(rejected, pairs),
+    'rewards/margins': agg.over(gap, pairs),
+    'rewards/accuracies': agg.over(gap > 0, pairs),
+    'rewards/mean': agg.over(reward, both),
+    'rewards/mean_square': agg.over(reward**2, both),
+    'rewards/confidence': agg.over(jax.nn.sigmoid(jnp.abs(gap)), pairs),
   }
-  return _mean(term, pairs), metrics
+  return agg.over(term, pairs), metrics
 
 
 def _regression(reward, there, batch):
   rated = there & ~jnp.isnan(batch.labels)
   error = reward - jnp.where(rated, batch.labels, 0.0)
   metrics = {
-    'rewards/mean': _mean(reward, rated),
-    'rewards/mean_square': _mean(reward**2, rated),
-    'error/mean': _mean(error, rated),
-    'error/absolute': _mean(jnp.abs(error), rated),
+    'rewards/mean': agg.over(reward, rated),
+    'rewards/mean_square': agg.over(reward**2, rated),
+    'error/mean': agg.over(error, rated),
+    'error/absolute': agg.over(jnp.abs(error), rated),
   }
-  return _mean(error**2 / 2, rated), metrics
+  return agg.over(error**2 / 2, rated), metrics
 
 
 def _process(values, batch):
-  y = jnp.where(batch.mask > 0, batch.returns, 0.0)
+  y = agg.clean(batch.returns, batch.mask)
   term = -y * jax.nn.log_sigmoid(values) - (1 - y) * jax.nn.log_sigmoid(-values)
   metrics = {
     'accuracy': agg.token_mean(((values > 0) == (y > 0.5)) * 1.0, batch.mask),
@@ -126,10 +126,6 @@ def _process(values, batch):
     'labels': agg.token_mean(y, batch.mask),
   }
   return agg.token_mean(term, batch.mask), metrics
-
-
-def _mean(x, counted) -> Mean:
-  return Mean(jnp.where(counted, x, 0.0).sum(), counted.sum() * 1.0)
 
 
 def _check(scores, batch, objective, margin, centre_coef, label_smoothing) -> None:

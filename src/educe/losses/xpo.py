@@ -13,8 +13,7 @@ is in neither term. log π(ỹ) is a sum over the tokens of ỹ, its end include
 
 from __future__ import annotations
 
-import jax.numpy as jnp
-
+from educe.losses import aggregate as agg
 from educe.types import Batch, LossFn, Max, Mean, Scores
 
 
@@ -33,9 +32,7 @@ def with_bonus(loss: LossFn) -> LossFn:
     if batch.advantages is None:
       raise ValueError('xpo: batch.advantages is None; they mark the reference samples')
     mean, metrics = loss(scores, batch)
-    # `where` before the product: NaN at a masked token stays out of the gradient too.
-    logp = jnp.where(batch.mask > 0, scores.logp, 0.0)
-    bonus = -(batch.advantages * logp).sum()
+    bonus = -(batch.advantages * agg.clean(scores.logp, batch.mask)).sum()
     metrics = {**metrics, 'xpo/bonus': Mean(bonus, mean.count)}
     return Mean(mean.total + bonus, mean.count), metrics
 

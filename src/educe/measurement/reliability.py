@@ -9,7 +9,7 @@ import numpy as np
 
 from educe.measurement import curves
 from educe.measurement.accuracy import wilson
-from educe.measurement.preferences import Agreement, agreement
+from educe.measurement.agreement import Agreement, agreement
 from educe.rollouts import transcripts
 
 SIDES = ('chosen', 'rejected')
@@ -18,7 +18,7 @@ SIDES = ('chosen', 'rejected')
 def draw(run_dir: str | os.PathLike, *, title: str = '') -> pathlib.Path | None:
   """Reads the last of run_dir/samples, writes run_dir/reliability.png, returns its path.
 
-  None where the samples are not of pairs (measurement/preferences.py). For each bin of
+  None where the samples are not of pairs (measurement/agreement.py). For each bin of
   confidence: the share of pairs that are agreed on, with its Wilson interval; on the
   diagonal a reward is calibrated. Below it lies how many pairs each bin has.
   """

@@ -41,11 +41,12 @@ def attach(
     start: what `taken` took from another run: its head, and its trunk where ours is
       separate. None: a new head, and a copy of the policy's trunk.
     trunk: 'shared' or 'separate'
-    init_std: standard deviation of a new head's weights; with 0 every value starts at 0
+    init_std: standard deviation of a new head's weights; with 0 every value starts at 0.
+      Of a new head only
     seed: of those weights
 
-  Raises ValueError for an unknown trunk, a negative init_std, params that are no dict or
-  have a head already, and a `start` of another width.
+  Raises ValueError for an unknown trunk, a negative init_std, one beside a `start`, params
+  that are no dict or have a head already, and a `start` of another width.
   """
   check(trunk, init_std)
   if not isinstance(params, Mapping) or KEY in params:
@@ -72,6 +73,8 @@ def attach(
   )
   if start is None:
     return with_head, new(params, jax.random.key(seed))
+  if init_std:
+    raise ValueError(f'value: {init_std=} is of a new head, and value_from gives one')
   if start['head']['weight'].shape != (width,):
     raise ValueError(
       f'value: its head reads {start["head"]["weight"].shape[0]} numbers, and this model '

@@ -19,6 +19,14 @@ def save(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
   paths.write(path, ''.join(f'{line}\n' for line in lines))
 
 
+def save_round(
+  run_dir: pathlib.Path, number: int, step: int, rows: Sequence[Mapping[str, Any]]
+) -> None:
+  """rollouts/<number>.jsonl: the rows, each with the step that it was trained at."""
+  file = run_dir / 'rollouts' / f'{number:06}.jsonl'
+  save([{**row, 'step': step} for row in rows], file)
+
+
 def load(path: str | os.PathLike, limit: int | None = None) -> list[dict[str, Any]]:
   """The rows that `save` wrote, or the first `limit` of them."""
   with pathlib.Path(path).open(encoding='utf-8') as lines:

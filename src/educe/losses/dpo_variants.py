@@ -199,29 +199,17 @@ def log_odds(mean_logp: Float[Array, '*shape']) -> Float[Array, '*shape']:
 
 
 Objective = Callable[[Pairs, Knobs], Float[Array, 'P']]
-REFERENCE: dict[str, Objective] = {
-  'sigmoid': sigmoid,
-  'hinge': hinge,
-  'ipo': ipo,
-  'robust': robust,
-  'exo_pair': exo_pair,
-  'nca_pair': nca_pair,
-  'bco_pair': bco_pair,
-  'sppo_hard': sppo_hard,
-  'aot': aot,
-  'aot_unpaired': aot_unpaired,
-  'apo_zero': apo_zero,
-  'apo_down': apo_down,
-  'discopop': discopop,
-  'sigmoid_norm': sigmoid,
-}
-REFERENCE_FREE: dict[str, Objective] = {
-  'orpo': orpo,
-  'simpo': simpo,
-  'cpo': cpo,
-  'slic': slic,
-  'sft': sft,
-}
+
+
+def _named(*objectives: Objective) -> dict[str, Objective]:
+  return {objective.__name__: objective for objective in objectives}
+
+
+REFERENCE = _named(
+  *(sigmoid, hinge, ipo, robust, exo_pair, nca_pair, bco_pair, sppo_hard),
+  *(aot, aot_unpaired, apo_zero, apo_down, discopop),
+) | {'sigmoid_norm': sigmoid}
+REFERENCE_FREE = _named(orpo, simpo, cpo, slic, sft)
 PAIRED = REFERENCE | REFERENCE_FREE
 UNPAIRED = ('kto', 'apo_zero_unpaired')
 

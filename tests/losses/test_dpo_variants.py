@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from educe.losses import preferences
-from educe.losses.preferences import PAIRED, REFERENCE, Knobs, Pairs
+from educe.losses import dpo_variants
+from educe.losses.dpo_variants import PAIRED, REFERENCE, Knobs, Pairs
 
 BETA, E, TAU = 0.3, 0.1, 0.05
 KNOBS = Knobs(BETA, E, gamma=0.5, nll_coef=0.7, discopop_tau=TAU)
@@ -77,9 +77,9 @@ def test_each_pair_meets_the_reference_margin_of_its_own_rank():
     there = jnp.array([True, True, False, True])  # pair 2 has no text
     plain = KNOBS._replace(label_smoothing=0.0)
     p = pairs(u, jnp.zeros(4), ref_margin=v, there=there)
-    got = preferences.aot(p, plain)
+    got = dpo_variants.aot(p, plain)
     p = pairs(u, v, there=there)
-    unpaired = preferences.aot_unpaired(p, plain)
+    unpaired = dpo_variants.aot_unpaired(p, plain)
   want = np.log1p(np.exp(-BETA * (np.array([3.0, -1.0, 2.0]) - [30.0, 10.0, 20.0])))
   np.testing.assert_allclose(got[there], want, rtol=1e-12)
   np.testing.assert_allclose(unpaired[there], want, rtol=1e-12)
@@ -89,21 +89,21 @@ def test_a_pair_without_text_does_not_shift_bco():
   with jax.enable_x64():
     there = jnp.array([True, True, False])
     p = pairs([1.0, 2.0, 50.0], [0.5, -1.0, 50.0], there=there)
-    got = preferences.bco_pair(p, KNOBS)[:2]
+    got = dpo_variants.bco_pair(p, KNOBS)[:2]
     cut = pairs([1.0, 2.0], [0.5, -1.0])
-    np.testing.assert_allclose(got, preferences.bco_pair(cut, KNOBS), rtol=1e-12)
+    np.testing.assert_allclose(got, dpo_variants.bco_pair(cut, KNOBS), rtol=1e-12)
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.float64])
 def test_log_odds_keep_their_digits_at_both_ends(dtype):
   x = np.array([-1e-5, -1e-3, -0.5, -30.0, -500.0])
   with jax.enable_x64(dtype == jnp.float64):
-    got = np.asarray(preferences.log_odds(jnp.asarray(x, dtype)))
+    got = np.asarray(dpo_variants.log_odds(jnp.asarray(x, dtype)))
   x = np.asarray(x.astype(dtype), np.float64)
   want = x - np.log(-np.expm1(x))
   np.testing.assert_allclose(got, want, rtol=1e-6 if dtype == jnp.float32 else 1e-13)
-  assert np.isfinite(preferences.log_odds(jnp.zeros(1))).all()
-  assert np.isfinite(jax.grad(lambda y: preferences.log_odds(y).sum())(jnp.zeros(1)))
+  assert np.isfinite(dpo_variants.log_odds(jnp.zeros(1))).all()
+  assert np.isfinite(jax.grad(lambda y: dpo_variants.log_odds(y).sum())(jnp.zeros(1)))
 
 
 def test_rewards_are_in_the_unit_of_each_margin():
@@ -118,4 +118,4 @@ def test_rewards_are_in_the_unit_of_each_margin():
         ('slic', 5.0),
       ),
     ):
-      assert preferences.rewards(variant, p, BETA)[0] == want, variant
+      assert dpo_variants.rewards(variant, p, BETA)[0] == want, variant

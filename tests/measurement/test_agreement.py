@@ -7,8 +7,8 @@ import pytest
 
 from educe import sharding
 from educe.data import sources, tokenizer
-from educe.measurement import preferences
-from educe.measurement.preferences import agreement, evaluate
+from educe.measurement import agreement as module
+from educe.measurement.agreement import agreement, evaluate
 from educe.models import policy, presets
 from educe.types import Batch
 
@@ -125,7 +125,7 @@ def test_rows_are_spread_over_the_mesh_of_the_params(mesh_of):
     # float32, summed in another order
     np.testing.assert_allclose(rewards_of(spread), rewards_of(alone), atol=1e-5)
   batch = Batch(np.zeros((4, 3), np.int32), np.zeros((4, 3), np.float32))
-  assert len(preferences._spread(batch, weights).tokens.sharding.device_set) == 4
+  assert len(module._spread(batch, weights).tokens.sharding.device_set) == 4
 
 
 def test_average_log_probs_need_no_reference():
@@ -188,6 +188,6 @@ def test_what_cannot_be(options, match):
 
 def test_it_compiles_once():
   run(reference=params(1))
-  before = preferences._read._cache_size()
+  before = module._read._cache_size()
   run(reference=params(2))
-  assert preferences._read._cache_size() == before
+  assert module._read._cache_size() == before

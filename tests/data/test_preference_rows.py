@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from educe.data import chat, groups, packing, pairs
+from educe.data import chat, packing, pairs, preference_rows
 
 PAD, BOS = 99, 1
 
@@ -19,7 +19,7 @@ def said(prompt, *completions, labels=None, targets=None):
 
 def fit(one, record=7, **options):
   options = dict(max_length=8, overlong='truncate', bos_id=BOS) | options
-  return groups.fit(one, record, **options)
+  return preference_rows.fit(one, record, **options)
 
 
 def tokens(document):
@@ -83,12 +83,15 @@ def test_a_record_is_dropped_whole(one, overlong, fate):
 
 def batch(*documents, **options):
   rows = [
-    groups.pad(fit(d, i), max_length=8, pad_id=PAD) for i, d in enumerate(documents)
+    preference_rows.pad(fit(d, i), max_length=8, pad_id=PAD)
+    for i, d in enumerate(documents)
   ]
   stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
   if 'fill' in options:
-    stacked = groups.fill_rows(stacked, batch_size=options.pop('fill'), pad_id=PAD)
-  return groups.rows(stacked, pad_id=PAD, **options)
+    stacked = preference_rows.fill_rows(
+      stacked, batch_size=options.pop('fill'), pad_id=PAD
+    )
+  return preference_rows.rows(stacked, pad_id=PAD, **options)
 
 
 def test_pairs_lie_next_to_each_other():
@@ -129,9 +132,12 @@ def test_an_unpaired_record_is_followed_by_its_prompt_with_the_next_ones_complet
 
 def test_a_record_is_not_its_own_mismatch_when_it_comes_twice():
   documents = [said([1, t], [t], labels=(1.0,)) for t in (3, 4)]
-  rows = [groups.pad(fit(documents[i], i), max_length=8, pad_id=PAD) for i in (0, 0, 1)]
+  rows = [
+    preference_rows.pad(fit(documents[i], i), max_length=8, pad_id=PAD)
+    for i in (0, 0, 1)
+  ]
   stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-  made = groups.rows(stacked, records='unpaired', pad_id=PAD)
+  made = preference_rows.rows(stacked, records='unpaired', pad_id=PAD)
   assert made['tokens'][1::2, :3].tolist() == [[1, 3, 4], [1, 3, 4], [1, 4, 3]]
 
 

@@ -1,0 +1,60 @@
+"""results/<name>.json → figure.png: proxy and gold against √KL, and who wins.
+
+python experiments/2022_ouyang_instructgpt/figure.py cpu2
+"""
+
+import json
+import sys
+
+import matplotlib
+import numpy as np
+import results
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt
+
+COLOURS = {'proxy': '#1261c4', 'gold': '#c4410c'}
+MARKS = {'ppo': 'o-', 'dpo': 's--'}
+
+
+def main(name):
+  found = json.loads((results.HERE / 'results' / f'{name}.json').read_text())
+  plt.rcParams.update({'font.size': 13, 'axes.spines.top': False})
+  plt.rcParams.update({'axes.spines.right': False})
+  figure, (above, below) = plt.subplots(
+    2, 1, figsize=(6, 7.2), layout='constrained', sharex=True
+  )
+  for stage, mark in MARKS.items():
+    curve = results.moved(found, stage)
+    at = [x['root_kl'] for x in curve]
+    for judge, colour in COLOURS.items():
+      mean, error = np.array([x[judge] for x in curve]).T
+      above.plot(at, mean, mark, color=colour, ms=5, label=f'{stage}, {judge}')
+      low, high = mean - results.Z * error, mean + results.Z * error
+      above.fill_between(at, low, high, color=colour, alpha=0.13, lw=0)
+    rate, low, high = np.array([x['win_rate'] for x in found['policies'][stage]]).T
+    below.errorbar(
+      at,
+      rate,
+      yerr=[rate - low, high - rate],
+      fmt=mark,
+      color=COLOURS['gold'],
+      alpha=1.0 if stage == 'ppo' else 0.6,
+      capsize=3,
+      label=stage,
+    )
+  above.axhline(0, color='#555', ls=':', lw=1.2)
+  above.set(ylabel="score, in σ of SFT's answers")
+  above.legend(frameon=False, loc='upper left', fontsize=11)
+  below.axhline(0.5, color='#555', ls=':', lw=1.2)
+  below.set(
+    xlabel='√KL(policy ‖ SFT), √nats a completion',
+    ylabel='gold prefers it to SFT',
+    ylim=(0.3, 1),
+  )
+  below.legend(frameon=False, loc='upper left', fontsize=11)
+  figure.savefig(results.HERE / 'figure.png', dpi=160)
+
+
+if __name__ == '__main__':
+  main(*sys.argv[1:])
