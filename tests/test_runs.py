@@ -374,7 +374,7 @@ def test_a_critic_starts_as_another_runs_values(ppo, tmp_path):
   text = text.replace("stages=('base', 'rl'), base=base, rl=rl", (
     "stages=('base', 'rl', 'more'), base=base, rl=rl, "
     "more=dict(rl, init_from='stage://base', value_from='stage://rl', optimizer=dict("
-    "name='sgd', learning_rate=1e-9))"
+    "name='sgd', learning_rate=1e-9), value=dict(trunk='separate'))"
   ))  # fmt: skip
   where = tmp_path / 'more.py'
   where.write_text(text)

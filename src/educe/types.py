@@ -28,7 +28,9 @@ class Batch(NamedTuple):
   segments: Int[Array, 'B T'] | None = None  # 0 = padding, 1.. = documents
   sampler_logp: Float[Array, 'B T'] | None = None  # as the sampler reported it (nats)
   old_logp: Float[Array, 'B T'] | None = None  # at the start of this update (nats)
-  ref_logp: Float[Array, 'B T'] | None = None  # under the frozen reference (nats)
+  ref_logp: Float[Array, 'B T'] | None = (
+    None  # under the reference, or the teacher (nats)
+  )
   advantages: Float[Array, 'B T'] | None = None
   returns: Float[Array, 'B T'] | None = None
   old_values: Float[Array, 'B T'] | None = None
@@ -139,9 +141,8 @@ class TrainState(NamedTuple):
   params: Params
   opt_state: Any
   key: Key[Array, '']
-  reference: Params | None = (
-    None  # a frozen or lagging policy, where the loss needs one
-  )
+  # Where the loss needs one: a frozen or lagging policy, or a teacher of another shape.
+  reference: Params | None = None
 
 
 class StateMismatch(ValueError):

@@ -335,6 +335,10 @@ def test_the_coefficient_follows_the_kl(tmp_path):
   kl = near.next_batch(state)[1]['objective/kl']
   assert kl > 0
   assert [near.next_batch(state)[1]['objective/kl_coef'] for _ in range(3)] == [0.1] * 3
+  # A fixed one may be changed by who resumes; a horizon is nothing to it.
+  changed = fixed(tmp_path / 'changed', kl_coef=0.3, kl_horizon=1)
+  changed.data.set_state(near.data.get_state())
+  assert changed.next_batch(state)[1]['objective/kl_coef'] == 0.3
   method = fixed(
     tmp_path / 'in', kl_coef=0.1, kl_target=kl / 1.1, kl_horizon=10, epochs=2
   )
@@ -420,7 +424,10 @@ def test_a_round_is_written(tmp_path):
     (dict(reference_every=None), 'kl_coef=0.05 needs a reference policy'),
     (dict(kl_target=0.0), 'kl_target=0.0 must be above 0'),
     (dict(kl_target=6.0, kl_coef=0.0), 'with kl_coef=0.0 above 0 too'),
-    (dict(kl_horizon=3), 'kl_horizon=3 must be at least the 4 completions'),
+    (
+      dict(kl_target=1.0, kl_horizon=3),
+      'kl_horizon=3 must be at least the 4 completions',
+    ),
     (dict(gamma=1.5), r'gamma=1.5 and lam=0.95 must be in \[0, 1\]'),
     (dict(lam=-0.5), 'lam=-0.5'),
     (dict(missing_eos_penalty=-1.0), 'missing_eos_penalty=-1.0 must be at least 0'),

@@ -161,6 +161,11 @@ def test_what_is_masked_touches_neither_value_nor_gradient(objective, poison):
     (dict(objective='jsd'), ['ref_logp'], r'scores\.divergence'),
     (dict(objective='reverse_kl'), ['divergence'], r'batch\.ref_logp'),
     (dict(objective='jsd', aggregate='constant'), ['divergence'], 'aggregate'),
+    (
+      dict(objective='reverse_kl', beta=0.0),
+      ['ref_logp'],
+      "belongs to objective='jsd'",
+    ),
   ],
 )
 def test_bad_settings_are_one_line_before_anything_is_loaded(settings, fields, message):

@@ -210,6 +210,10 @@ def test_bad_input_is_one_clear_line():
     (dict(trunk='own'), r"trunk='own' must be one of \['shared', 'separate'\]"),
     (dict(init_std=-1.0), 'init_std=-1.0 must be at least 0'),
     (dict(start=dict(head=dict(weight=jnp.ones(5)))), 'reads 5 numbers, .* has 32'),
+    (
+      dict(start=value_head.taken(with_value), init_std=0.1),
+      'init_std=0.1 is of a new head',
+    ),
   ):
     with pytest.raises(ValueError, match=message):
       value_head.attach(model, params, **options)

@@ -1,6 +1,7 @@
 """DPO and its kin: preferences, and what the reference policy thinks of them.
 
-  batch      pairs, or labelled completions with their mismatched ones    data/preference_rows.py
+  batch      pairs, or labelled completions with their mismatched ones, as
+             data/preference_rows.py lays them out
   ref_logp   of the reference: at every step, once for all, or not at all
 
 The loss (losses/dpo.py) decides what is done with them. The reference is the policy that

@@ -59,7 +59,7 @@ def make(model: Model, data: Batches, loss: LossFn) -> Algorithm:
 
 
 def readings(rows: dict[str, Any], *, pad_id: int) -> Batch:
-  """`[B, T]` rows of data/preference_rows.py as `[B, T + 1]`: the mask is where scores are read."""
+  """`[B, T]` of data/preference_rows.py as `[B, T + 1]`: the mask is 1 where a score is."""
   tokens, ids = rows['tokens'], rows['ids']
   lengths = (ids >= 0).sum(-1)
   mask = np.zeros((len(tokens), tokens.shape[1] + 1), np.float32)

@@ -49,13 +49,9 @@ def hh_rlhf(
   Yuntao Bai et al., "Training a helpful and harmless assistant with reinforcement
   learning from human feedback", 2022, arXiv:2204.05862.
 
-  Content warning, printed as well (github.com/anthropics/hh-rlhf): "The data contain
-  content that may be offensive or upsetting. Topics include, but are not limited to,
-  discriminatory language and discussions of abuse, violence, self-harm, exploitation, and
-  other potentially upsetting subject matter. Please only engage with the data in
-  accordance with your own personal risk tolerance. The data are intended for research
-  purposes, especially research that can make models *less* harmful." They are for
-  preference models, not for imitation: both sides of a pair may be harmful.
+  Content warning: WARNING, printed whenever the data are read
+  (github.com/anthropics/hh-rlhf). They are for preference models, not for imitation: both
+  sides of a pair may be harmful.
 
   Of the 2,312 test pairs 2,308 remain: in four the chosen answer is empty. Turns that
   follow one another from the same speaker (in nine) are joined by an empty line.

@@ -44,9 +44,8 @@ class Agreement(NamedTuple):
   margin: float  # mean of r_w − r_l
   nll: float  # mean of −log p (nats per pair)
   ece: float  # expected calibration error, 0..1
-  bins: list[
-    tuple[int, float, float]
-  ]  # (pairs, mean confidence, share right), not empty
+  # Of those that are not empty: (pairs, mean confidence, share right).
+  bins: list[tuple[int, float, float]]
   dropped: int  # pairs too long to be read
   transcripts: list[dict[str, Any]]
 

@@ -23,4 +23,4 @@ def table(folders: Sequence[pathlib.Path]) -> str:
           low, high = exam[0][f'{key}/low'], exam[0][f'{key}/high']
           interval = f'[{low:.1%}, {high:.1%}]'
           lines.append(f'{label:>12}  {exam[0][key]:6.1%}  95 % {interval}{note}')
-  return '\n'.join(['accuracy before and after each stage', *lines])
+  return '\n'.join(['before and after each stage', *lines])

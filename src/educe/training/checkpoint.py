@@ -130,7 +130,7 @@ def saved_params(folder: pathlib.Path, like: Any, step: int | None = None) -> An
 
 
 def saved_with_value(
-  folder: pathlib.Path, model: Model, params: Params, step: int | None = None
+  folder: pathlib.Path, model: Model, params: Params
 ) -> tuple[Model, Params]:
   """(model, params) of a run that trained a value head, both with it.
 
@@ -138,8 +138,8 @@ def saved_with_value(
 
   Raises CheckpointError if the run has none, and as `saved_params` does.
   """
-  where = _state_of(folder, step)
-  with _reading(where, 'read an older step'):
+  where = _state_of(folder, None)
+  with _reading(where, 'train it again'):
     found = _saved_shapes(where)
   parts = {n.split('/')[2] for n in found if n.startswith(VALUE)}
   if not parts:
@@ -149,7 +149,7 @@ def saved_with_value(
     )
   trunk = 'separate' if 'trunk' in parts else 'shared'
   model, like = value_head.attach(model, params, trunk=trunk)
-  return model, saved_params(folder, like, step)
+  return model, saved_params(folder, like)
 
 
 def _state_of(folder: pathlib.Path, step: int | None) -> pathlib.Path:
