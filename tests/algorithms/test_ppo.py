@@ -357,6 +357,16 @@ def test_a_round_whose_kl_is_no_number_leaves_the_coefficient_alone(tmp_path):
   assert info['objective/kl_coef'] == pytest.approx(0.11)
 
 
+def test_the_coefficient_counts_the_completions_that_were_scored(tmp_path):
+  method = fixed(
+    tmp_path, rewards=[1.0, math.nan, 2.0, 0.25], kl_coef=0.1, kl_target=1e6,
+    kl_horizon=8,
+  )  # fmt: skip
+  state, _ = state_of(reference=other_policy(1.1))
+  used = [method.next_batch(state)[1]['objective/kl_coef'] for _ in range(2)]
+  np.testing.assert_allclose(used, [0.1, 0.1 * (1 - 0.2 * 3 / 8)])
+
+
 def test_a_round_without_any_score_leaves_the_coefficient_alone(tmp_path):
   """Its KL of nothing, 0, is not below the target."""
   method = fixed(

@@ -85,6 +85,14 @@ def test_a_text_too_long_for_the_reward_model_is_not_scored():
   assert judge(*records_of(TEXTS)) == [None] * 4
 
 
+def test_a_text_longer_than_the_reward_models_context_is_not_scored():
+  judge = judges.reward_model(lambda path: valued(), path='rm')
+  longest = valued()[0].architecture.max_length
+  scores = judge(*records_of([('0a=', 'b' * longest), ('0a=', 'b')]))
+  assert scores[0] is None
+  assert scores[1] == pytest.approx(value_of('0a=', 'b'), rel=1e-5)
+
+
 def test_a_run_without_a_value_head_is_refused():
   model, params, words = valued()
   plain = model._replace(values=None), params, words
