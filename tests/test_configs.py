@@ -152,3 +152,33 @@ def test_a_preset_has_the_numbers_of_its_paper(preset):
   assert {key: flat[key] for key in printed} == printed
   assert (flat['rollouts.refills'] > 0) == (preset == 'dapo')
   assert (flat['algorithm.overlong_buffer'] > 0) == (preset == 'dapo')
+
+
+def test_nobody_whom_instruct_gpt_trains_has_met_its_judge():
+  """Else the win rate is the proxy's own opinion."""
+  values = config.load([f'--config={ROOT / "configs" / "instruct_gpt.py"}'])
+
+  def rows(source):
+    low, _, high = source['split'].strip('[]').partition(':')
+    return set(range(int(low or 0), int(high or 2308)))
+
+  stages = {name: values[name] for name in values['stages']}
+  fed = {
+    name: rows(stage['source'] if 'source' in stage else stage['environment']['source'])
+    for name, stage in stages.items()
+  }
+  assert fed['reward_model'] == fed['dpo'] == fed['ppo'] == fed['sft']
+  assert not fed['gold'] & fed['sft']
+  for name in ('gold', 'reward_model'):
+    assert not rows(stages[name]['evaluation']['source']) & (fed['gold'] | fed['sft'])
+  for name in ('ppo', 'dpo'):
+    exam = stages[name]['evaluation']
+    assert exam['judge']['path'] == 'stage://gold'
+    assert not rows(exam['environment']['source']) & (fed['gold'] | fed['sft'])
+    assert exam == stages['dpo']['evaluation']  # both by the same measure
+    assert stages[name]['init_from'] == 'stage://sft'
+  ours = stages['ppo']
+  assert ours['judge']['path'] == ours['value_from'] == 'stage://reward_model'
+  for stage in stages.values():
+    trained_on = {key: x for key, x in stage.items() if key != 'evaluation'}
+    assert 'stage://gold' not in str(trained_on)

@@ -69,6 +69,20 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path):
   assert [x.name for x in tmp_path.iterdir()] == ['a.json']
 
 
+def test_two_processes_may_write_one_file_at_once(tmp_path, monkeypatch):
+  """As two runs do that need the same reference log-probs: the last one's is there."""
+  file = tmp_path / 'a.json'
+  with paths.whole(file) as ours:
+    ours.write_text('ours, and long')
+    with monkeypatch.context() as other:
+      other.setattr(paths.os, 'getpid', lambda: -1)
+      with paths.whole(file) as theirs:
+        theirs.write_text('theirs')
+    assert file.read_text() == 'theirs'
+  assert file.read_text() == 'ours, and long'
+  assert [x.name for x in tmp_path.iterdir()] == ['a.json']
+
+
 def test_its_folder_may_be_new(tmp_path):
   paths.write(tmp_path / 'a' / 'b' / 'c.txt', 'x')
   assert (tmp_path / 'a' / 'b' / 'c.txt').read_text() == 'x'

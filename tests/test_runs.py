@@ -474,6 +474,6 @@ def test_a_stage_is_named_by_its_folder():
     'judge': {'path': 'runs/a/sft'}, 'steps': 3, 'init_from': None
   }  # fmt: skip
   with pytest.raises(
-    config_lib.ConfigError, match=r"stage://stf: no such stage; did you mean 'sft'\?"
+    config_lib.ConfigError, match=r"stf: no such stage before it; did you mean 'sft'\?"
   ):
     runs.with_stages({'value_from': 'stage://stf'}, folders)

@@ -68,7 +68,8 @@ def output(path: str | os.PathLike, name: str) -> pathlib.Path:
 def whole(file: pathlib.Path) -> Iterator[pathlib.Path]:
   """A path beside `file`, whose folder may be new, to write to. It is renamed at the end,
   so that `file` is there whole or not at all; a failure leaves what was there before."""
-  temporary = file.with_name(f'.{file.name}.partial')
+  # One of this process alone: another may be writing the same file.
+  temporary = file.with_name(f'.{file.name}.{os.getpid()}.partial')
   try:
     file.parent.mkdir(parents=True, exist_ok=True)
     yield temporary

@@ -331,9 +331,11 @@ def run_all(argv: Sequence[str], run_dir: pathlib.Path, *, sweep: bool) -> None:
         )
         for stage in stages
       }
+    before: dict[str, pathlib.Path] = {}
     for folder, config in runs.items():
       config_lib.check_used(config, READ)
-      runs[folder] = with_stages(config, {x.name: x for x in runs})
+      runs[folder] = with_stages(config, before)
+      before[folder.name] = folder
     previous = None
     for folder, config in runs.items():
       if stages and is_done(folder, config):
@@ -357,14 +359,18 @@ def run_all(argv: Sequence[str], run_dir: pathlib.Path, *, sweep: bool) -> None:
 
 
 def with_stages(values: Any, folders: dict[str, pathlib.Path]) -> Any:
-  """A config in which 'stage://sft' is the folder of the stage of that name."""
+  """A config in which 'stage://sft' is the folder of the stage of that name.
+
+  folders: of the stages before it. Raises ConfigError for any other.
+  """
   if isinstance(values, dict):
     return {key: with_stages(x, folders) for key, x in values.items()}
   if not isinstance(values, str) or not values.startswith('stage://'):
     return values
   name = values.removeprefix('stage://')
   if name not in folders:
-    raise config_lib.ConfigError(f'{values}: no such stage' + near(name, folders))
+    hint = near(name, folders)
+    raise config_lib.ConfigError(f'{values}: no such stage before it{hint}')
   return str(folders[name])
 
 

@@ -165,6 +165,29 @@ def test_reverse_kl_has_the_teachers_log_probs_of_the_students_tokens(tmp_path):
   np.testing.assert_allclose(batch.old_logp, old, atol=1e-5)
 
 
+@pytest.mark.parametrize('temperature', [0.7, 1.3])
+def test_reverse_kl_is_between_the_distributions_that_are_sampled(
+  tmp_path, temperature
+):
+  loss = {'objective': 'reverse_kl'}
+  method = build(tmp_path, rollouts=sampled(temperature=temperature), loss=loss)
+  state, tx = state_of(method)
+  batch, _ = method.next_batch(state)
+  tokens, mask = np.asarray(batch.tokens), np.asarray(batch.mask)
+  ours, theirs = (
+    np.take_along_axis(f(tokens, temperature), tokens[..., None], -1)[..., 0]
+    for f in (student_logp, teacher_logp)
+  )
+  want = ((ours - theirs) * mask).sum() / mask.sum()
+  step = make_step(
+    STUDENT, method.loss, tx, scorer=method.score, temperature=method.temperature
+  )
+  _, metrics = step(state, batch)
+  # Two float32 models of log-probs of up to 10 nats.
+  assert float(metrics['kl']) == pytest.approx(want, abs=2e-5)
+  assert float(metrics['loss']) == pytest.approx(want, abs=2e-5)
+
+
 def test_supervised_needs_no_teacher_and_reads_the_data(tmp_path):
   options = dict(loss={'objective': 'supervised'}, whose=None, on_policy=0.0)
   method = build(tmp_path, data=texts(), **options)

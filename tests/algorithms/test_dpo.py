@@ -96,6 +96,15 @@ def test_ref_logp_is_the_references_and_not_the_policys():
   assert method.reference_every == 0
 
 
+def test_a_reference_that_moves_is_read_anew_at_every_step():
+  method = make(reference_every=2, reference_alpha=0.6)
+  assert (method.reference_every, method.reference_alpha) == (2, 0.6)
+  for seed in (1, 2):
+    batch, _ = method.next_batch(state_of(0, reference_seed=seed)[0])
+    want = log_probs(params(seed), batch.tokens) * batch.mask
+    np.testing.assert_allclose(batch.ref_logp, want, atol=2e-5)
+
+
 def test_the_first_step_loses_ln_2():
   """The policy is its own reference; two programs may round apart (float32)."""
   method = make()
@@ -260,6 +269,21 @@ def test_a_run_learns_its_pairs_stops_and_goes_on(config, tmp_path, capsys):
   # And judged against where the run began, although it kept no reference.
   for name in ('preferences/margin', 'preferences/nll'):
     assert judged[-1][name] == pytest.approx(last[name], abs=1e-4)
+
+
+@pytest.mark.usefixtures('compile_once')
+def test_a_runs_reference_follows_at_the_pace_that_it_was_told(config, tmp_path):
+  """Copied at every step, policy and reference are one, and the loss stays ln 2; moved
+  by a millionth of the way, it all but stays where it was, and the loss falls."""
+  losses = {}
+  for alpha in ('1.0', '1e-6'):
+    flags = ['--config.steps=4', '--config.algorithm.reference_every=1']
+    flags += [f'--config.algorithm.reference_alpha={alpha}']
+    assert cli.main(['train', config, f'--run_dir={tmp_path / alpha}', *flags]) == 0
+    losses[alpha] = [row['loss'] for row in read(tmp_path / alpha)[0]]
+  # Two float32 programs of log-probs of up to 20 nats, β = 1.
+  np.testing.assert_allclose(losses['1.0'], [np.log(2)] * 4, atol=1e-4)
+  assert losses['1e-6'][-1] < np.log(2) - 0.01
 
 
 @pytest.mark.usefixtures('compile_once')

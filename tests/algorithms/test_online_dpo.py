@@ -15,6 +15,7 @@ from educe.data import tokenizer as tokenizers
 from educe.environments import chain, reward_functions
 from educe.losses import dpo
 from educe.rollouts import rounds
+from educe.rollouts.chat_endpoint import JudgeError
 from educe.training import optimizer
 from educe.training.step import init_state, make_step
 from educe.types import Rollouts
@@ -259,6 +260,73 @@ def test_a_restart_goes_on_with_the_same_batches(tmp_path, taken, alpha):
   got = steps(first, taken)
   second.data.set_state(first.data.get_state())
   assert got + steps(second, 7 - taken) == want
+
+
+@pytest.mark.parametrize('ahead', [False, True])
+def test_a_round_whose_other_half_was_not_judged_comes_again(
+  tmp_path, monkeypatch, ahead
+):
+  """Nothing is lost: in this process, and in one that goes on from what was saved."""
+  failing, honest = [False], rounds.Rounds.beside
+
+  def beside(self, params, current):
+    if failing[0]:
+      raise JudgeError('down')
+    return honest(self, params, current)
+
+  def steps(method, count):
+    out = []
+    for _ in range(count):
+      batch, _ = method.next_batch(state_of()[0])
+      out.append([np.asarray(x).tolist() for x in (batch.tokens, batch.ref_logp)])
+    return out
+
+  monkeypatch.setattr(rounds.Rounds, 'beside', beside)
+  whole, first, second = (
+    build(tmp_path, source(group=2, ahead=ahead), alpha=0.1) for _ in range(3)
+  )
+  want = steps(whole, 10)
+  got = steps(first, 1)
+  failing[0] = True
+
+  def go_on():
+    for _ in range(9):
+      got.extend(steps(first, 1))
+
+  with pytest.raises(JudgeError):
+    go_on()
+  with pytest.raises(JudgeError):
+    steps(first, 1)  # still down
+  failing[0] = False
+  second.data.set_state(first.data.get_state())
+  assert got + steps(second, 10 - len(got)) == want
+  assert got + steps(first, 10 - len(got)) == want
+  for method in (whole, first, second):
+    method.data.close()
+
+
+@pytest.mark.parametrize('temperature', [0.7, 1.3])
+def test_policy_and_reference_are_scored_at_the_temperature_of_the_samples(
+  tmp_path, temperature
+):
+  method = build(tmp_path, source(temperature=temperature))
+  state, tx = state_of()
+  batch, _ = method.next_batch(state)
+  step = make_step(MODEL, method.loss, tx, temperature=method.temperature)
+  _, metrics = step(state, batch)
+  assert abs(float(metrics['rewards/margins'])) < 1e-5
+  assert float(metrics['loss']) == pytest.approx(np.log(2), abs=1e-5)
+
+
+def test_a_reference_that_moves_is_read_anew_in_each_round(tmp_path):
+  method = build(tmp_path, reference_every=3)
+  assert method.reference_every == 3
+  for scale in (1.0, 0.5):
+    info = {}
+    while 'pairs/kept' not in info:
+      batch, info = method.next_batch(state_of(reference=scale * PARAMS)[0])
+    want = logp(scale * PARAMS, batch.tokens) * batch.mask
+    np.testing.assert_allclose(batch.ref_logp, want, atol=2e-5)
 
 
 def test_a_round_without_a_pair_is_a_step_that_changes_nothing(tmp_path):

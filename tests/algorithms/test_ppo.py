@@ -347,6 +347,36 @@ def test_the_coefficient_follows_the_kl(tmp_path):
   np.testing.assert_allclose(used, want)
 
 
+def test_a_round_whose_kl_is_no_number_leaves_the_coefficient_alone(tmp_path):
+  method = fixed(tmp_path, kl_coef=0.1, kl_target=0.01, kl_horizon=8)
+  _, info = method.next_batch(state_of(reference=other_policy(math.nan))[0])
+  assert math.isnan(info['objective/kl'])
+  _, info = method.next_batch(state_of(reference=other_policy(1.1))[0])
+  assert info['objective/kl_coef'] == 0.1
+  _, info = method.next_batch(state_of(reference=other_policy(1.1))[0])
+  assert info['objective/kl_coef'] == pytest.approx(0.11)
+
+
+def test_the_coefficient_counts_the_completions_that_were_scored(tmp_path):
+  method = fixed(
+    tmp_path, rewards=[1.0, math.nan, 2.0, 0.25], kl_coef=0.1, kl_target=1e6,
+    kl_horizon=8,
+  )  # fmt: skip
+  state, _ = state_of(reference=other_policy(1.1))
+  used = [method.next_batch(state)[1]['objective/kl_coef'] for _ in range(2)]
+  np.testing.assert_allclose(used, [0.1, 0.1 * (1 - 0.2 * 3 / 8)])
+
+
+def test_a_round_without_any_score_leaves_the_coefficient_alone(tmp_path):
+  """Its KL of nothing, 0, is not below the target."""
+  method = fixed(
+    tmp_path, rewards=[math.nan] * 4, kl_coef=0.1, kl_target=1.0, kl_horizon=8
+  )
+  state, _ = state_of(reference=other_policy(1.1))
+  used = [method.next_batch(state)[1]['objective/kl_coef'] for _ in range(3)]
+  assert used == [0.1] * 3
+
+
 @pytest.mark.parametrize('at', [1, 3, 4, 6])
 def test_a_restored_run_goes_on_inside_the_round(tmp_path, at):
   options = dict(epochs=2, minibatches=2, kl_coef=0.2, kl_target=0.01, kl_horizon=16)

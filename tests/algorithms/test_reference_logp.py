@@ -147,3 +147,47 @@ def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch):
   with pytest.raises(OSError, match='could not be written'):
     load(tmp_path)
   assert not [*tmp_path.iterdir()]
+
+
+def test_the_same_tokens_with_another_end_of_the_prompt_make_another():
+  """They are trained from another token on: as many log-probs would not fit."""
+  keys, tokens = set(), set()
+  for prompt, start in (('p', 'qr'), ('pq', 'r')):
+    data = [dict(prompt=prompt, chosen=f'{start}a', rejected=f'{start}b')] * 3
+    rows = batches(data).rows_of(0)
+    tokens.add(rows['tokens'].tobytes())
+    keys.add(reference_logp.key(MODEL, {'x': np.float32(0)}, [rows]))
+  assert len(tokens) == 1
+  assert len(keys) == 2
+
+
+def test_a_dropped_record_keeps_its_place():
+  """Where the log-probs of a record start depends on it."""
+  rows = batches().rows_of(0)
+  params = {'x': np.float32(0)}
+  keys = {
+    reference_logp.key(MODEL, params, records)
+    for records in ([rows], [None, rows], [rows, None], [None, None, rows])
+  }
+  assert len(keys) == 4
+
+
+def test_the_same_numbers_under_another_name_make_another():
+  one, two = ({name: np.float32(0.5)} for name in ('x', 'y'))
+  assert reference_logp.key(MODEL, one, []) != reference_logp.key(MODEL, two, [])
+
+
+def test_a_reference_that_is_broken_is_not_stored(tmp_path):
+  broken = lambda params, tokens, mask: np.full(tokens.shape, np.nan)  # noqa: E731
+  with pytest.raises(ValueError, match=r'not finite: look at config\.model'):
+    load(tmp_path, logp=broken)
+  assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize('content', [b'', b'not a zip', b'PK\x05\x06' + bytes(18)])
+def test_a_file_that_is_no_store_is_named(tmp_path, content):
+  load(tmp_path)
+  (file,) = tmp_path.iterdir()
+  file.write_bytes(content)
+  with pytest.raises(ValueError, match=r'\.npz is damaged .*delete it'):
+    load(tmp_path)

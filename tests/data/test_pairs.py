@@ -157,6 +157,19 @@ def test_each_step_has_its_label_on_its_last_token(chat):
   ]  # fmt: skip
 
 
+@pytest.mark.parametrize('chat', [False, True])
+@pytest.mark.parametrize('space', [' ', '\n\n', '\u3000', '\u2003\u3000'])
+def test_a_step_ends_where_it_does_however_wide_the_space_before_it(space, chat):
+  """White space of several bytes, which a template may trim and a text keeps."""
+  record = dict(
+    prompt=USER if chat else 'Q:', completions=[f'{space}ab', 'c'], labels=[0, 1]
+  )
+  said = pairs.encode(BYTE, record, 'steps')
+  ends = np.flatnonzero(np.isfinite(said.targets))
+  assert said.targets[ends].tolist() == [0, 1]
+  assert text(said.completions[0].tokens[: ends[0] + 1]).strip() == 'ab'
+
+
 PAIR = dict(prompt='p', chosen='a', rejected='b')
 BAD = [
   ('pairs', dict(PAIR, rejected='a'), 'chosen and rejected are the same'),
@@ -193,6 +206,10 @@ BAD = [
   ('unpaired', dict(prompt='p', completion=3, label=1), 'completion: expected a non-empty'),
   ('unpaired', dict(messages=USER, label=1), 'the last one must be what the assistant'),
   ('rated', dict(prompt='p', completion='c', rating='5'), "rating='5' must be a finite"),
+  ('rated', dict(prompt='p', completion='c', rating=10**400), 'must be a finite'),
+  ('rated', dict(prompt='p', completion='c', rating=1e39), 'rating=1e+39 must be'),
+  ('pairs', dict(PAIR, margin=float('inf')), 'margin=inf must be a finite number'),
+  ('pairs', dict(PAIR, chosen='\ud800'), 'chosen: text is not valid Unicode'),
   ('steps', dict(prompt='p', completions=['a'], labels=[1, 0]), '1 steps, labels 2'),
   ('steps', dict(prompt='p', completions=['a', ' '], labels=[1, 0]), 'completions[1]='),
   ('steps', dict(prompt='p', completions=['a'], labels=[0.5]), 'labels[0]=0.5 must be'),

@@ -154,3 +154,12 @@ def test_a_short_batch_is_filled_with_rows_of_padding():
   assert (made['ids'][2:] == -1).all()
   assert not made['mask'][2:].any()
   assert made['labels'].tolist() == [2, 1, 0, 0]
+
+
+def test_rows_of_padding_have_no_steps_to_be_judged():
+  """A target of 0 there would be a step that is wrong."""
+  nan = np.nan
+  made = batch(said([1, 2], [3, 4], targets=[0, 1]), records='steps', fill=3)
+  np.testing.assert_array_equal(made['targets'][0, :5], [nan, nan, 0, 1, nan])
+  assert np.isnan(made['targets'][1:]).all()
+  assert not made['mask'][1:].any()

@@ -100,7 +100,8 @@ def test_pandalm_leaves_out_empty_answers(tmp_path):
     annotator1=1, annotator2=1, annotator3=1,
   )  # fmt: skip
   full = row | dict(response2='b')
-  assert len(public.pandalm(path=write(tmp_path, row, full))) == 1
+  absent = row | dict(response2=None)  # which is no answer 'None'
+  assert len(public.pandalm(path=write(tmp_path, row, full, absent))) == 1
 
 
 def test_llmbar(tmp_path):

@@ -144,3 +144,14 @@ def test_the_best_of_n_by_a_reward_model_that_a_stage_before_trained(tmp_path):
     group = rows[at : at + 4]
     kept = [row['reward'] for row in group if row['kept']]
     assert kept == [max(row['reward'] for row in group)]
+
+
+def test_a_stage_that_comes_later_is_told_before_anything_is_trained(tmp_path, capsys):
+  """Not after an hour of the stages before."""
+  order = "stages=('base', 'reward', 'best')"
+  assert order in BEST
+  late = BEST.replace(order, "stages=('base', 'best', 'reward')")
+  assert train(tmp_path, late) == 1
+  said = ' '.join(capsys.readouterr().err.split())
+  assert 'stage://reward: no such stage before it' in said
+  assert not (tmp_path / 'run').exists()

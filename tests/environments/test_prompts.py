@@ -44,6 +44,12 @@ def test_of_messages_the_last_answer_is_left_off():
   records = [{'messages': [user, answer]}, {'messages': [user, answer, user]}]
   found = [x['prompt'] for x in prompts.make(source=records).prompts]
   assert found == [[user], [user, answer, user]]
+  # … and so it is where the turns are written as ShareGPT does.
+  human, gpt = ({'from': f, 'value': f} for f in ('human', 'gpt'))
+  (asked,) = prompts.make(source=[{'messages': [human, gpt]}]).prompts
+  assert asked['prompt'] == [{'role': 'user', 'content': 'human'}]
+  (asked,) = prompts.make(source=[{'prompt': [human]}]).prompts
+  assert asked['prompt'] == [{'role': 'user', 'content': 'human'}]
 
 
 @pytest.mark.parametrize(
@@ -51,6 +57,10 @@ def test_of_messages_the_last_answer_is_left_off():
   [
     ([{'text': 'a'}], {}, r"source row 0 has no prompt, only \['text'\]"),
     ([{'prompt': 'a'}, {'prompt': '  '}], {}, 'source row 1: its prompt is empty'),
+    ([{'prompt': 5}], {'longest': 9}, 'row 0: its prompt is 5: neither text nor'),
+    ([{'prompt': ['a']}], {}, 'neither text nor messages'),
+    ([{'messages': ['a', 'b']}], {}, 'neither text nor messages'),
+    ([{'messages': 'ab'}], {}, 'neither text nor messages'),
     (SOURCE, {'size': 41}, 'size=41: the source has 40 different prompts'),
     (SOURCE, {'size': 0}, 'size must be at least 1'),
     (SOURCE, {'part': 'test'}, "part must be 'all', 'train' or 'heldout'"),

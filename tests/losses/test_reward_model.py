@@ -153,8 +153,11 @@ def test_at_the_start_the_loss_is_ln_2():
   _, arrays = draw()
   value, _, metrics = evaluate(np.zeros((8, 6)), arrays)
   assert value == pytest.approx(math.log(2), rel=1e-15)
-  assert metrics['rewards/margins'] == 0
+  assert metrics['rewards/margins'] == metrics['rewards/accuracies'] == 0
   assert metrics['rewards/confidence'] == 0.5
+  wrong = {**arrays, 'returns': np.zeros((8, 6))}
+  metrics = evaluate(np.zeros((8, 6)), wrong, objective='process')[2]
+  assert metrics['accuracy'] == 1  # a value of 0 does not say that a step is right
 
 
 def test_swapping_a_pair_flips_its_margin():

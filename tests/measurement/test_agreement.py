@@ -160,6 +160,12 @@ def test_long_pairs_are_counted():
   assert f'{7 - len(kept)} too long' in str(result)
   assert run(reward='average', max_length=20, overlong='truncate').total == 7
   assert run(reward='average', size=3).total == 3
+  # What is left without a difference is no pair either.
+  same = dict(prompt='p', chosen='a' * 40 + 'b', rejected='a' * 40 + 'c')
+  result = run(
+    reward='average', max_length=20, overlong='truncate', data=[*PAIRS, same]
+  )
+  assert (result.total, result.dropped) == (7, 1)
 
 
 def test_the_policy_against_itself_is_undecided():

@@ -118,6 +118,7 @@ def test_bad_input_is_one_clear_line():
     best_of_n.expected(np.zeros(3), 1, worth=np.zeros(2))
   for f in (
     lambda s: best_of_n.expected(s, 1),
+    lambda s: best_of_n.expected(np.zeros(2), 1, worth=s),
     lambda s: best_of_n.policy(np.full(2, 0.5), s, 1),
   ):
     with pytest.raises(ValueError, match='a score is not finite'):

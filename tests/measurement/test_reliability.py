@@ -5,6 +5,7 @@ import pytest
 from matplotlib.image import imread
 
 from educe.measurement import reliability
+from educe.measurement.accuracy import wilson
 from educe.measurement.agreement import agreement
 from educe.rollouts import transcripts
 
@@ -35,6 +36,8 @@ def test_points_stand_at_confidence_and_share():
     low <= y <= high for (low, high), y in zip(spans, line.get_ydata(), strict=True)
   )
   assert all(high - low > 0.3 for low, high in spans)  # so few pairs say little
+  want = [wilson(0.5, 1), wilson(2, 3), wilson(1, 1)]
+  np.testing.assert_allclose(spans, want, atol=1e-12)
 
 
 def test_the_last_evaluation_is_drawn(tmp_path, monkeypatch):
@@ -55,9 +58,9 @@ def test_the_last_evaluation_is_drawn(tmp_path, monkeypatch):
   assert blue.sum() > 1000
 
 
-@pytest.mark.parametrize('samples', [None, [{'prompt': 'p', 'completion': 'c'}]])
+@pytest.mark.parametrize('samples', [None, [], [{'prompt': 'p', 'completion': 'c'}]])
 def test_samples_of_something_else_have_no_diagram(samples, tmp_path):
-  if samples:
+  if samples is not None:
     transcripts.save(samples, tmp_path / 'samples' / '0.jsonl')
   assert reliability.draw(tmp_path) is None
   assert not (tmp_path / 'reliability.png').exists()

@@ -152,6 +152,9 @@ def test_bad_input_is_one_clear_line():
     win_rate(1.0, [1.0])
   with pytest.raises(ValueError, match='no prompt has a score of both'):
     length_controlled([np.nan], [1.0], [1.0], [1.0])
+  for scores, whose in (([np.inf], [1.0]), 'ours'), (([1.0], [-np.inf]), 'theirs'):
+    with pytest.raises(ValueError, match=f'a score of {whose} is infinite'):
+      length_controlled(*scores, [1.0], [1.0])
   with pytest.raises(ValueError, match='a length is not finite'):
     length_controlled([0.0], [1.0], [np.nan], [1.0])
   with pytest.raises(ValueError, match=r'must all be \[P\], not \[\[1\], \[1\], \[2\]'):

@@ -70,6 +70,9 @@ def test_the_key_goes_along_and_what_was_thought_is_left_out(server):
     (503, {}, b''),
     (429, {'Retry-After': '0'}, b'slow down'),
     (200, {}, b'<html>not JSON</html>'),
+    (200, {}, b'[' * 100_000),
+    (200, {}, b'\xff\xfe'),
+    (503, {'Retry-After': '\xb2'}, b'a digit, and no number'),
     (200, {}, json.dumps({'choices': []}).encode()),
     (200, {}, json.dumps({'choices': [{'message': {'content': None}}]}).encode()),
     'I would rather not say',
@@ -153,3 +156,69 @@ def test_what_asking_again_cannot_mend_is_said_at_once(server, status):
   ):
     chat_endpoint.ask(client(url, error_limit=1.0, concurrency=1), ['q'] * 9, number)
   assert len(asked) == 1
+
+
+def test_a_server_may_not_ask_for_a_pause_longer_than_a_timeout(server):
+  url, _ = server(lambda question, count: (429, {'Retry-After': '3600'}, b''))
+  began = time.monotonic()
+  hasty = client(url, timeout=0.3, retries=1, error_limit=1.0)
+  assert chat_endpoint.ask(hasty, ['q'], number) == [None]
+  assert 0.3 < time.monotonic() - began < 2.0
+
+
+def test_an_answer_without_end_is_not_read_to_it(server, monkeypatch):
+  monkeypatch.setattr(chat_endpoint, 'LARGEST', 1000)
+  url, asked = server(lambda question, count: '5' if count else '1' * 100_000)
+  assert chat_endpoint.ask(client(url), ['q'], number) == [5.0]
+  assert len(asked) == 2
+
+
+def silent(status):
+  """A refusal that promises a reason and never gives it."""
+
+  def answer(handler):
+    handler.send_response(status)
+    handler.send_header('Content-Length', '100')
+    handler.end_headers()
+    handler.wfile.flush()
+    time.sleep(3)
+
+  return answer
+
+
+def test_a_refusal_whose_reason_never_comes_is_still_a_refusal(server):
+  url, asked = server(lambda question, count: '5' if count else silent(500))
+  began = time.monotonic()
+  assert chat_endpoint.ask(client(url, timeout=0.3), ['q'], number) == [5.0]
+  assert len(asked) == 2
+  url, _ = server(lambda question, count: silent(401))
+  with pytest.raises(JudgeError, match='HTTP 401'):
+    chat_endpoint.ask(client(url, timeout=0.3), ['q'], number)
+  assert time.monotonic() - began < 2.5
+
+
+def test_a_key_is_not_carried_to_where_a_redirect_leads(server):
+  other, theirs = server(lambda question, count: '1')
+  where = {'Location': f'{other}/chat/completions'}
+  url, _ = server(lambda question, count: (302, where, b''))
+  with pytest.raises(JudgeError, match=r'HTTP 302 .*look at judge\.url'):
+    chat_endpoint.ask(client(url, key='s3'), ['q'], number)
+  assert not theirs
+
+
+@pytest.mark.parametrize(
+  ('url', 'key'),
+  [
+    ('http://localhost:port/v1', None),
+    ('http://localhost/v1/a b', None),
+    ('http://localhost/v1/\xe9', None),
+    ('http://127.0.0.1:9/v1', 'secret\n'),
+    ('http://127.0.0.1:9/v1', 'secret\u201d'),
+  ],
+)
+def test_what_cannot_be_sent_is_one_line_that_does_not_tell_the_key(url, key):
+  with pytest.raises(JudgeError, match=r'^judge judge-1 at ') as error:
+    chat_endpoint.ask(client(url, key=key, error_limit=1.0), ['q'], number)
+  assert 'look at judge.url' in str(error.value)
+  assert 'secret' not in str(error.value)
+  assert '\n' not in str(error.value)

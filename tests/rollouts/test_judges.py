@@ -85,6 +85,14 @@ def test_a_text_too_long_for_the_reward_model_is_not_scored():
   assert judge(*records_of(TEXTS)) == [None] * 4
 
 
+def test_a_text_longer_than_the_reward_models_context_is_not_scored():
+  judge = judges.reward_model(lambda path: valued(), path='rm')
+  longest = valued()[0].architecture.max_length
+  scores = judge(*records_of([('0a=', 'b' * longest), ('0a=', 'b')]))
+  assert scores[0] is None
+  assert scores[1] == pytest.approx(value_of('0a=', 'b'), rel=1e-5)
+
+
 def test_a_run_without_a_value_head_is_refused():
   model, params, words = valued()
   plain = model._replace(values=None), params, words
@@ -166,6 +174,8 @@ def test_a_comparison_that_is_unanswered_in_one_order_counts_for_neither(server)
     (dict(url='localhost:80'), "url='localhost:80' must begin with http://"),
     (dict(style='rank'), "style='rank' must be one of"),
     (dict(lowest=5, highest=5), 'lowest=5 must be less than highest=5'),
+    (dict(highest=float('inf')), 'highest=inf, both finite'),
+    (dict(lowest=float('-inf')), 'lowest=-inf must be less'),
     (dict(timeout=0.0), 'timeout=0.0 must be more than 0'),
     (dict(retries=-1), 'retries=-1 must be at least 0'),
     (dict(error_limit=2.0), r'error_limit=2.0 must be in 0\.\.1'),
@@ -176,6 +186,23 @@ def test_a_comparison_that_is_unanswered_in_one_order_counts_for_neither(server)
 def test_bad_settings(options, message):
   with pytest.raises(ValueError, match=message):
     judges.endpoint(**{'url': 'http://x', 'model': 'm', **options})
+
+
+@pytest.mark.parametrize('key', ['secret\n', 'two words', 'secret\u201d', ' '])
+def test_a_key_that_cannot_be_sent_is_refused_and_not_told(key, monkeypatch):
+  monkeypatch.setenv('EDUCE_TEST_KEY', key)
+  with pytest.raises(ValueError, match='what it holds is no key') as error:
+    judges.endpoint(url='http://x', model='m', api_key_env='EDUCE_TEST_KEY')
+  assert key.strip() == '' or key.strip() not in str(error.value)
+
+
+def test_a_conversation_is_read_however_its_turns_are_written():
+  turns = [
+    {'from': 'human', 'value': 'Hi'},
+    {'role': 'assistant', 'content': None, 'tool_calls': [{'name': 'f'}]},
+    {'role': 'user', 'content': [{'type': 'text', 'text': 'a'}, {'text': 'b'}]},
+  ]
+  assert judges.conversation(turns) == 'user: Hi\n\nassistant: \n\nuser: ab'
 
 
 @functools.cache

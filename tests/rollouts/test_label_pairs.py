@@ -74,3 +74,9 @@ def test_bad_input():
     label(ROWS, margin=-1)
   with pytest.raises(ValueError, match="row 0 has no 'reward'"):
     label([{'prompt': 'a', 'completion': 'x'}])
+  for score in (float('nan'), float('inf'), '3', True):
+    with pytest.raises(ValueError, match='label: a score is'):
+      label([*ROWS, {'prompt': 'a', 'completion': 'x', 'reward': score}])
+  for scores in ([], [1.0] * 20):
+    with pytest.raises(ValueError, match=rf'scored {len(scores)} rows, 9 were asked'):
+      label(ROWS, lambda records, completions, scores=scores: scores)

@@ -81,7 +81,11 @@ def make(
     """Begins the next round. Its numbers."""
     current = rollouts.next(state.params, int(state.step))
     r, info = current.rollouts, dict(current.info)
-    other = rollouts.beside(state.reference, current) if alpha else None
+    try:
+      other = rollouts.beside(state.reference, current) if alpha else None
+    except BaseException:  # its judge is down: the round that it is set against stays
+      rollouts.put_back(current)
+      raise
     rows, counts = ends(r) if other is None else against(r, other)
     both = r if other is None else joined(r, other)
     info |= {f'pairs/{name}': float(count) for name, count in counts.items()}

@@ -137,7 +137,9 @@ def make(
     last = mask.shape[1] - 1 - (drawn[:, ::-1] > 0).argmax(-1)
     rewards[np.arange(len(rewards)), last] += shaped
     numbers = _objective(old * mask, kl, coef, scores, shaped, scored)
-    if kl_target is not None and scored.any():
+    # A KL that is no number says nothing, and would be the coefficient's end.
+    known = scored.any() and math.isfinite(numbers['objective/kl'])
+    if kl_target is not None and known:
       error = np.clip(numbers['objective/kl'] / kl_target - 1, -0.2, 0.2)
       data.extra['kl_coef'] = float(coef * (1 + error * scored.sum() / kl_horizon))
 

@@ -91,6 +91,11 @@ def load_or_compute(
     raise ValueError('every record is dropped: raise data.max_length')
   starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
   stored = Stored(np.concatenate(parts).astype(np.float32), starts)
+  if not np.isfinite(stored.logp).all():
+    raise ValueError(
+      'the reference has log-probs that are not finite: look at config.model (its '
+      'weights, its dtypes); nothing was stored'
+    )
   if jax.process_index() == 0:
     folder.mkdir(parents=True, exist_ok=True)
     with paths.whole(file) as temporary, temporary.open('wb') as stream:

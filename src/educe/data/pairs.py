@@ -19,7 +19,6 @@ left out, so that a completion ends here as it does when it is sampled.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,6 +26,8 @@ import numpy as np
 
 from educe.data import chat
 from educe.data.tokenizer import Tokenizer
+
+LARGEST = float(np.finfo(np.float32).max)  # what a batch can hold
 
 
 class Said(NamedTuple):
@@ -153,7 +154,7 @@ def _steps(tokenizer: Tokenizer, record: Mapping[str, Any]) -> Said:
       'completions: the chat template changes their text, so that the ends of the steps '
       'cannot be found in its tokens'
     )
-  at -= len(text) - len(text.lstrip())
+  at -= len(text.encode()) - len(text.lstrip().encode())
   reached = np.cumsum([len(piece) for piece in pieces])
   targets = np.full(end - start, np.nan, np.float32)
   for index, label in enumerate(labels):
@@ -274,7 +275,7 @@ def _listed(said: Any) -> Any:
 
 
 def _number(value: Any, name: str) -> float:
-  if not isinstance(value, int | float) or not math.isfinite(value):
+  if not isinstance(value, int | float) or not abs(value) <= LARGEST:  # nor is NaN
     raise ValueError(f'{name}={value!r:.60} must be a finite number')
   return float(value)
 

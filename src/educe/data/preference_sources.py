@@ -110,7 +110,8 @@ def pandalm(
       return
     share = {side: (votes[side] + votes[0] / 2) / 3 for side in (1, 2)}
     # A statement's answer was read as JSON's true, where the text was True.
-    answers = {side: str(row[f'response{side}']) for side in (1, 2)}
+    said = {side: row[f'response{side}'] for side in (1, 2)}
+    answers = {side: '' if x is None else str(x) for side, x in said.items()}
     if all(answer.strip() for answer in answers.values()):
       yield {
         'prompt': '\n\n'.join(filter(None, [row['instruction'], row['input']])),

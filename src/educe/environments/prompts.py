@@ -22,15 +22,16 @@ def make(
 ) -> Environment:
   """The prompts of `source`, each once, in the order in which they first appear.
 
-  source: records with `prompt`, or with `messages`, whose last answer is left off
+  source: records with `prompt`, or with `messages`, whose last answer is left off;
+    ShareGPT's `from` and `value` are written as `role` and `content`
   size: so many of them, the first; None: all
   longest: characters; longer prompts are left out. None: none are
   part: 'train' and 'heldout' share no prompt, whatever the source's order
 
   Records keep their columns; `answer` is None where there is none.
 
-  Raises ValueError for a record with neither column, an empty prompt, a size that is more
-  than there are, and an unknown part.
+  Raises ValueError for a record with neither column, a prompt that is empty or neither
+  text nor messages, a size that is more than there are, and an unknown part.
   """
   problems.in_part('0' * 8, part)  # an unknown one is told before the source is read
   found: dict[str, dict[str, Any]] = {}
@@ -56,7 +57,7 @@ def make(
 def _prompt(record: Mapping[str, Any], index: int) -> Any:
   prompt = record.get('prompt')
   if prompt is None and record.get('messages'):
-    messages = list(record['messages'])
+    messages = _messages(record['messages'], index)
     prompt = messages[:-1] if messages[-1].get('role') == 'assistant' else messages
   if prompt is None:
     raise ValueError(
@@ -65,7 +66,22 @@ def _prompt(record: Mapping[str, Any], index: int) -> Any:
     )
   if not prompt or (isinstance(prompt, str) and not prompt.strip()):
     raise ValueError(f'source row {index}: its prompt is empty')
-  return prompt
+  return prompt if isinstance(prompt, str) else _messages(prompt, index)
+
+
+def _messages(messages: Any, index: int) -> list[Any]:
+  listed = isinstance(messages, Sequence) and not isinstance(messages, str)
+  if not listed or not all(isinstance(turn, Mapping) for turn in messages):
+    raise ValueError(
+      f'source row {index}: its prompt is {messages!r:.60}: neither text nor messages'
+    )
+  roles = {'human': 'user', 'gpt': 'assistant'}
+  return [
+    {'role': roles.get(turn['from'], turn['from']), 'content': turn['value']}
+    if {'from', 'value'} <= turn.keys()
+    else turn
+    for turn in messages
+  ]
 
 
 def _text(prompt: Any) -> str:

@@ -37,7 +37,7 @@ def expected(
   Unbiased for independent samples; estimates at several n share them, and so are
   correlated.
 
-  Raises ValueError unless 1 ≤ n ≤ N, all scores are finite and the shapes agree.
+  Raises ValueError unless 1 ≤ n ≤ N, all numbers are finite and the shapes agree.
   """
   scores = np.asarray(scores, np.float64)
   worth = scores if worth is None else np.asarray(worth, np.float64)
@@ -49,7 +49,7 @@ def expected(
   size = scores.shape[-1]
   if not 1 <= n <= size:
     raise ValueError(f'best of n: n={n} must be between 1 and the {size} samples')
-  if not np.isfinite(scores).all():
+  if not (np.isfinite(scores).all() and np.isfinite(worth).all()):
     raise ValueError('best of n: a score is not finite; leave its sample out')
   # C(m, n)/C(N, n) for m = N … 0, by C(m−1, n) = C(m, n)·(m−n)/m.
   m = np.arange(size, 0, -1)

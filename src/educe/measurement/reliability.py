@@ -27,7 +27,7 @@ def draw(run_dir: str | os.PathLike, *, title: str = '') -> pathlib.Path | None:
   if not files:
     return None
   rows = transcripts.load(max(files, key=lambda p: int(p.stem)))
-  if 'rejected' not in rows[0]:
+  if not rows or 'rejected' not in rows[0]:
     return None
   chosen, rejected = zip(*((r['rewards'][s] for s in SIDES) for r in rows), strict=True)
   picture = figure(agreement(np.array(chosen), np.array(rejected)), title=title)

@@ -108,6 +108,8 @@ def length_controlled(
       'length-controlled win rate: scores and lengths must all be [P], not '
       f'{[list(x.shape) for x in arrays]}'
     )
+  for scores, whose in zip(arrays, ('ours', 'theirs'), strict=False):
+    _rows(scores, whose)  # an infinite one is refused
   judged = np.isfinite(arrays[0]) & np.isfinite(arrays[1])
   a, b, our_length, their_length = (x[judged] for x in arrays)
   if not len(a):

@@ -3,11 +3,13 @@
 Slow, down or overloaded servers are asked again, after a pause that doubles; an answer
 that nothing can be read from is asked for again at once. What still has none is None, and
 when more than a share of the questions end so, one line says why and the rest is not asked.
+A redirect is not followed: the key is for this server alone.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import http.client
 import json
 import threading
@@ -44,6 +46,16 @@ class Client(NamedTuple):
   error_limit: float
   temperature: float
   max_tokens: int
+
+
+class _Stay(urllib.request.HTTPRedirectHandler):
+  """A redirect is an answer like any other status."""
+
+  def redirect_request(self, req, fp, code, msg, headers, newurl):
+    return None
+
+
+_OPENER = urllib.request.build_opener(_Stay)
 
 
 class _Passing(Exception):
@@ -123,31 +135,40 @@ def _once(client: Client, question: str) -> str:
     'temperature': client.temperature,
     'max_tokens': client.max_tokens,
   }
-  request = urllib.request.Request(
-    f'{client.url.rstrip("/")}/chat/completions', json.dumps(body).encode(), headers
-  )
+  where = f'{client.url.rstrip("/")}/chat/completions'
+  who = f'judge {client.model} at {client.url}'
   slow = f'no answer in {client.timeout:g} s'
   deadline = time.monotonic() + client.timeout
   try:
-    with urllib.request.urlopen(request, timeout=client.timeout) as response:
+    request = urllib.request.Request(where, json.dumps(body).encode(), headers)
+    with _OPENER.open(request, timeout=client.timeout) as response:
       data = _read(response, deadline, slow)
   except urllib.error.HTTPError as error:
-    with error:
-      said = ' '.join(error.read(2000).decode(errors='replace').split())[:200]
+    said = ''
+    with error, contextlib.suppress(_Passing, OSError, http.client.HTTPException):
+      # Its reason may never come, or be cut off; the status says enough.
+      told = _read(error.fp, deadline, slow)
+      said = ' '.join(told.decode(errors='replace').split())[:200]
     if error.code in PASSING or error.code >= 500:
       raise _Passing(f'HTTP {error.code} {said}', _asked(error, client)) from None
     raise JudgeError(
-      f'judge {client.model} at {client.url}: HTTP {error.code} {said}; look at judge.url,'
-      ' judge.model and judge.api_key_env'
+      f'{who}: HTTP {error.code} {said}; look at judge.url, judge.model and '
+      'judge.api_key_env'
     ) from None
+  except http.client.InvalidURL as error:
+    raise JudgeError(f'{who}: {error}; look at judge.url') from None
   except (OSError, http.client.HTTPException) as error:
     reason = getattr(error, 'reason', error)
     if isinstance(reason, TimeoutError):
       raise _Passing(slow) from None
     raise _Passing(f'{type(reason).__name__}: {reason}') from None
+  except ValueError:  # whose text may hold the key
+    raise JudgeError(
+      f'{who}: this cannot be asked; look at judge.url and judge.api_key_env'
+    ) from None
   try:
     content = json.loads(data)['choices'][0]['message']['content']
-  except (ValueError, KeyError, IndexError, TypeError):
+  except (ValueError, KeyError, IndexError, TypeError, RecursionError):
     raise _Passing(f'no chat completion: {data[:120]!r}', 0.0) from None
   if not isinstance(content, str):
     raise _Passing(f'no text in the answer: {content!r:.120}', 0.0)
@@ -170,4 +191,4 @@ def _read(response, deadline: float, slow: str) -> bytes:
 def _asked(error: urllib.error.HTTPError, client: Client) -> float | None:
   """Seconds that the server asks to wait, up to a timeout's worth."""
   said = error.headers.get('Retry-After', '')
-  return min(float(said), client.timeout) if said.isdigit() else None
+  return min(float(said), client.timeout) if said.isdecimal() else None

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from educe.data.chat import encode_record
+from educe.data.chat import encode_record, normalize
 from educe.environments import verifiers
 from educe.rollouts import chat_endpoint
 from educe.rollouts.sampler import bucket
@@ -181,14 +181,15 @@ def endpoint(
   questions stay unanswered, and ValueError for a prompt with one completion to compare.
   """
   wrong = None
+  key = os.environ.get(api_key_env) if api_key_env else None
   if not re.match(r'https?://[^/\s]', url):
     wrong = (
       f'url={url!r} must begin with http:// or https://, as http://localhost:8000/v1'
     )
   elif style not in STYLES:
     wrong = f'style={style!r} must be one of {list(STYLES)}'
-  elif not lowest < highest:
-    wrong = f'lowest={lowest} must be less than highest={highest}'
+  elif not -math.inf < lowest < highest < math.inf:
+    wrong = f'lowest={lowest} must be less than highest={highest}, both finite'
   elif not (0 < timeout < math.inf and 0 <= backoff < math.inf):
     wrong = f'timeout={timeout} must be more than 0 seconds, backoff={backoff} not less'
   elif retries < 0 or concurrency < 1 or max_tokens < 1:
@@ -199,14 +200,19 @@ def endpoint(
     wrong = f'error_limit={error_limit} must be in 0..1'
   elif not 0 <= temperature < math.inf:
     wrong = f'temperature={temperature} must be a number ≥ 0'
-  elif api_key_env is not None and not os.environ.get(api_key_env):
+  elif api_key_env is not None and not key:
     wrong = f'api_key_env={api_key_env!r}: no such environment variable; export it'
+  elif key and not re.fullmatch('[!-~]+', key):
+    wrong = (
+      f'api_key_env={api_key_env!r}: what it holds is no key: it has a space, a line '
+      'break or a letter that is not ASCII'
+    )
   if wrong:
     raise ValueError(f'judge.{wrong}')
   client = chat_endpoint.Client(
     url=url,
     model=model,
-    key=os.environ[api_key_env] if api_key_env else None,
+    key=key,
     timeout=timeout,
     retries=retries,
     backoff=backoff,
@@ -304,7 +310,8 @@ def conversation(prompt: str | Sequence[Mapping[str, Any]]) -> str:
   """A prompt as text for a judge to read."""
   if isinstance(prompt, str):
     return prompt
-  return '\n\n'.join(f'{turn["role"]}: {turn["content"]}' for turn in prompt)
+  turns = normalize(prompt, 'prompt')
+  return '\n\n'.join(f'{turn["role"]}: {turn["content"] or ""}' for turn in turns)
 
 
 def _last(pattern: str, text: str) -> str | None:

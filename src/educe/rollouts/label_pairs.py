@@ -13,6 +13,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from educe.environments import verifiers
 from educe.rollouts.judges import Judge
 
 
@@ -32,7 +33,8 @@ def label(
   best is not better by more than margin, or says the same), `unscored` (prompts with fewer
   than two scores).
 
-  Raises ValueError for no rows, a row without those columns, and a negative margin.
+  Raises ValueError for no rows, a row without those columns, a negative margin, scores
+  that are no finite numbers, and a judge that gives more or fewer than there are rows.
   """
   if not margin >= 0:
     raise ValueError(f'label: margin={margin} must not be negative')
@@ -52,7 +54,11 @@ def label(
     if judge
     else [row['reward'] for row in together]
   )
-  left = iter(scores)
+  if len(scores) != len(together):
+    raise ValueError(
+      f'label: the judge scored {len(scores)} rows, {len(together)} were asked'
+    )
+  left = iter([verifiers.real(score, 'label: a score') for score in scores])
   counts = {'pairs': 0, 'ties': 0, 'unscored': 0}
   records = []
   for group in groups.values():

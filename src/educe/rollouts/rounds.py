@@ -184,6 +184,7 @@ class Rounds:
   def __post_init__(self) -> None:
     self._number = 0  # of the next round to be sampled
     self._waiting: concurrent.futures.Future | None = None
+    self._back: Round | None = None
     self._executor = concurrent.futures.ThreadPoolExecutor(1) if self.ahead else None
     self._dull = dict.fromkeys(('no_signal', 'cut_off'), 0)
 
@@ -192,6 +193,9 @@ class Rounds:
 
     greedy: also judge the greedy completion of each prompt (ReMax's baseline).
     """
+    if self._back is not None:
+      current, self._back = self._back, None
+      return current
     waiting, self._waiting = self._waiting, None
     current = waiting.result() if waiting else self._round(params, step, greedy)
     if self._executor is not None:
@@ -204,6 +208,10 @@ class Rounds:
     key = jax.random.fold_in(jax.random.key(self.seed), current.number)
     key = jax.random.fold_in(key, 2 + self.refills)  # after what drew the round itself
     return self._sample(params, current.chosen, key)
+
+  def put_back(self, current: Round) -> None:
+    """The next round is this one again, also after a restart: it was of no use yet."""
+    self._back = current
 
   def _launch(self, params, step, greedy):
     assert self._executor is not None
@@ -295,6 +303,7 @@ class Rounds:
       'number': self._number,
       'pool': self._pool.get_state(),
       'waiting': None if waiting is None else encode(waiting),
+      'back': None if self._back is None else encode(self._back),
     }
 
   def set_state(self, state: dict[str, Any]) -> None:
@@ -308,6 +317,8 @@ class Rounds:
         )
     self._number = state['number']
     self._pool.set_state(state['pool'])
+    back = state.get('back')
+    self._back = None if back is None else decode(back)
     self._waiting = None
     if state['waiting'] is not None:  # it is the next, even if `ahead` is off by now
       self._waiting = concurrent.futures.Future()
