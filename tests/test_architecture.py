@@ -20,7 +20,7 @@ FLOORS = [
   {'algorithms', 'training'},
   {'measurement'},
   {'config'},
-  {'policies'},
+  {'recipes', 'policies'},
   {'runs'},
   {'cli'},
   {'__main__'},

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 
 from educe import config as config_lib
-from educe import paths, sharding
+from educe import paths, recipes, sharding
 from educe.measurement import curves, reliability, story, transcript_page
 from educe.models import policy, value_head
 from educe.policies import check_vocabulary, open_values, read_config
@@ -314,9 +314,9 @@ def run_all(argv: Sequence[str], run_dir: pathlib.Path, *, sweep: bool) -> None:
 
   Raises ConfigError where a finished stage was another's.
   """
-  points = config_lib.sweep(argv) if sweep else [('', [])]
+  points = recipes.sweep(argv) if sweep else [('', [])]
   for name, point in points:
-    values = config_lib.load([*argv, *point])
+    values = recipes.load([*argv, *point])
     stages = values.pop('stages', None)
     if stages is None:
       runs = {run_dir / name: config_lib.expand(values, train)}
