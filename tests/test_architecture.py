@@ -22,6 +22,7 @@ FLOORS = [
   {'config'},
   {'recipes', 'policies'},
   {'runs'},
+  {'stages'},
   {'cli'},
   {'__main__'},
 ]
