@@ -418,6 +418,20 @@ def test_what_a_critic_cannot_be_is_one_line(ppo, tmp_path, capsys, flags, messa
   assert message in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_what_a_value_head_refuses_names_its_section_and_stage(
+  ppo, tmp_path, capsys, monkeypatch
+):
+  def attach(model, params, start=None, *, trunk='shared', init_std=0.0, seed=0):
+    raise ValueError('no room for a head')
+
+  path, folder = ppo
+  shutil.copytree(folder / 'base', tmp_path / 'run' / 'base')
+  monkeypatch.setattr(value_head, 'attach', attach)
+  assert go(path, tmp_path / 'run') == 1
+  said = capsys.readouterr().err.splitlines()[-1]
+  assert said == 'educe: config.rl.value: no room for a head'
+
+
 def test_ppo_without_a_value_head_is_one_line(ppo, tmp_path, capsys):
   text = pathlib.Path(ppo[0].partition('=')[2]).read_text()
   where = tmp_path / 'without.py'

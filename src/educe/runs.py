@@ -137,7 +137,7 @@ def train(
     if value_from is not None:
       where = pathlib.Path(value_from) / 'checkpoints'
       start = value_head.taken(checkpoint.saved_with_value(where, net, params)[1])
-    net, params = config_lib.bound('value', value)(net, params, start)
+    net, params = call('value', value, model=net, params=params, start=start)
   size = policy.count(params)
   flops_per_token = 6.0 * size
   params = sharding.place(params, net.axes, grid)
