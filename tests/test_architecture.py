@@ -20,8 +20,9 @@ FLOORS = [
   {'algorithms', 'training'},
   {'measurement'},
   {'config'},
-  {'policies'},
+  {'recipes', 'policies'},
   {'runs'},
+  {'stages'},
   {'cli'},
   {'__main__'},
 ]

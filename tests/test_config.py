@@ -3,22 +3,20 @@
 import functools
 import json
 import pathlib
-import re
 import subprocess
 import sys
 
 import pytest
 
-from educe import config, runs
+from educe import config, recipes, runs
 from educe.config import ConfigError
 
 ROOT = pathlib.Path(__file__).parents[1]
 DEMO = str(ROOT / 'configs' / 'sft.py')
-GRPO = str(ROOT / 'configs' / 'grpo.py')
 
 
 def load(*overrides, recipe='demo,debug'):
-  values = config.load([f'--config={DEMO}:{recipe}', *overrides])
+  values = recipes.load([f'--config={DEMO}:{recipe}', *overrides])
   return config.expand(values, runs.train)
 
 
@@ -31,34 +29,6 @@ def test_defaults_of_every_section_are_filled_in():
   assert full['data']['shuffle'] is True  # pipeline.make's own default
   assert full['keep'] == 2  # runs.train's
   json.dumps(full)
-
-
-@pytest.mark.parametrize(
-  ('override', 'path', 'want'),
-  [
-    ('--config.optimizer.learning_rate=1e-5', ('optimizer', 'learning_rate'), 1e-5),
-    ('--config.data.shuffle=False', ('data', 'shuffle'), False),
-    ('--config.data.epochs=3', ('data', 'epochs'), 3),
-    ('--config.data.epochs=None', ('data', 'epochs'), None),
-    ('--config.optimizer.clip_norm=2', ('optimizer', 'clip_norm'), 2.0),
-    ('--config.optimizer.b1=0.8', ('optimizer', 'b1'), 0.8),
-    ("--config.optimizer.freeze=('embed',)", ('optimizer', 'freeze'), ('embed',)),
-    ('--config.seed=7', ('seed',), 7),
-  ],
-)
-def test_flags_override_what_the_recipe_says_and_what_it_leaves_out(
-  override, path, want
-):
-  value = load(override)
-  for key in path:
-    value = value[key]
-  assert value == want
-  assert type(value) is type(want)
-
-
-def test_an_overridden_reference_carries_its_followers():
-  full = load('--config.model.path=elsewhere.gguf', recipe='demo')
-  assert full['tokenizer']['path'] == 'elsewhere.gguf'
 
 
 def test_a_module_of_ones_own_is_told_how_to_be_named(tmp_path, monkeypatch):
@@ -86,20 +56,6 @@ def test_a_module_of_ones_own_is_told_how_to_be_named(tmp_path, monkeypatch):
     ('--config.loss.name=no.such.module', 'no such.module|no no/such/module.py'),
     ('--config.evaluation.every=3', "accuracy.evaluate takes no 'every'"),
     ('--config.optimizer.learning_rate=None', 'learning_rate'),
-    (
-      '--config.lossy.name=sft',
-      r"lossy.name=sft: the config has no section 'lossy'; did you mean 'loss'\?$",
-    ),
-    (
-      '--config.evaluation.environmnt.size=3',
-      "has no section 'environmnt'; did you mean 'environment'",
-    ),
-    (
-      '--config.evaluation.environment.name=tabular',
-      r"environment.\w+=.* still there from evaluation.environment.name='reasoning_gym', "
-      r"and 'tabular' takes no '\w+'; write the whole section",
-    ),
-    ('--config.model.name=scratch', "model.path=.* still there from model.name='gguf'"),
   ],
 )
 def test_a_mistake_is_one_line_that_names_key_value_and_mend(override, message):
@@ -109,49 +65,10 @@ def test_a_mistake_is_one_line_that_names_key_value_and_mend(override, message):
 
 
 def test_a_missing_value_is_named():
-  values = config.load([f'--config={DEMO}:demo'])
+  values = recipes.load([f'--config={DEMO}:demo'])
   del values['optimizer']['learning_rate']
   with pytest.raises(ConfigError, match=r'config.optimizer.learning_rate is missing'):
     config.expand(values, runs.train)
-
-
-@pytest.mark.parametrize(
-  ('flag', 'message'),
-  [
-    ('--config=nowhere.py', 'nowhere.py'),
-    (f'--config={DEMO}:demmo', r":demmo: no recipe 'demmo'; did you mean 'demo'\?$"),
-    (f'--config={DEMO}:demo,debgu', r"no recipe 'debgu'; did you mean 'debug'\?$"),
-    (f'--config={DEMO}:x', r"'x'; choose one of \['debug', 'demo', 'gsm8k'\]$"),
-    (f'--config={GRPO}:chain,gspoo', r"no recipe 'gspoo'; did you mean 'gspo'\?$"),
-    (f'--config={GRPO}:chain,debgu', r"no recipe 'debgu'; did you mean 'debug'\?$"),
-  ],
-)
-def test_a_wrong_file_or_recipe_is_named(flag, message):
-  with pytest.raises(ConfigError, match=message):
-    config.load([flag])
-
-
-def test_debug_shrinks_but_yields_to_flags():
-  full = load()
-  assert (full['steps'], full['model']['preset']) == (2, 'debug')
-  assert full['evaluation']['environment']['size'] == 2
-  assert load('--config.steps=5')['steps'] == 5
-
-
-def test_debug_adds_what_a_section_takes_and_no_section():
-  full = load()  # the recipe itself names neither of these
-  assert (full['data']['workers'], full['data']['overlong']) == (0, 'truncate')
-  assert full['rollouts'] is None
-  # `size` is unwritten in the chain world, where None is all; a debug run asks for few.
-  stages = config.load([f'--config={GRPO}:chain,debug'])
-  assert stages['grpo']['environment']['size'] == 4
-  assert stages['pretrain']['data']['batch_size'] == 2
-  assert 'size' not in stages['pretrain']['data']
-
-
-def test_another_name_with_all_its_keys_is_no_mistake():
-  same = load('--config.loss.name=sft', '--config.loss.label_smoothing=0.1')
-  assert same['loss']['label_smoothing'] == 0.1
 
 
 def test_a_section_is_named_in_front_of_what_its_function_says():
@@ -188,27 +105,6 @@ def test_a_section_without_a_check_passes():
   config.check('loss', {'name': 'sft'})
 
 
-def test_a_config_of_ones_own_imports_a_recipe(tmp_path, monkeypatch):
-  """As CONTRIBUTING shows it."""
-  text = (ROOT / 'CONTRIBUTING.md').read_text()
-  (own,) = re.findall(r'```python\n(from configs import .*?)```', text, re.S)
-  (vowels,) = re.findall(r'```python\n(from educe.environments .*?)```', text, re.S)
-  mine = tmp_path / 'experiments' / 'mine'
-  mine.mkdir(parents=True)
-  (mine / 'config.py').write_text(own)
-  (mine / 'vowels.py').write_text(vowels)
-  for folder in (ROOT, tmp_path):
-    monkeypatch.syspath_prepend(folder)
-  values = config.load([f'--config={mine / "config.py"}:arithmetic,debug'])
-  full = config.expand(values, runs.train)
-  assert full['evaluation']['environment'] == dict(
-    name='experiments.mine.vowels', size=2
-  )
-  world = config.call('environment', full['environment'])
-  assert len(world.prompts) == 4
-  assert world.respond(world.prompts[0], ['queue']).reward == 0.8
-
-
 def test_a_dotted_name_is_an_import_path(tmp_path, monkeypatch):
   (tmp_path / 'mine').mkdir()
   own = 'def loss(scores, batch, *, label_smoothing=0., aggregate="", tau: float=2.): 1'
@@ -229,14 +125,6 @@ def test_call_supplies_by_name_and_says_what_is_missing():
     ConfigError, match=r'config.optimizer needs a section config.steps'
   ):
     config.call('optimizer', steps)
-
-
-def test_a_sweep_names_its_points():
-  points = list(config.sweep([f'--config={DEMO}:demo,debug']))
-  assert points[0] == (
-    'learning_rate=3e-05', ['--config.optimizer.learning_rate=3e-05'],
-  )  # fmt: skip
-  assert len(points) == 3
 
 
 def test_a_mistake_is_found_before_any_device_is_touched(tmp_path):
@@ -272,21 +160,6 @@ def test_a_file_of_several_functions_needs_the_function():
     config.ConfigError, match=r'the function too, as educe\.losses\.advantages:'
   ):
     config.resolve('advantage', 'educe.losses.advantages')
-
-
-def test_a_file_that_imports_recipes_says_from_where(tmp_path):
-  file = tmp_path / 'mine.py'
-  file.write_text('from experiments import nothing_of_this_name_anywhere\n')
-  with pytest.raises(config.ConfigError, match='run from the repository') as error:
-    config.load([f'--config={file}'])
-  assert '\n' not in str(error.value)
-
-
-@pytest.mark.parametrize(('preset', 'minibatches'), [('dr_grpo', 1), ('gspo', 2)])
-def test_debug_adds_no_minibatches(preset, minibatches):
-  path = pathlib.Path(__file__).parents[1] / 'configs' / 'grpo.py'
-  values = config.load([f'--config={path}:{preset},debug'])
-  assert config.expand(values, runs.train)['algorithm']['minibatches'] == minibatches
 
 
 def test_what_has_a_default_is_supplied_where_there_is_any(monkeypatch):

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from educe import cli, config, paths, runs
+from educe import cli, config, paths, recipes, runs
 from educe.training import metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -57,7 +57,7 @@ def test_there_are_recipes():
 
 @pytest.mark.parametrize(('path', 'recipe'), RECIPES, ids=IDS)
 def test_a_recipe_binds_and_its_optimizer_is_real(path, recipe):
-  for values in stages(config.load([f'--config={path}:{recipe}'])):
+  for values in stages(recipes.load([f'--config={path}:{recipe}'])):
     full = config.expand(values, runs.train)
     config.check_used(full, runs.READ)
     config.call('optimizer', full['optimizer'], steps=full['steps'])
@@ -70,7 +70,7 @@ def test_a_recipe_binds_and_its_optimizer_is_real(path, recipe):
   ('path', 'recipe'), RUN, ids=[f'{path.stem}:{recipe}' for path, recipe in RUN]
 )
 def test_a_recipe_takes_its_debug_steps(path, recipe, tmp_path, capsys, compile_once):
-  values = config.load([f'--config={path}:{recipe},debug'])
+  values = recipes.load([f'--config={path}:{recipe},debug'])
   for stage in stages(values):
     source = stage.get('source', stage.get('environment', {}).get('source', {}))
     public = 'preference_sources' in source.get('name', '')
@@ -97,7 +97,7 @@ def test_the_punishment_of_length_has_room_of_its_own():
     lengths = []
     for preset in ('dr_grpo', 'dapo'):
       path = f'--config={ROOT / "configs" / "grpo.py"}:{world},{preset}'
-      lengths.append(stages(config.load([path]))[-1])
+      lengths.append(stages(recipes.load([path]))[-1])
     plain, dapo = lengths
     buffer = dapo['algorithm']['overlong_buffer']
     assert buffer > 0
@@ -146,7 +146,7 @@ PRINTED = {
 
 @pytest.mark.parametrize('preset', presets(ROOT / 'configs' / 'grpo.py'))
 def test_a_preset_has_the_numbers_of_its_paper(preset):
-  values = config.load([f'--config={ROOT / "configs" / "grpo.py"}:{preset}'])
+  values = recipes.load([f'--config={ROOT / "configs" / "grpo.py"}:{preset}'])
   flat = runs.flat(config.expand(values, runs.train))
   printed = PRINTED[preset]
   assert {key: flat[key] for key in printed} == printed

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from educe import cli, runs
-from educe import config as config_lib
 from educe.models import scratch, value_head
 from educe.rollouts import rounds, transcripts
 from educe.training import checkpoint, metrics
@@ -144,19 +143,6 @@ def test_a_stages_mistake_is_named_with_the_stage(config, both, tmp_path, capsys
   said = ' '.join(capsys.readouterr().err.split())
   assert 'config.rl.loss: grpo: kl_coef=0.1 needs' in said
   assert 'config.rl.algorithm.reference_every=0' in said
-
-
-def test_a_stage_is_done_once_its_last_step_is_measured(both, tmp_path):
-  folder = tmp_path / 'x'
-  (folder / 'checkpoints' / '3').mkdir(parents=True)
-  config = {'steps': 3, 'evaluation': {}}
-  lines = (both / 'rl' / 'metrics.jsonl').read_text()
-  (folder / 'metrics.jsonl').write_text(lines)
-  assert runs.is_done(folder, config)
-  (folder / 'metrics.jsonl').write_text(''.join(lines.splitlines(True)[:-1]))
-  assert not runs.is_done(folder, config)
-  assert runs.is_done(folder, {'steps': 3, 'evaluation': None})
-  assert not runs.is_done(folder, {'steps': 4, 'evaluation': None})
 
 
 def test_sigterm_ends_the_sequence_and_the_same_command_goes_on(
@@ -432,6 +418,20 @@ def test_what_a_critic_cannot_be_is_one_line(ppo, tmp_path, capsys, flags, messa
   assert message in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_what_a_value_head_refuses_names_its_section_and_stage(
+  ppo, tmp_path, capsys, monkeypatch
+):
+  def attach(model, params, start=None, *, trunk='shared', init_std=0.0, seed=0):
+    raise ValueError('no room for a head')
+
+  path, folder = ppo
+  shutil.copytree(folder / 'base', tmp_path / 'run' / 'base')
+  monkeypatch.setattr(value_head, 'attach', attach)
+  assert go(path, tmp_path / 'run') == 1
+  said = capsys.readouterr().err.splitlines()[-1]
+  assert said == 'educe: config.rl.value: no room for a head'
+
+
 def test_ppo_without_a_value_head_is_one_line(ppo, tmp_path, capsys):
   text = pathlib.Path(ppo[0].partition('=')[2]).read_text()
   where = tmp_path / 'without.py'
@@ -465,15 +465,3 @@ def test_the_page_is_of_the_last_round_with_log_ratios_or_else_of_the_last(tmp_p
   assert 'round 1' in shown()
   name = '/'.join(tmp_path.parts[-2:])
   assert f'<h1>{name} · rollouts/000001.jsonl, the first 1</h1>' in shown()
-
-
-def test_a_stage_is_named_by_its_folder():
-  folders = {'sft': pathlib.Path('runs/a/sft')}
-  config = {'judge': {'path': 'stage://sft'}, 'steps': 3, 'init_from': None}
-  assert runs.with_stages(config, folders) == {
-    'judge': {'path': 'runs/a/sft'}, 'steps': 3, 'init_from': None
-  }  # fmt: skip
-  with pytest.raises(
-    config_lib.ConfigError, match=r"stf: no such stage before it; did you mean 'sft'\?"
-  ):
-    runs.with_stages({'value_from': 'stage://stf'}, folders)

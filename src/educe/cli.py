@@ -21,7 +21,7 @@ from educe.models import safetensors, weights
 from educe.policies import loader_of, open_policy
 from educe.progress import say
 from educe.rollouts import texts
-from educe.runs import run_all
+from educe.stages import run_all
 from educe.training import checkpoint, loop
 
 # What a user can mend, said in one line. Anything else is our bug and keeps its trace.

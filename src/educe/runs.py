@@ -1,4 +1,4 @@
-"""Runs: a config from its sections to a finished folder, and sequences of them.
+"""Runs: a config from its sections to a finished folder.
 
 This file only wires: what it calls is in the folders below, and `train` reads from top
 to bottom as the story of a run.
@@ -12,20 +12,17 @@ import importlib.util
 import inspect
 import json
 import pathlib
-import re
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 
 from educe import config as config_lib
 from educe import paths, sharding
-from educe.measurement import curves, reliability, story, transcript_page
+from educe.measurement import curves, reliability, transcript_page
 from educe.models import policy, value_head
 from educe.policies import check_vocabulary, open_values, read_config
 from educe.progress import say
 from educe.rollouts import transcripts
-from educe.spelling import near
 from educe.training import checkpoint, loop, metrics
 from educe.training.step import init_state, make_step
 
@@ -34,8 +31,6 @@ READ = (
   'model', 'value', 'tokenizer', 'algorithm', 'loss', 'optimizer', 'evaluation', 'mesh'
 )  # fmt: skip
 PAGE = 64  # completions on the page of transcripts
-# What may change without changing the result (`init_from` is filled in for a stage).
-BESIDE = ('init_from', 'mesh', 'microbatches', 'save_every', 'keep', 'tensorboard')
 
 
 def train(
@@ -142,7 +137,7 @@ def train(
     if value_from is not None:
       where = pathlib.Path(value_from) / 'checkpoints'
       start = value_head.taken(checkpoint.saved_with_value(where, net, params)[1])
-    net, params = config_lib.bound('value', value)(net, params, start)
+    net, params = call('value', value, model=net, params=params, start=start)
   size = policy.count(params)
   flops_per_token = 6.0 * size
   params = sharding.place(params, net.axes, grid)
@@ -302,92 +297,3 @@ def pictures(run_dir: pathlib.Path) -> list[pathlib.Path]:
     html = run_dir / 'transcripts.html'
     made.append(transcript_page.page(rows, html, title=title))
   return made
-
-
-def run_all(argv: Sequence[str], run_dir: pathlib.Path, *, sweep: bool) -> None:
-  """What a config file asks for: one run; or every point of its sweep(), or its
-  `stages` one after another, each in its own folder.
-
-  A stage starts from the weights that the stage before it ended with, unless it has an
-  init_from of its own; 'stage://sft', anywhere in it, is the folder of the stage sft. The
-  keys and types of all are checked before the first is run, their values when each starts.
-
-  Raises ConfigError where a finished stage was another's.
-  """
-  points = config_lib.sweep(argv) if sweep else [('', [])]
-  for name, point in points:
-    values = config_lib.load([*argv, *point])
-    stages = values.pop('stages', None)
-    if stages is None:
-      runs = {run_dir / name: config_lib.expand(values, train)}
-    else:
-      if unknown := sorted(values.keys() ^ set(stages)):
-        raise config_lib.ConfigError(
-          f'config.stages={stages}: {unknown[0]!r} is not both a stage and a section'
-        )
-      runs = {
-        run_dir / name / stage: config_lib.expand(
-          values[stage], train, f'config.{stage}'
-        )
-        for stage in stages
-      }
-    before: dict[str, pathlib.Path] = {}
-    for folder, config in runs.items():
-      config_lib.check_used(config, READ)
-      runs[folder] = with_stages(config, before)
-      before[folder.name] = folder
-    previous = None
-    for folder, config in runs.items():
-      if stages and is_done(folder, config):
-        check_same(folder, config)
-        say(f'{folder} is already done')
-      else:
-        if previous is not None and config['init_from'] is None:
-          config['init_from'] = str(previous)
-        try:
-          finished = train(folder, **config)
-        except config_lib.ConfigError as error:
-          if not stages:
-            raise
-          inside = re.sub(r'\bconfig\.(?!json\b)', f'config.{folder.name}.', str(error))
-          raise config_lib.ConfigError(inside) from error
-        if not finished:
-          return
-      previous = folder
-    if stages:
-      say(story.table(list(runs)))
-
-
-def with_stages(values: Any, folders: dict[str, pathlib.Path]) -> Any:
-  """A config in which 'stage://sft' is the folder of the stage of that name.
-
-  folders: of the stages before it. Raises ConfigError for any other.
-  """
-  if isinstance(values, dict):
-    return {key: with_stages(x, folders) for key, x in values.items()}
-  if not isinstance(values, str) or not values.startswith('stage://'):
-    return values
-  name = values.removeprefix('stage://')
-  if name not in folders:
-    hint = near(name, folders)
-    raise config_lib.ConfigError(f'{values}: no such stage before it{hint}')
-  return str(folders[name])
-
-
-def is_done(folder: pathlib.Path, config: dict[str, Any]) -> bool:
-  """Its last step is saved and, where there is an evaluation, evaluated."""
-  last = config['steps']
-  saved = (folder / 'checkpoints' / str(last)).is_dir()
-  if not saved or config['evaluation'] is None:
-    return saved
-  return last in metrics.evaluated(metrics.read(folder / 'metrics.jsonl'))
-
-
-def check_same(folder: pathlib.Path, config: dict[str, Any]) -> None:
-  """Raises ConfigError if a finished run was asked for something else."""
-  for key, before, after in changes(read_config(folder / 'config.json'), config):
-    if key.split('.')[0] not in BESIDE:
-      raise config_lib.ConfigError(
-        f'{folder} is done with {key}={before}, and the config now says {after}: restore '
-        'it, or give a new --run_dir'
-      )

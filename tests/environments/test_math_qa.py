@@ -7,7 +7,7 @@ import pytest
 
 from educe.environments import math_qa
 from educe.environments.math_qa import make, verify
-from educe.environments.verifiers import judges
+from educe.environments.verifiers import worker_pool
 
 pytest.importorskip('math_verify')
 ROWS = [
@@ -127,8 +127,10 @@ def test_a_huge_value_costs_one_sample(file):
   environment = make(path=file(ROWS))
   record = {'answer': 'x+1'}
   texts = [r'\boxed{9^{9^{9^{9}}}}', r'\boxed{x+1}', r'\boxed{((10^6)!)!}', '1+x']
-  with judges(environment.respond, workers=1, time_limit=2, error_limit=1) as judge:
-    turns = judge([(record, [text]) for text in texts])
+  with worker_pool(
+    environment.respond, workers=1, time_limit=2, error_limit=1
+  ) as verifier:
+    turns = verifier([(record, [text]) for text in texts])
   assert [t.reward for t in turns[1::2]] == [1.0, 1.0]
   assert all(not turn.reward for turn in turns[::2])
 

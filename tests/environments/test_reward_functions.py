@@ -4,7 +4,7 @@ import re
 import pytest
 
 from educe.environments.reward_functions import make
-from educe.environments.verifiers import VerifierError, judges
+from educe.environments.verifiers import VerifierError, worker_pool
 
 RECORDS = [
   {'prompt': 'Say five.', 'answer': '5', 'limit': 3},
@@ -125,8 +125,8 @@ def test_in_a_worker_a_broken_function_is_an_error_and_stops_the_run():
     return columns['no such column'] if completion == 'bad' else 1.0
 
   environment = make(prompts=RECORDS, functions=broken)
-  with judges(environment.respond, workers=1) as judge:
-    good, bad = judge([(RECORDS[0], ['good']), (RECORDS[0], ['bad'])])
+  with worker_pool(environment.respond, workers=1) as verifier:
+    good, bad = verifier([(RECORDS[0], ['good']), (RECORDS[0], ['bad'])])
     assert good.reward == 1
     assert good.info['rewards'] == {'broken': 1.0}
     assert bad.reward is None
@@ -136,7 +136,7 @@ def test_in_a_worker_a_broken_function_is_an_error_and_stops_the_run():
     )
     assert re.search(r'\(test_reward_functions\.py line \d+\)$', said)
     with pytest.raises(VerifierError, match='no such column'):
-      judge([(RECORDS[0], ['bad'])] * 5)
+      verifier([(RECORDS[0], ['bad'])] * 5)
 
 
 @pytest.mark.parametrize(

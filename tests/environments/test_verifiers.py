@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from educe.environments import verifiers
-from educe.environments.verifiers import VerifierError, check, judges, outcome
+from educe.environments.verifiers import VerifierError, check, outcome, worker_pool
 from educe.types import Turn
 
 
@@ -50,32 +50,32 @@ def respond(prompt, transcript):
   )
 
 
-def ask(judge, *texts, **prompt):
-  return judge([({'answer': '5', **prompt}, [text]) for text in texts])
+def ask(verifier, *texts, **prompt):
+  return verifier([({'answer': '5', **prompt}, [text]) for text in texts])
 
 
 @pytest.fixture(scope='module')
-def judge():
+def verifier():
   """error_limit=1: these tests fail on purpose."""
-  with judges(
+  with worker_pool(
     respond, workers=2, time_limit=1.5, memory_limit=2, error_limit=1
   ) as pool:
     yield pool
 
 
-def test_turns_come_back_in_order_one_a_sample(judge):
+def test_turns_come_back_in_order_one_a_sample(verifier):
   texts = [str(i % 7) for i in range(200)]
-  turns = ask(judge, *texts)
+  turns = ask(verifier, *texts)
   assert [t.reward for t in turns] == [float(t == '5') for t in texts]
   assert all(isinstance(t, Turn) and t.done and t.observation is None for t in turns)
   assert os.getpid() not in {t.info['pid'] for t in turns}
-  assert ask(judge) == []
+  assert ask(verifier) == []
 
 
-def test_a_hang_is_killed_and_costs_only_itself(judge):
-  ask(judge, '5')
+def test_a_hang_is_killed_and_costs_only_itself(verifier):
+  ask(verifier, '5')
   start = time.monotonic()
-  turns = ask(judge, '5', 'hang', '4', 'backtrack', '5', '5')
+  turns = ask(verifier, '5', 'hang', '4', 'backtrack', '5', '5')
   assert time.monotonic() - start < 30  # two limits of 1.5 s and two new workers
   assert [t.info['outcome'] for t in turns] == [
     'verified', 'timeout', 'wrong', 'timeout', 'verified', 'verified'
@@ -85,8 +85,8 @@ def test_a_hang_is_killed_and_costs_only_itself(judge):
   assert '1.5 s' in turns[1].info['error']
 
 
-def test_what_raises_is_an_error_with_its_message(judge):
-  bad, fine, left, memory = ask(judge, 'raise', '5', 'leave', 'memory')
+def test_what_raises_is_an_error_with_its_message(verifier):
+  bad, fine, left, memory = ask(verifier, 'raise', '5', 'leave', 'memory')
   assert bad.reward is None
   assert bad.done
   assert bad.info['outcome'] == 'error'
@@ -96,14 +96,14 @@ def test_what_raises_is_an_error_with_its_message(judge):
   assert 'MemoryError' in memory.info['error']
 
 
-def test_a_killed_worker_loses_nothing(judge, tmp_path):
-  turns = ask(judge, '5', 'die once', 'die', '4', flag=str(tmp_path / 'flag'))
+def test_a_killed_worker_loses_nothing(verifier, tmp_path):
+  turns = ask(verifier, '5', 'die once', 'die', '4', flag=str(tmp_path / 'flag'))
   assert [t.info['outcome'] for t in turns] == ['verified', 'wrong', 'error', 'wrong']
   assert 'signal 9' in turns[2].info['error']
-  pids = {t.info['pid'] for t in ask(judge, *'5' * 50)}
+  pids = {t.info['pid'] for t in ask(verifier, *'5' * 50)}
   for pid in pids:  # idle ones, between two calls
     os.kill(pid, signal.SIGKILL)
-  turns = ask(judge, *'5' * 50)
+  turns = ask(verifier, *'5' * 50)
   assert [t.reward for t in turns] == [1.0] * 50
   assert not pids & {t.info['pid'] for t in turns}
 
@@ -118,20 +118,20 @@ def test_an_interrupted_call_leaves_no_verdict_for_the_next():
       raise KeyboardInterrupt
     return wait(workers)
 
-  with judges(respond, workers=1) as judge:
+  with worker_pool(respond, workers=1) as verifier:
     with pytest.MonkeyPatch.context() as patch:
       patch.setattr(verifiers, '_wait', interrupted)
       with pytest.raises(KeyboardInterrupt):
-        ask(judge, '4', '4')
-    assert [outcome(turn) for turn in ask(judge, '5')] == ['verified']
+        ask(verifier, '4', '4')
+    assert [outcome(turn) for turn in ask(verifier, '5')] == ['verified']
 
 
-def test_what_a_verifier_prints_is_no_part_of_its_answer(judge):
-  assert [t.reward for t in ask(judge, 'print', '5')] == [0.0, 1.0]
+def test_what_a_verifier_prints_is_no_part_of_its_answer(verifier):
+  assert [t.reward for t in ask(verifier, 'print', '5')] == [0.0, 1.0]
 
 
-def test_a_verifier_runs_in_a_main_thread_where_alarms_work(judge):
-  assert ask(judge, 'alarm')[0].info['outcome'] == 'wrong'
+def test_a_verifier_runs_in_a_main_thread_where_alarms_work(verifier):
+  assert ask(verifier, 'alarm')[0].info['outcome'] == 'wrong'
 
 
 @pytest.mark.parametrize(
@@ -146,16 +146,16 @@ def test_a_verifier_runs_in_a_main_thread_where_alarms_work(judge):
     ('[1.0, 0.0]', r'reward is \[1.0, 0.0\] \(list\)'),
   ],
 )
-def test_a_reward_that_is_none_is_an_error_on_one_line(judge, value, message):
-  turn = ask(judge, f'return {value}')[0]
+def test_a_reward_that_is_none_is_an_error_on_one_line(verifier, value, message):
+  turn = ask(verifier, f'return {value}')[0]
   assert turn.reward is None
   assert turn.info['outcome'] == 'error'
   assert re.search(message, turn.info['error'])
   assert '\n' not in turn.info['error']
 
 
-def test_none_is_not_zero(judge):
-  turns = ask(judge, 'return None', 'return 0.0', 'return 0', 'return 2')
+def test_none_is_not_zero(verifier):
+  turns = ask(verifier, 'return None', 'return 0.0', 'return 0', 'return 2')
   assert [t.reward for t in turns] == [None, 0.0, 0.0, 2.0]
   assert [outcome(t) for t in turns] == ['unparsable', 'wrong', 'wrong', 'verified']
 
@@ -197,52 +197,57 @@ def test_another_turn_may_follow():
   def converse(prompt, transcript):
     return Turn('and now?', None, len(transcript) > 1, {'seen': tuple(transcript)})
 
-  with judges(converse, workers=1) as judge:
-    first, last = judge([({}, ['a']), ({}, ['a', 'b'])])
+  with worker_pool(converse, workers=1) as verifier:
+    first, last = verifier([({}, ['a']), ({}, ['a', 'b'])])
     assert first == Turn('and now?', None, False, {'seen': ['a']})
     assert last.done
-    assert sum(judge.counts.values()) == 1  # an unfinished turn has no outcome
+    assert sum(verifier.counts.values()) == 1  # an unfinished turn has no outcome
 
 
 def test_outcomes_are_counted_apart():
-  with judges(respond, workers=1, time_limit=1.0, error_limit=0.9) as judge:
-    ask(judge, '5', '5', '4', 'hang', 'raise', 'return None')
-    ask(judge, '5')
-    assert judge.counts == dict(verified=3, wrong=1, unparsable=1, timeout=1, error=1)
+  with worker_pool(respond, workers=1, time_limit=1.0, error_limit=0.9) as verifier:
+    ask(verifier, '5', '5', '4', 'hang', 'raise', 'return None')
+    ask(verifier, '5')
+    assert verifier.counts == dict(
+      verified=3, wrong=1, unparsable=1, timeout=1, error=1
+    )
 
 
 def test_too_many_errors_stop_the_run_and_are_quoted():
-  with judges(respond, workers=1, error_limit=0.1) as judge:
+  with worker_pool(respond, workers=1, error_limit=0.1) as verifier:
     # Three are let pass, and so are four among forty; a fifth is not.
-    ask(judge, '5', 'raise', 'raise', 'raise')
-    ask(judge, *'5' * 35, 'raise')
+    ask(verifier, '5', 'raise', 'raise', 'raise')
+    ask(verifier, *'5' * 35, 'raise')
     with pytest.raises(
       VerifierError, match=r'5 of the last 41 .*first: error: KeyError'
     ):
-      ask(judge, 'raise')
+      ask(verifier, 'raise')
 
 
 def test_timeouts_stop_the_run_too(monkeypatch):
   monkeypatch.setattr(verifiers, 'TOLERATED', 0)
-  with judges(respond, workers=1, time_limit=0.5, error_limit=0.5) as judge:
-    ask(judge, 'hang', '5')  # a half is not more than a half
+  with worker_pool(respond, workers=1, time_limit=0.5, error_limit=0.5) as verifier:
+    ask(verifier, 'hang', '5')  # a half is not more than a half
     with pytest.raises(VerifierError, match=r'2 of the last 3 .* timeout: no verdict'):
-      ask(judge, 'hang')
+      ask(verifier, 'hang')
 
 
 def test_a_verifier_that_only_raises_stops_at_once():
-  with judges(respond, workers=1) as judge, pytest.raises(VerifierError, match='KeyE'):
-    ask(judge, 'raise')
+  with (
+    worker_pool(respond, workers=1) as verifier,
+    pytest.raises(VerifierError, match='KeyE'),
+  ):
+    ask(verifier, 'raise')
 
 
 def test_old_errors_are_forgotten(monkeypatch):
   monkeypatch.setattr(verifiers, 'WINDOW', 8)
-  with judges(respond, workers=1, error_limit=0.5) as judge:
-    ask(judge, *'5' * 8, *['raise'] * 4)
-    ask(judge, *'5' * 8)
-    ask(judge, *['raise'] * 4)  # 8 of 20 in all, 4 of the last 8
+  with worker_pool(respond, workers=1, error_limit=0.5) as verifier:
+    ask(verifier, *'5' * 8, *['raise'] * 4)
+    ask(verifier, *'5' * 8)
+    ask(verifier, *['raise'] * 4)  # 8 of 20 in all, 4 of the last 8
     with pytest.raises(VerifierError, match='5 of the last 8'):
-      ask(judge, 'raise')
+      ask(verifier, 'raise')
 
 
 def test_closing_leaves_no_process_not_even_a_grandchild():
@@ -250,16 +255,16 @@ def test_closing_leaves_no_process_not_even_a_grandchild():
     child = subprocess.Popen(['sleep', '600'])
     return Turn(None, 0.0, True, {'pids': [os.getpid(), child.pid]})
 
-  with judges(bear, workers=2) as judge:
-    turns = judge([({}, [''])] * 4)
+  with worker_pool(bear, workers=2) as verifier:
+    turns = verifier([({}, [''])] * 4)
   deadline = time.monotonic() + 10
   for pid in {pid for turn in turns for pid in turn.info['pids']}:
     while _alive(pid) and time.monotonic() < deadline:
       time.sleep(0.05)
     assert not _alive(pid)
-  judge.close()  # twice is no harm
+  verifier.close()  # twice is no harm
   with pytest.raises(ValueError, match='closed'):
-    judge([({}, [''])])
+    verifier([({}, [''])])
 
 
 def _alive(pid: int) -> bool:
@@ -278,15 +283,15 @@ def test_workers_do_not_outlive_a_killed_run(work):
   """A script, so the verifier is in __main__, as in a notebook."""
   script = f"""
     import os, re, time
-    from educe.environments.verifiers import judges
+    from educe.environments.verifiers import worker_pool
     from educe.types import Turn
     def respond(prompt, transcript):
       print(os.getpid(), flush=True)
       {work}
     if __name__ == '__main__':
-      with judges(respond, workers=1, time_limit=0.5) as judge:
-        judge.time_limit = 600  # the outer clock is gone, as if it were killed
-        judge([({{}}, [''])])
+      with worker_pool(respond, workers=1, time_limit=0.5) as verifier:
+        verifier.time_limit = 600  # the outer clock is gone, as if it were killed
+        verifier([({{}}, [''])])
   """
   run = subprocess.Popen(
     [sys.executable, '-c', textwrap.dedent(script)],
@@ -314,8 +319,8 @@ def test_no_warning_where_jax_runs_and_no_backend_in_a_worker():
 
     return Turn(None, float(bool(xla_bridge._backends)), True, {})
 
-  with judges(look, workers=1) as judge:
-    assert judge([({}, [''])])[0].reward == 0
+  with worker_pool(look, workers=1) as verifier:
+    assert verifier([({}, [''])])[0].reward == 0
 
 
 def test_a_verifier_from_a_file_that_is_on_no_path(tmp_path):
@@ -333,8 +338,8 @@ def test_a_verifier_from_a_file_that_is_on_no_path(tmp_path):
   sys.modules['my_verifier'] = module
   spec.loader.exec_module(module)
   try:
-    with judges(module.respond, workers=1) as judge:
-      assert judge([({}, ['abc'])])[0].reward == 3
+    with worker_pool(module.respond, workers=1) as verifier:
+      assert verifier([({}, ['abc'])])[0].reward == 3
   finally:
     del sys.modules['my_verifier']
 
@@ -345,8 +350,8 @@ def test_text_of_any_kind_comes_through():
     return Turn(None, 1.0, True, {**info, 'odd': {1j}})
 
   texts = ['é\n\x00', '\ud800', '{"ready": true}', 'a' * 3_000_000]
-  with judges(echo, workers=1) as judge:
-    turns = judge([({'tuple': (1, 2)}, [text]) for text in texts])
+  with worker_pool(echo, workers=1) as verifier:
+    turns = verifier([({'tuple': (1, 2)}, [text]) for text in texts])
   assert [t.info['answer'] for t in turns] == texts
   assert all(t.info['tuple'] and t.info['odd'] == '{1j}' for t in turns)
 
@@ -354,23 +359,23 @@ def test_text_of_any_kind_comes_through():
 def test_a_verifier_that_cannot_start_is_one_line():
   lock = threading.Lock()
   with pytest.raises(ValueError, match=r'cannot be sent.*lock'):
-    judges(lambda prompt, transcript: lock)
+    worker_pool(lambda prompt, transcript: lock)
 
   class Broken:
     def __reduce__(self):
       return int, ('no number',)
 
-  with judges(Broken(), workers=1) as judge:  # noqa: SIM117
+  with worker_pool(Broken(), workers=1) as verifier:  # noqa: SIM117
     with pytest.raises(VerifierError, match='cannot be loaded: ValueError: invalid'):
-      judge([({}, [''])])
+      verifier([({}, [''])])
 
   class Fatal:
     def __reduce__(self):
       return os._exit, (7,)
 
-  with judges(Fatal(), workers=1) as judge:  # noqa: SIM117
+  with worker_pool(Fatal(), workers=1) as verifier:  # noqa: SIM117
     with pytest.raises(VerifierError, match=r'die while starting .exit status 7'):
-      judge([({}, [''])])
+      verifier([({}, [''])])
 
 
 @pytest.mark.parametrize(
@@ -380,18 +385,18 @@ def test_a_verifier_that_cannot_start_is_one_line():
 def test_bad_limits_are_one_clear_line(arguments):
   name = next(iter(arguments))
   with pytest.raises(ValueError, match=f'{name}=.*must be') as error:
-    judges(respond, **arguments)
+    worker_pool(respond, **arguments)
   assert '\n' not in str(error.value)
 
 
 def test_workers_may_wait_for_their_first_sample_for_as_long_as_they_like(monkeypatch):
   """The limit is for loading, which begins with the first call, not for a long
   evaluation between the start of the workers and that."""
-  with judges(respond, workers=2) as judge:
+  with worker_pool(respond, workers=2) as verifier:
     monkeypatch.setattr(
       time, 'monotonic', lambda now=time.monotonic: now() + 2 * verifiers.START_LIMIT
     )
-    assert [turn.reward for turn in ask(judge, '5', '4')] == [1, 0]
+    assert [turn.reward for turn in ask(verifier, '5', '4')] == [1, 0]
 
 
 def test_a_worker_that_never_gets_ready_is_one_line(monkeypatch):
@@ -401,6 +406,6 @@ def test_a_worker_that_never_gets_ready_is_one_line(monkeypatch):
     def __reduce__(self):
       return time.sleep, (60,)
 
-  with judges(Slow(), workers=1) as judge:  # noqa: SIM117
+  with worker_pool(Slow(), workers=1) as verifier:  # noqa: SIM117
     with pytest.raises(VerifierError, match=r'worker not ready in 0\.5 s'):
-      ask(judge, '5')
+      ask(verifier, '5')

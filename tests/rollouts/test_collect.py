@@ -178,14 +178,14 @@ def test_the_kept_mass_is_given_when_something_was_cut(decoder):
   assert rollouts.kept.min() < 0.98
 
 
-def test_a_judge_sees_every_row_at_once_and_in_order(plain):
+def test_a_verifier_sees_every_row_at_once_and_in_order(plain):
   calls = []
 
-  def judge(rows):
+  def verifier(rows):
     calls.append(rows)
     return [Turn(None, float(index), True, {}) for index in range(len(rows))]
 
-  rollouts = run(plain, judge=judge)
+  rollouts = run(plain, verifier=verifier)
   assert len(calls) == 1
   assert [record['prompt'] for record, _ in calls[0]] == [
     record['prompt'] for record in RECORDS for _ in range(4)
@@ -200,7 +200,7 @@ def test_a_judge_sees_every_row_at_once_and_in_order(plain):
 
 def test_not_scored_is_nan(plain):
   turn = Turn(None, None, True, {})
-  rollouts = run(plain, judge=lambda rows: [turn] * len(rows))
+  rollouts = run(plain, verifier=lambda rows: [turn] * len(rows))
   assert np.isnan(rollouts.rewards).all()
   assert {row['reward'] for row in rollouts.transcripts} == {None}
   assert {row['outcome'] for row in rollouts.transcripts} == {'unparsable'}
@@ -210,7 +210,7 @@ def test_a_reward_is_what_was_paid_whatever_the_outcome(plain):
   """Partial credit for a wrong answer, a fine for an unparsable one."""
   paid = [('wrong', 0.5), ('unparsable', -1.0), ('verified', 0.25), ('wrong', 2.0)] * 3
   turns = [Turn(None, reward, True, {'outcome': said}) for said, reward in paid]
-  rollouts = run(plain, judge=lambda rows: turns)
+  rollouts = run(plain, verifier=lambda rows: turns)
   said = [(row['outcome'], row['reward']) for row in rollouts.transcripts]
   assert said == paid
   np.testing.assert_array_equal(rollouts.rewards, np.float32([r for _, r in paid]))
@@ -261,8 +261,8 @@ def broken(record, transcript):
     (dict(max_new_tokens=50), 'record 1: its prompt has 21 tokens, with max_new_tokens'),
     (dict(max_new_tokens=0), 'max_new_tokens must be at least 1'),
     (dict(seeds=[1, 2]), '2 seeds for 12'),
-    (dict(judge=lambda rows: []), 'judge answered 0 rows, 12 were asked'),
-    (dict(judge=lambda rows: [None] * 12), "record 'a': respond returned None"),
+    (dict(verifier=lambda rows: []), 'verifier answered 0 rows, 12 were asked'),
+    (dict(verifier=lambda rows: [None] * 12), "record 'a': respond returned None"),
     (dict(environment=always(Turn('go on', 0.0, False, {}))), 'another turn'),
     (dict(environment=always(Turn(None, 'good', True, {}))), "'a': .* reward is 'good'"),
     (dict(environment=always(Turn(None, math.inf, True, {}))), 'reward is inf'),

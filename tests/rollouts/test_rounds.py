@@ -509,14 +509,14 @@ def test_a_reward_that_hangs_is_a_timeout_and_not_scored():
   assert np.isnan(rollouts.rewards).sum() == 1
 
 
-def test_a_judge_that_answers_the_wrong_number_of_rows_is_refused(monkeypatch):
-  class Judge:
+def test_a_verifier_that_answers_the_wrong_number_of_rows_is_refused(monkeypatch):
+  class Verifier:
     def __call__(self, rows):
       return [Turn(None, 1.0, True, {})] * (len(rows) - 1)
 
     def close(self):
       pass
 
-  monkeypatch.setattr(rounds.verifiers, 'judges', lambda *a, **k: Judge())
+  monkeypatch.setattr(rounds.verifiers, 'worker_pool', lambda *a, **k: Verifier())
   with pytest.raises(ValueError, match='answered 11 rows, 12 were asked'):
     real(workers=1).next(policy()[1], 0)

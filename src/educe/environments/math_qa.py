@@ -16,7 +16,8 @@ math-verify uses it for plain expressions; only its LaTeX reader is used here, a
 (ANTLR) that builds expressions from the tokens that it knows. What a grammar cannot stop
 is a small text with a huge value (9^{9^{9^9}}): math-verify's own limit is an alarm,
 which works in a main thread only and is therefore off, and the clock is that of
-`verifiers.judges`. Call `respond` directly only on text that you trust to be short work.
+`verifiers.worker_pool`. Call `respond` directly only on text that you trust to be short
+work.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def make(
 
   The reward is 1 or 0. Turn.info has `outcome` ('unparsable': no answer that can be
   read) and `answer`, the text judged. `respond` raises where the reference itself
-  cannot be compared: `verifiers.judges` counts that as an error.
+  cannot be compared: `verifiers.worker_pool` counts that as an error.
 
   Raises ValueError for files, columns and sizes that do not fit, and without the
   package math-verify.

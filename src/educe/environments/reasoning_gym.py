@@ -24,7 +24,7 @@ elsewhere) is never paid. Where its scorer is wrong, another one judges:
   C and elementary functions (`_algebra`). No name or attribute of Python can be written
   so. `Integral` cannot either, for the integral of the question, unsolved, would pass;
   problems whose reference is such a one are left out. What stays possible is a small
-  text with a huge value; time is limited by `verifiers.judges`.
+  text with a huge value; time is limited by `verifiers.worker_pool`.
 - `basic_arithmetic` without parentheses works from left to right, × after + or not, and
   where it asks 4 / 1 expects what another division, or even a product, gives: problems
   whose answer is not the value of what they ask, or that hold a /, are left out.

@@ -15,8 +15,8 @@ None the row's reward is None, which keeps it out of its group's mean. Weights a
 renormalised: a row that fewer functions score has a smaller range of rewards.
 
 Functions run wherever `respond` does. In a run that is a worker process
-(`verifiers.judges`): they need no time limit of their own, may come from a notebook, and
-whatever they do or return is one sample's 'error', not the end of the run.
+(`verifiers.worker_pool`): they need no time limit of their own, may come from a notebook,
+and whatever they do or return is one sample's 'error', not the end of the run.
 """
 
 from __future__ import annotations

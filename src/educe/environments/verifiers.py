@@ -1,7 +1,7 @@
 """Verifiers in processes of their own, with limits that hold.
 
-  with judges(environment.respond, workers=2, time_limit=10) as judge:
-    turns = judge([(prompt, transcript), …])   # one Turn a sample, in order
+  with worker_pool(environment.respond, workers=2, time_limit=10) as verifier:
+    turns = verifier([(prompt, transcript), …])   # one Turn a sample, in order
 
 A verifier that hangs (sympy, a backtracking regex), exhausts memory or kills its
 interpreter must not take the run with it, and an alarm set inside it (math_verify)
@@ -13,9 +13,9 @@ sample at a time in its main thread, and the clock is here, outside it.
 - A worker that dies is replaced and its sample judged once more; then it is an 'error'.
 
 Such a sample's reward is None, not 0: nothing was learned about the answer, and the
-policy is not made to pay for it. `judge.counts` holds how many of each of OUTCOMES there
-were. When errors and timeouts exceed `error_limit` the judge raises VerifierError with
-the first of them: a broken verifier must not train a policy on silence.
+policy is not made to pay for it. `verifier.counts` holds how many of each of OUTCOMES
+there were. When errors and timeouts exceed `error_limit` the verifier raises
+VerifierError with the first of them: a broken one must not train a policy on silence.
 
 The function goes out by cloudpickle (so it may come from a notebook) and the samples by
 pickle, both this process's own data; what comes back is only ever parsed as JSON. `info`
@@ -61,14 +61,14 @@ class VerifierError(ValueError):
   """The verifier is broken: judging on would train on noise."""
 
 
-def judges(
+def worker_pool(
   respond: Respond,
   *,
   workers: int = 2,
   time_limit: float = 10.0,
   memory_limit: float = 8.0,
   error_limit: float = 0.1,
-) -> Judges:
+) -> WorkerPool:
   """A pool of worker processes that call `respond(prompt, transcript)`.
 
   time_limit: seconds a sample (wall clock)
@@ -87,11 +87,13 @@ def judges(
     raise ValueError(f'time_limit={time_limit}: must be more than 0 seconds')
   if memory_limit < 0:
     raise ValueError(f'memory_limit={memory_limit}: must be at least 0 GiB')
-  return Judges(worker.pack(respond), workers, time_limit, memory_limit, error_limit)
+  return WorkerPool(
+    worker.pack(respond), workers, time_limit, memory_limit, error_limit
+  )
 
 
-class Judges:
-  """What `judges` returns. Call it with (prompt, transcript) pairs."""
+class WorkerPool:
+  """What `worker_pool` returns. Call it with (prompt, transcript) pairs."""
 
   def __init__(self, respond, workers, time_limit, memory_limit, error_limit):
     self._tally = Tally(error_limit)
@@ -104,7 +106,7 @@ class Judges:
     for _ in range(workers):
       self._workers.append(self._start())
 
-  def __enter__(self) -> Judges:
+  def __enter__(self) -> WorkerPool:
     return self
 
   def __exit__(self, *exception) -> None:
@@ -121,7 +123,7 @@ class Judges:
     """One Turn a sample, in order. Raises VerifierError, and ValueError if closed."""
     with self._lock:
       if not self._workers:
-        raise ValueError('judges: already closed')
+        raise ValueError('worker_pool: already closed')
       try:
         turns = self._judge([pickle.dumps(tuple(sample)) for sample in samples])
       finally:
@@ -186,7 +188,7 @@ class Judges:
 
 
 class Tally:
-  """Counts outcomes; more failures than `judges` says are too many are the end."""
+  """Counts outcomes; more failures than `worker_pool` says are too many are the end."""
 
   def __init__(self, error_limit: float):
     if not 0 <= error_limit <= 1:

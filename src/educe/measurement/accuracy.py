@@ -105,9 +105,11 @@ def evaluate(
   )
   if not workers:
     return accuracy(ask().transcripts)
-  judges = verifiers.judges(environment.respond, workers=workers, time_limit=time_limit)
-  with judges as judge:
-    return accuracy(ask(judge=judge).transcripts)
+  pool = verifiers.worker_pool(
+    environment.respond, workers=workers, time_limit=time_limit
+  )
+  with pool as verifier:
+    return accuracy(ask(verifier=verifier).transcripts)
 
 
 def check(

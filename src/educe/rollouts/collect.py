@@ -1,7 +1,7 @@
 """Rollouts: groups of completions, judged, as the arrays that an update reads.
 
 Token in, token out: a prompt is encoded once, and the tokens trained on are the very
-tokens sampled. Text is only what the judge and the transcripts see.
+tokens sampled. Text is only what the verifier and the transcripts see.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from educe.types import Environment, Model, Params, Rollouts, Turn
 
 Record = Mapping[str, Any]
 # (record, transcript: the completion's text, turn by turn) of each row -> their Turns
-Judge = Callable[[Sequence[tuple[Record, Sequence[str]]]], Sequence[Turn]]
+Verifier = Callable[[Sequence[tuple[Record, Sequence[str]]]], Sequence[Turn]]
 
 
 def collect(
@@ -37,7 +37,7 @@ def collect(
   key: Key[Array, ''],
   max_new_tokens: int,
   seeds: Sequence[int] | None = None,
-  judge: Judge | None = None,
+  verifier: Verifier | None = None,
   **sampling: Any,
 ) -> Rollouts:
   """`group` completions of each record's prompt, judged; rows are group-major.
@@ -45,7 +45,7 @@ def collect(
   records: some of environment.prompts, or others that it can judge
   seeds: one integer a row, P·G of them; 0, 1, 2 … by default. A row's sample depends
     on (key, its seed, its prompt) alone, so a step should bring a fresh key.
-  judge: answers all rows at once, in order, such as a pool of worker processes; None
+  verifier: answers all rows at once, in order, such as a pool of worker processes; None
     asks environment.respond here, one row after the other. A reward that raises or
     is no number is the outcome 'error' and not scored; if all are, this raises.
   sampling: temperature, top_k, top_p, min_p, stop, batch_size, show of `texts.generate`
@@ -55,7 +55,7 @@ def collect(
   of a policy to sampler_logp is no longer 1 in the mean, and needs log kept.
 
   Raises ValueError for bad sizes, a record without a prompt or with one that does not
-  fit the context (`fitting` drops those), a judge that answers the wrong number of
+  fit the context (`fitting` drops those), a verifier that answers the wrong number of
   rows or with something that is no number, and an environment that is not done.
   """
   if not (group >= 1 and int(group) == group):
@@ -85,7 +85,7 @@ def collect(
   texts = [[done.text] for done in completions]
   rows = list(zip(repeated, texts, strict=True))
   names = [records[row // group].get('id', row // group) for row in range(len(rows))]
-  turns = _asked(judge, rows, names) if judge else _here(environment, rows, names)
+  turns = _asked(verifier, rows, names) if verifier else _here(environment, rows, names)
   rewards: Any = np.array([_nan(turn.reward) for turn in turns], np.float32)
   truncated = any(mass < 1 for done in completions for mass in done.kept)
   tokens, mask, logp, kept, stopped = _arrays(repeated_ids, completions)
@@ -133,10 +133,10 @@ def _encode(tokenizer, record, index) -> list[int]:
   return encode_prompt(tokenizer, record['prompt'], tools=record.get('tools'))
 
 
-def _asked(judge: Judge, rows, names) -> list[Turn]:
-  turns = judge(rows)
+def _asked(verifier: Verifier, rows, names) -> list[Turn]:
+  turns = verifier(rows)
   if len(turns) != len(rows):
-    raise ValueError(f'the judge answered {len(turns)} rows, {len(rows)} were asked')
+    raise ValueError(f'the verifier answered {len(turns)} rows, {len(rows)} were asked')
   for turn, name in zip(turns, names, strict=True):
     try:
       _verdict(turn)

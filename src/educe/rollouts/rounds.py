@@ -120,7 +120,7 @@ def make(
     raise ValueError('rollouts: the environment has no prompts that fit')
   verifier, tally = None, verifiers.Tally(error_limit)
   if workers:
-    verifier = verifiers.judges(
+    verifier = verifiers.worker_pool(
       environment.respond,
       workers=workers,
       time_limit=time_limit,
@@ -138,7 +138,7 @@ def make(
       group=group,
       key=key,
       max_new_tokens=max_new_tokens,
-      judge=verifier,
+      verifier=verifier,
       temperature=temperature,
       top_k=top_k,
       top_p=top_p,
