@@ -8,6 +8,7 @@ when more than a share of the questions end so, one line says why and the rest i
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import http.client
 import json
 import threading
@@ -129,16 +130,20 @@ def _once(client: Client, question: str) -> str:
   slow = f'no answer in {client.timeout:g} s'
   deadline = time.monotonic() + client.timeout
   try:
-    with urllib.request.urlopen(request, timeout=client.timeout) as response:
+    with _opened(request, client.timeout) as response:
       data = _read(response, deadline, slow)
   except urllib.error.HTTPError as error:
-    with error:
-      said = ' '.join(error.read(2000).decode(errors='replace').split())[:200]
+    rest = b''
+    # The status says enough, if there is no more.
+    with error, contextlib.suppress(OSError, http.client.HTTPException, _Passing):
+      rest = _read(error, deadline, slow)
+    said = ' '.join(rest.decode(errors='replace').split())[:200]
+    said = f'HTTP {error.code} {said}'.rstrip()
     if error.code in PASSING or error.code >= 500:
-      raise _Passing(f'HTTP {error.code} {said}', _asked(error, client)) from None
+      raise _Passing(said, _asked(error, client)) from None
     raise JudgeError(
-      f'judge {client.model} at {client.url}: HTTP {error.code} {said}; look at judge.url,'
-      ' judge.model and judge.api_key_env'
+      f'judge {client.model} at {client.url}: {said}; look at judge.url, judge.model and '
+      'judge.api_key_env'
     ) from None
   except (OSError, http.client.HTTPException) as error:
     reason = getattr(error, 'reason', error)
@@ -152,6 +157,24 @@ def _once(client: Client, question: str) -> str:
   if not isinstance(content, str):
     raise _Passing(f'no text in the answer: {content!r:.120}', 0.0)
   return content.rpartition('</think>')[2]  # what was thought is no verdict
+
+
+def _opened(request: urllib.request.Request, timeout: float):
+  """The response, once its headers are here. Raises TimeoutError after `timeout` seconds.
+
+  A socket's own timeout begins anew with every byte, and headers that drip outlive it: a
+  thread waits for them, and is left behind.
+  """
+  box: concurrent.futures.Future = concurrent.futures.Future()
+
+  def wait():
+    try:
+      box.set_result(urllib.request.urlopen(request, timeout=timeout))
+    except Exception as error:
+      box.set_exception(error)
+
+  threading.Thread(target=wait, daemon=True).start()
+  return box.result(timeout)
 
 
 def _read(response, deadline: float, slow: str) -> bytes:
