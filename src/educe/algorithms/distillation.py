@@ -122,7 +122,6 @@ def make(
       return np.where(mask > 0, read(params, r.tokens, r.mask)[0], 0.0)
 
     stale = by_token and (later or current.step != int(state.step))
-    info['sampling/staleness_steps'] = int(state.step) - current.step
     transcripts.save(
       [{**row, 'step': int(state.step)} for row in r.transcripts],
       run_dir / 'rollouts' / f'{current.number:06}.jsonl',

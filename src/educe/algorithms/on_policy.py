@@ -18,8 +18,9 @@ from educe.data.tokenizer import Tokenizer
 from educe.losses.logprobs import score
 from educe.progress import say
 from educe.rollouts import transcripts
+from educe.rollouts.joining import rows_of
 from educe.rollouts.position import Position
-from educe.rollouts.rounds import Round, Rounds, rows_of
+from educe.rollouts.rounds import Round, Rounds
 from educe.types import Batch, LossFn, Model, Params, Rollouts, TrainState
 
 Made = tuple[Batch, dict[str, Any]]
