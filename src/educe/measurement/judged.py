@@ -23,6 +23,7 @@ from educe.losses.logprobs import score
 from educe.measurement.accuracy import Z
 from educe.measurement.win_rate import WinRate, win_rate
 from educe.rollouts.collect import collect
+from educe.rollouts.joining import rows_of, side_by_side
 from educe.rollouts.judges import Judge, rewarded
 from educe.types import Batch, Environment, Model, Params, Rollouts
 
@@ -80,7 +81,8 @@ def evaluate(
   reference: the policy that the run keeps as its reference, or else started from
   environment: only its prompts are read
   judge: a section of its own; not the one that the run is trained on, if over-optimisation
-    is to be seen
+    is to be seen. It is asked once, of each prompt our answers and then the start's; the
+    scores of one that compares are the shares that they win among all of these.
   temperature: of both policies' samples, and of the log-probs in the KL
   repeats: completions of each prompt; every one is compared with every one of the start's
 
@@ -95,7 +97,7 @@ def evaluate(
   prompts = environment.prompts
 
   def answers(params: Params) -> Rollouts:
-    rollouts = collect(
+    return collect(
       model,
       params,
       tokenizer,
@@ -108,12 +110,13 @@ def evaluate(
       batch_size=batch_size,
       show='evaluating',
     )
-    return rewarded(rollouts, prompts, judge)
 
   ours, start = answers(params), answers(reference)
-  scores, start_scores = (
-    np.asarray(x.rewards, np.float64).reshape(-1, repeats) for x in (ours, start)
-  )
+  # In one call: a judge that compares has to see the completions of both.
+  both = rewarded(side_by_side(ours, start), prompts, judge)
+  rewards = np.asarray(both.rewards, np.float64).reshape(-1, 2, repeats)
+  scores, start_scores = rewards[:, 0], rewards[:, 1]
+  own = rows_of(np.arange(0, 2 * len(prompts), 2), repeats)
   # A static argument, compiled once a run: without what cannot be hashed.
   hashable = model._replace(axes=None, architecture=None)
   parts = []
@@ -133,7 +136,7 @@ def evaluate(
     kl=kl_mean,
     kl_error=kl_error,
     length=float(np.mean([row['length'] for row in ours.transcripts])),
-    transcripts=list(ours.transcripts),
+    transcripts=[both.transcripts[row] for row in own.tolist()],
   )
 
 
