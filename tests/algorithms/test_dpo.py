@@ -162,7 +162,11 @@ def test_losses_that_couple_rows_say_so(variant, couples):
 
 
 def test_the_family_of_losses_itself_is_read_the_same_way():
-  for variant, couples in (('aot', True), ('ipo', False), ({'aot': 1, 'sft': 1}, True)):
+  for variant, couples in (
+    ('aot', True),
+    ('ipo', False),
+    ({'aot': 1.0, 'sft': 1.0}, True),
+  ):
     assert make(loss=real.loss, setting={'variant': variant}).couples == couples
   kto = dict(loss=real.loss, setting={'variant': 'kto'})
   assert make(LABELLED, 'unpaired', **kto).couples
