@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from educe import cli
+from educe import cli, runs
 from educe.algorithms import dpo as algorithm
 from educe.data import pipeline, sources, tokenizer
+from educe.losses import dpo as real
 from educe.models import policy, presets
 from educe.rollouts import transcripts
 from educe.training import metrics, optimizer
@@ -169,6 +170,36 @@ def test_losses_that_couple_rows_say_so(variant, couples):
   assert make(setting=setting).couples == couples
 
 
+def test_the_family_of_losses_itself_is_read_the_same_way():
+  for variant, couples in (
+    ('aot', True),
+    ('ipo', False),
+    ({'aot': 1.0, 'sft': 1.0}, True),
+  ):
+    assert make(loss=real.loss, setting={'variant': variant}).couples == couples
+  kto = dict(loss=real.loss, setting={'variant': 'kto'})
+  assert make(LABELLED, 'unpaired', **kto).couples
+  with pytest.raises(
+    ValueError, match=r"'kto' is of records='unpaired', and these are "
+  ):
+    make(**kto)
+  with pytest.raises(
+    ValueError, match=r"'sigmoid' is of records='pairs', and these are"
+  ):
+    make(LABELLED, 'unpaired', loss=real.loss)  # the default is read as well
+
+
+def test_the_first_step_of_the_loss_itself_loses_ln_2():
+  method = make(loss=real.loss)
+  state, tx = state_of(0, reference_seed=0)
+  batch, _ = method.next_batch(state)
+  _, values = make_step(MODEL, method.loss, tx)(state, batch)
+  # Two programs of float32 log-probs round apart, times β = 0.1.
+  assert float(values['loss']) == pytest.approx(np.log(2), abs=1e-6)
+  assert float(values['rewards/margins']) == pytest.approx(0, abs=2e-6)
+  assert float(values['grad_norm']) > 1e-3
+
+
 @pytest.mark.parametrize(
   ('options', 'match'),
   [
@@ -269,6 +300,21 @@ def test_a_run_learns_its_pairs_stops_and_goes_on(config, tmp_path, capsys):
   # And judged against where the run began, although it kept no reference.
   for name in ('preferences/margin', 'preferences/nll'):
     assert judged[-1][name] == pytest.approx(last[name], abs=1e-4)
+
+
+def test_how_the_reference_follows_reaches_the_step(config, tmp_path, monkeypatch):
+  class Seen(Exception):
+    pass
+
+  def look(*_, **options):
+    raise Seen(options)
+
+  monkeypatch.setattr(runs, 'make_step', look)
+  flags = [f'--config.algorithm.reference_{x}' for x in ('every=3', 'alpha=0.6')]
+  with pytest.raises(Seen) as caught:
+    cli.main(['train', config, f'--run_dir={tmp_path / "run"}', *flags])
+  (options,) = caught.value.args
+  assert (options['reference_every'], options['reference_alpha']) == (3, 0.6)
 
 
 @pytest.mark.usefixtures('compile_once')

@@ -14,8 +14,9 @@ from educe.algorithms import online_dpo as algorithm
 from educe.data import tokenizer as tokenizers
 from educe.environments import chain, reward_functions
 from educe.losses import dpo
-from educe.rollouts import rounds
+from educe.rollouts import judges, rounds
 from educe.rollouts.chat_endpoint import JudgeError
+from educe.rollouts.joining import joined
 from educe.training import optimizer
 from educe.training.step import init_state, make_step
 from educe.types import Rollouts
@@ -62,15 +63,48 @@ def test_ties_and_what_is_not_scored_are_dropped_and_counted():
 def test_against_the_reference_each_row_meets_its_own():
   ours, theirs = rollouts_of([1, 0, 1, NAN]), rollouts_of([0, 2, 1, 1], width=7)
   theirs = theirs._replace(tokens=theirs.tokens + 10)
-  rows, counts = algorithm.against(ours, theirs)
+  rows, counts = algorithm.against(joined(ours, theirs))
   assert rows.tolist() == [0, 4, 5, 1]
   assert counts == {'kept': 2, 'ties': 1, 'unscored': 1}
-  both = algorithm.joined(ours, theirs)
-  assert both.tokens.shape == both.mask.shape == (8, 7)
-  np.testing.assert_array_equal(both.tokens[:4, :5], ours.tokens)
-  np.testing.assert_array_equal(both.tokens[4:], theirs.tokens)
-  assert not both.tokens[:4, 5:].any()
-  np.testing.assert_array_equal(both.rewards, [1, 0, 1, NAN, 0, 2, 1, 1])
+
+
+def by_loop(rewards, tokens, pairs):
+  """(rows, counts) of pairs (best, worst), or None where too few were scored."""
+  rows, counts = [], {'kept': 0, 'ties': 0, 'unscored': 0}
+  for pair in pairs:
+    if pair is None:
+      counts['unscored'] += 1
+    elif rewards[pair[0]] == rewards[pair[1]] or tokens[pair[0]] == tokens[pair[1]]:
+      counts['ties'] += 1
+    else:
+      rows += pair
+      counts['kept'] += 1
+  return rows, counts
+
+
+@pytest.mark.parametrize('group', [1, 2, 3, 5])
+def test_the_pairs_are_those_of_a_loop_over_all_that_can_happen(group):
+  rng = np.random.default_rng(group)
+  rewards = rng.choice([0.0, 1.0, 2.0, NAN], 30 * group)
+  tokens = rng.integers(0, 2, (30 * group, 2))
+  rollouts, said = rollouts_of(rewards, group, 2, tokens), tokens.tolist()
+  pairs = []
+  for first in range(0, len(rewards), group):
+    scored = [i for i in range(first, first + group) if rewards[i] == rewards[i]]
+    best = max(scored, key=lambda i: rewards[i], default=None)
+    worst = min(reversed(scored), key=lambda i: rewards[i], default=None)
+    pairs.append([best, worst] if len(scored) > 1 else None)
+  rows, counts = algorithm.ends(rollouts)
+  assert (rows.tolist(), counts) == by_loop(rewards, said, pairs)
+
+  half = len(rewards) // 2
+  pairs = []
+  for ours, theirs in zip(range(half), range(half, 2 * half), strict=True):
+    a, b = rewards[[ours, theirs]]
+    best_first = [ours, theirs] if a >= b else [theirs, ours]
+    pairs.append(None if a != a or b != b else best_first)
+  rows, counts = algorithm.against(rollouts)
+  assert (rows.tolist(), counts) == by_loop(rewards, said, pairs)
 
 
 def letters(prompt, completion, record):
@@ -80,15 +114,16 @@ def letters(prompt, completion, record):
   return sum((at + 1) * (ord(c) % 7) for at, c in enumerate(completion)) / 10
 
 
-def source(letters=letters, prompts=4, group=4, **changes):
+def source(letters=letters, prompts=4, group=4, judge=None, **changes):
   world = reward_functions.make(
     prompts=[{'id': f'{f}{s}', 'prompt': f'{f}{s}='} for f in '0123' for s in 'abcd'],
     functions={'letters': letters},
   )
   settings = dict(max_new_tokens=4, workers=0, show_every=0)
   return rounds.make(
-    MODEL, WORDS, world, 0, prompts=prompts, group=group, **(settings | changes)
-  )
+    MODEL, WORDS, world, 0, judge, prompts=prompts, group=group,
+    **(settings | changes),
+  )  # fmt: skip
 
 
 def build(run_dir, rollouts=None, loss=dpo.loss, **options):
@@ -263,46 +298,48 @@ def test_a_restart_goes_on_with_the_same_batches(tmp_path, taken, alpha):
 
 
 @pytest.mark.parametrize('ahead', [False, True])
-def test_a_round_whose_other_half_was_not_judged_comes_again(
-  tmp_path, monkeypatch, ahead
-):
-  """Nothing is lost: in this process, and in one that goes on from what was saved."""
-  failing, honest = [False], rounds.Rounds.beside
+@pytest.mark.parametrize('failing', range(1, 7))
+def test_a_judge_that_fails_once_costs_no_round(tmp_path, failing, ahead):
+  """… on either half of one: what is saved then goes on as if it had not failed."""
+  calls = []
 
-  def beside(self, params, current):
-    if failing[0]:
+  def judge(records, completions):
+    calls.append(len(completions))
+    if len(calls) == failing:
       raise JudgeError('down')
-    return honest(self, params, current)
+    return [letters('1', text, None) for text in completions]
+
+  def method(folder):
+    return build(tmp_path / folder, source(judge=judge, ahead=ahead), alpha=0.1)
+
+  state = state_of(reference=jnp.asarray(PARAMS[::-1]))[0]
 
   def steps(method, count):
-    out = []
-    for _ in range(count):
-      batch, _ = method.next_batch(state_of()[0])
-      out.append([np.asarray(x).tolist() for x in (batch.tokens, batch.ref_logp)])
-    return out
+    made = (method.next_batch(state) for _ in range(count))
+    return [[np.asarray(x).tolist() for x in batch[:2]] for batch, _ in made]
 
-  monkeypatch.setattr(rounds.Rounds, 'beside', beside)
-  whole, first, second = (
-    build(tmp_path, source(group=2, ahead=ahead), alpha=0.1) for _ in range(3)
-  )
-  want = steps(whole, 10)
-  got = steps(first, 1)
-  failing[0] = True
+  calls += [0] * 100  # never fails
+  whole = method('whole')
+  want = steps(whole, 40)
+  whole.data.close()
+  calls.clear()
+  first, got = method('parts'), []
 
   def go_on():
-    for _ in range(9):
-      got.extend(steps(first, 1))
+    while True:
+      got.append(*steps(first, 1))
 
   with pytest.raises(JudgeError):
     go_on()
-  with pytest.raises(JudgeError):
-    steps(first, 1)  # still down
-  failing[0] = False
+  second = method('parts')
   second.data.set_state(first.data.get_state())
-  assert got + steps(second, 10 - len(got)) == want
-  assert got + steps(first, 10 - len(got)) == want
-  for method in (whole, first, second):
-    method.data.close()
+  first.data.close()
+  got += steps(second, 40 - len(got))
+  second.data.close()
+  assert got == want
+  for path in (tmp_path / 'parts/rollouts').iterdir():
+    other = tmp_path / 'whole/rollouts' / path.name
+    assert path.read_text() == other.read_text()
 
 
 @pytest.mark.parametrize('temperature', [0.7, 1.3])
@@ -368,6 +405,20 @@ def test_losses_that_couple_rows_say_so(tmp_path):
     (dict(rollouts=source(group=1)), 'rollouts.group=1 gives no two'),
     (dict(reference_every=None), r'config.loss: dpo: .*needs log-probs of a reference'),
     (dict(loss=functools.partial(dpo.loss, beta=-1.0)), 'config.loss: dpo: beta=-1'),
+    (dict(loss=functools.partial(dpo.loss, variant='kto')), "'kto' is of records='unp"),
+    (
+      dict(loss=functools.partial(dpo.loss, variant={'apo_zero_unpaired': 0.5})),
+      "'apo_zero_unpaired' is of records='unpaired', and these are 'pairs'",
+    ),
+    (
+      dict(
+        alpha=0.1,
+        rollouts=source(
+          judge=judges.endpoint(url='http://localhost', model='m', style='pairwise')
+        ),
+      ),
+      r"algorithm.alpha=0.1 sets .* compares .*: judge.style='scalar', or alpha=0",
+    ),
   ],
 )
 def test_bad_input_is_said_before_anything_is_sampled(tmp_path, options, message):

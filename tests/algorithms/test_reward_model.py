@@ -7,6 +7,7 @@ import pytest
 
 from educe.algorithms import reward_model as algorithm
 from educe.data import pipeline, sources, tokenizer
+from educe.losses import reward_model
 from educe.types import Mean
 
 BYTE = tokenizer.load(path='byte')
@@ -34,12 +35,17 @@ def loss(scores, batch, *, wants=()):
 
 
 def make(records, data, wants=(), model=Valued, **options):
-  batches = pipeline.make(
+  return algorithm.make(
+    model, batches_of(records, data, **options), functools.partial(loss, wants=wants)
+  )
+
+
+def batches_of(records, data, **options):
+  return pipeline.make(
     sources.memory(records=data),
     BYTE,
     **dict(batch_size=2, max_length=16, records=records, shuffle=False) | options,
   )
-  return algorithm.make(model, batches, functools.partial(loss, wants=wants))
 
 
 def read(batch):
@@ -121,3 +127,47 @@ def test_what_cannot_be_is_refused_before_the_first_batch(
 ):
   with pytest.raises(ValueError, match=match):
     make(records, data, **options)
+
+
+MARGINS = [dict(r, margin=i) for i, r in enumerate(PAIRS)]
+JUDGED = [dict(r, rating=i / 3) for i, r in enumerate(RATED)]
+
+
+@pytest.mark.parametrize(
+  ('objective', 'records', 'data', 'match'),
+  [
+    ('bradley_terry', 'pairs', PAIRS, None),
+    ('bradley_terry', 'rated', RATED, "'bradley_terry' reads pairs, and config.data.r"),
+    (None, 'rated', RATED, "'bradley_terry' reads pairs, .*records='rated'; change"),
+    ('bradley_terry', 'steps', STEPS, "reads pairs, .*records='steps'; change one"),
+    ('regression', 'pairs', MARGINS, None),
+    ('regression', 'pairs', PAIRS, "config.loss: .*objective='regression' needs rat"),
+    ('regression', 'rated', RATED, None),
+    ('regression', 'steps', STEPS, "'regression' reads pairs or rated, and config.da"),
+    ('process', 'pairs', PAIRS, "'process' reads rated or steps, and config.data"),
+    ('process', 'rated', JUDGED, None),
+    ('process', 'rated', RATED, r"'process' reads ratings .*'rated' is -1\.5; set"),
+    ('process', 'steps', STEPS, None),
+    ('bt', 'pairs', PAIRS, "config.loss: reward_model: objective='bt' is not one of"),
+  ],
+)
+def test_an_objective_reads_its_own_records(objective, records, data, match):
+  setting = {} if objective is None else {'objective': objective}
+  bound = functools.partial(reward_model.loss, **setting)
+  make = functools.partial(algorithm.make, Valued, batches_of(records, data), bound)
+  if match is None:
+    make().next_batch(None)
+    return
+  with pytest.raises(ValueError, match=match):
+    make()
+
+
+def test_a_rating_that_is_no_probability_is_named_when_it_comes():
+  data = [dict(prompt='p', completion=f'{i}', rating=i % 2) for i in range(20)]
+  data[15]['rating'] = 4
+  bound = functools.partial(reward_model.loss, objective='process')
+  method = algorithm.make(Valued, batches_of('rated', data), bound)
+  for _ in range(7):
+    method.next_batch(None)
+  with pytest.raises(ValueError, match=r"'process' reads .* is 4; set objective='regr"):
+    method.next_batch(None)

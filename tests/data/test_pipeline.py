@@ -544,6 +544,15 @@ def test_labels_that_are_all_the_same_are_refused(label):
   preferences('unpaired', [*data, dict(data[0], label=not label)]).close()
 
 
+def test_ratings_that_are_all_the_same_are_refused():
+  data = [dict(r, rating=2.5) for r in PREFERENCES['rated']]
+  with pytest.raises(
+    ValueError, match=r'every rating of the data set is 2\.5: from eq'
+  ):
+    preferences('rated', data)
+  preferences('rated', [*data, dict(data[0], rating=2)]).close()
+
+
 def test_a_bad_pair_is_named_wherever_it_stands():
   data = [*PREFERENCES['pairs'][:20], dict(prompt='p', chosen='a', rejected='a')]
   batches = preferences('pairs', data, batch_size=1, epochs=1)

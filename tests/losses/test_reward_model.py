@@ -54,10 +54,10 @@ def by_loop(
     for b, t in zip(*np.nonzero(mask), strict=True):
       p, y = sigmoid(v[b, t]), returns[b, t]
       terms.append(-math.log(p) if y else -math.log(1 - p))
-      note('accuracy', (p > 0.5) == y)
-      note('confidence', max(p, 1 - p))
-      note('probability', p)
-      note('labels', y)
+      note('rewards/accuracies', (p > 0.5) == y)
+      note('rewards/confidence', max(p, 1 - p))
+      note('rewards/probability', p)
+      note('rewards/labels', y)
   else:
     read = [v[b, max(np.flatnonzero(mask[b]))] if mask[b].any() else None
             for b in range(len(v))]  # fmt: skip

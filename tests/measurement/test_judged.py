@@ -98,6 +98,39 @@ def test_a_policy_is_no_better_than_itself():
   assert 'KL 0.00' in str(got)
 
 
+def more_a(records, completions):
+  """Shares of what each wins against all of its prompt's completions in the call."""
+  rows = [
+    (r['prompt'], x.count('a')) for r, x in zip(records, completions, strict=True)
+  ]
+  others = [[b for other, b in rows if other == prompt] for prompt, _ in rows]
+  return [
+    float(np.mean([(a > b) + (a == b) / 2 for b in among]))
+    for (_, a), among in zip(rows, others, strict=True)
+  ]
+
+
+@pytest.mark.parametrize('repeats', [1, 3])
+def test_a_judge_that_compares_sees_both_policies_at_once(repeats):
+  asked = []
+
+  def judge(records, completions):
+    asked.append(len(completions))
+    return more_a(records, completions)
+
+  got = evaluate(OURS, START, judge, repeats=repeats, max_new_tokens=12)
+  assert asked == [2 * 6 * repeats]
+  assert got.wins.rate > 0.6
+  assert got.score > 0.5 > got.start_score
+  # Of shares won among themselves, those of both halves are one half in the mean.
+  assert got.score + got.start_score == pytest.approx(1)
+  assert len(got.transcripts) == 6 * repeats
+  assert np.mean([row['reward'] for row in got.transcripts]) == pytest.approx(got.score)
+  again = evaluate(OURS, START, many_a, repeats=repeats, max_new_tokens=12)
+  for row, same in zip(got.transcripts, again.transcripts, strict=True):
+    assert row['completion'] == same['completion']  # ours, in their order
+
+
 def test_nothing_judged_is_an_error():
   with pytest.raises(ValueError, match='no prompt has a score of both policies'):
     evaluate(OURS, START, judge=lambda _, texts: [None] * len(texts))

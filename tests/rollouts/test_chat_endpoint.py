@@ -114,13 +114,51 @@ def drip(handler):
     time.sleep(0.05)
 
 
-@pytest.mark.parametrize('how', [lambda handler: time.sleep(3), drip])
+def drip_headers(handler):
+  handler.wfile.write(b'HTTP/1.1 200 OK\r\nX-Long: ')
+  for _ in range(100):
+    handler.wfile.write(b'x')
+    handler.wfile.flush()
+    time.sleep(0.05)
+
+
+def stall(status):
+  """Headers that promise a body, which does not come."""
+
+  def write(handler):
+    handler.send_response(status)
+    handler.send_header('Content-Length', '10')
+    handler.end_headers()
+    handler.wfile.flush()
+    time.sleep(3)
+
+  return write
+
+
+@pytest.mark.parametrize(
+  'how', [lambda handler: time.sleep(3), drip, drip_headers, stall(200), stall(503)]
+)
 def test_a_slow_server_is_given_up_on_in_time(server, how):
   url, _ = server(lambda question, count: how if question == 'slow' else '1')
   began = time.monotonic()
   hasty = client(url, timeout=0.3, retries=1, error_limit=0.5)
   assert chat_endpoint.ask(hasty, ['a', 'slow', 'b'], number) == [1.0, None, 1.0]
   assert 0.6 < time.monotonic() - began < 2.0
+
+
+def test_an_error_without_its_body_is_one_like_any_other(server):
+  for first in (stall(503), (503, {'Content-Length': '10'}, b'')):
+    url, asked = server(lambda question, count, first=first: '5' if count else first)
+    assert chat_endpoint.ask(client(url, timeout=0.3), ['q'], number) == [5.0]
+    assert len(asked) == 2
+  # … also in what is said of it.
+  url, asked = server(lambda question, count: stall(503))
+  with pytest.raises(JudgeError, match=r'the first: HTTP 503 \(asked 2 times\)'):
+    chat_endpoint.ask(client(url, timeout=0.2, retries=1), ['q'], number)
+  url, asked = server(lambda question, count: stall(401))
+  with pytest.raises(JudgeError, match=r'HTTP 401; look at judge\.url'):
+    chat_endpoint.ask(client(url, timeout=0.2), ['q'], number)
+  assert len(asked) == 1
 
 
 def test_too_many_without_an_answer_are_one_line_and_the_rest_is_not_asked(server):

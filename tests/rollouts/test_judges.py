@@ -168,6 +168,15 @@ def test_a_comparison_that_is_unanswered_in_one_order_counts_for_neither(server)
     judge([{'prompt': 'x'}, {'prompt': 'y'}], ['fair', 'good'])
 
 
+def test_a_judge_that_compares_says_so_to_who_asks_rounds():
+  kinds = {'scalar': False, 'pairwise': True}
+  for style, compares in kinds.items():
+    judge = judge_of('http://localhost', style=style)
+    assert judges.compares(judge) == rounds_of(judge).compares == compares
+  assert not rounds_of(judges.length(target=3)).compares
+  assert not rounds_of(None).compares
+
+
 @pytest.mark.parametrize(
   ('options', 'message'),
   [

@@ -16,6 +16,7 @@ from educe.environments import chain, reward_functions
 from educe.environments.verifiers import VerifierError
 from educe.models import scratch
 from educe.rollouts import rounds, statistics
+from educe.rollouts.joining import ARRAYS
 from educe.rollouts.pool import Pool
 from educe.types import Environment, Rollouts, StateMismatch, Turn
 
@@ -215,6 +216,8 @@ def test_ahead_is_one_round_behind_and_never_more():
   assert [x.step for x in got] == [0, 0, 10, 20]
   r.get_state()  # waits for the one under way
   r.close()
+  stale = [x.info['sampling/staleness_steps'] for x in got]
+  assert stale == [0, 10, 10, 10]
   used = [int(params['w'][0]) for params, *_ in oracle.calls]
   assert used == [0, 0, 10, 20, 30]  # what a round says of its policy is true
   asked = [i for _, chosen, *_ in oracle.calls for i in chosen]
@@ -275,7 +278,7 @@ def test_a_restored_run_asks_and_gets_the_same(ahead, adaptive):
   for a, b in zip(want, got, strict=True):
     assert (a.number, a.step) == (b.number, b.step)
     np.testing.assert_array_equal(a.greedy, b.greedy)
-    for name in rounds.ARRAYS:
+    for name in ARRAYS:
       x, y = getattr(a.rollouts, name), getattr(b.rollouts, name)
       assert (x is None) == (y is None)
       if x is not None:

@@ -262,8 +262,10 @@ def test_data_that_end_too_early_say_where(tmp_path):
   assert records(tmp_path)[-1]['step'] == 3
 
 
-@pytest.mark.parametrize('failing', [1, 4])
-def test_a_batch_that_cannot_be_made_costs_no_update(tmp_path, failing):
+@pytest.mark.parametrize(
+  ('failing', 'kind'), [(1, ValueError), (4, ValueError), (4, ConnectionError)]
+)
+def test_a_batch_that_cannot_be_made_costs_no_update(tmp_path, failing, kind):
   """A judge is down at step 4: what the three before it learned is saved, and goes on."""
 
   class Failing(Counter):
@@ -277,14 +279,14 @@ def test_a_batch_that_cannot_be_made_costs_no_update(tmp_path, failing):
 
     def next_batch(state):
       if data.given + 1 == failing and data.down:
-        raise ValueError('the judge is down')
+        raise kind('the judge is down')
       return method.next_batch(state)
 
     return method._replace(next_batch=next_batch)
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setitem(globals(), 'algorithm', flaky)
-    with pytest.raises(ValueError, match='the judge is down'):
+    with pytest.raises(kind, match='the judge is down'):
       run(tmp_path, 6, data=data)
     steps = [
       int(p.name) for p in (tmp_path / 'checkpoints').iterdir() if p.name.isdigit()

@@ -121,7 +121,6 @@ def make(
       return read(params, r.tokens, r.mask)[0]
 
     stale = by_token and (later or current.step != int(state.step))
-    info['sampling/staleness_steps'] = int(state.step) - current.step
     transcripts.save_round(run_dir, current.number, int(state.step), r.transcripts)
     arrays: dict[str, Any] = dict(
       tokens=np.asarray(r.tokens),

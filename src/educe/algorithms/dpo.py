@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import inspect
 import pathlib
-import zlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -22,6 +21,7 @@ import jax
 import numpy as np
 
 from educe.algorithms import reference_logp
+from educe.data import pipeline
 from educe.data.pipeline import Batches
 from educe.losses.dry_run import dry_run
 from educe.losses.logprobs import score
@@ -59,16 +59,7 @@ def make(
   settings that contradict each other, and what the loss refuses.
   """
   _check(data, reference_every, reference_alpha, precompute)
-  variants = _variants(loss)
-  module = inspect.getmodule(getattr(loss, 'func', loss))
-  unpaired = set(getattr(module, 'UNPAIRED', ()))
-  wrong = [v for v in variants if (v in unpaired) != (data.records == 'unpaired')]
-  if unpaired and wrong:
-    needs = 'unpaired' if wrong[0] in unpaired else 'pairs'
-    raise ValueError(
-      f'config.loss.variant={wrong[0]!r} is of records={needs!r}, and config.data.records='
-      f'{data.records!r}; change one of them'
-    )
+  check_records(loss, data.records)
   labels = ['labels'] if data.has_labels else []
   keeps = reference_every is not None
   dry_run(loss, *labels, *(['ref_logp'] if keeps else []))
@@ -89,11 +80,7 @@ def make(
     stored = reference_logp.load_or_compute(folder, model, params, data, logp)
 
   def next_batch(state: TrainState) -> tuple[Batch, dict[str, Any]]:
-    rows = next(data)
-    info: dict[str, Any] = {
-      'data/ids_crc32': zlib.crc32(np.ascontiguousarray(rows['ids']).tobytes())
-    }
-    info |= {f'data/{name}': count for name, count in data.counts().items()}
+    rows, info = pipeline.read(data)
     arrays: dict[str, Any] = {name: rows[name] for name in ('tokens', 'mask', *labels)}
     if stored is not None:
       arrays['ref_logp'] = stored.rows(rows['ids'], rows['mask'])
@@ -114,18 +101,33 @@ def make(
   )
 
 
+def check_records(loss: LossFn, records: str) -> None:
+  """Raises ValueError for a variant of the loss that reads records of another kind."""
+  unpaired = _named(loss, 'UNPAIRED')
+  wrong = [v for v in _variants(loss) if (v in unpaired) != (records == 'unpaired')]
+  if unpaired and wrong:
+    needs = 'unpaired' if wrong[0] in unpaired else 'pairs'
+    raise ValueError(
+      f'config.loss.variant={wrong[0]!r} is of records={needs!r}, and these are '
+      f'{records!r} (config.data.records; online_dpo makes pairs); change one of them'
+    )
+
+
 def couples(loss: LossFn) -> bool:
   """Whether its value depends on which rows lie together."""
+  return not _named(loss, 'COUPLED').isdisjoint(_variants(loss))
+
+
+def _named(loss: LossFn, name: str) -> set[str]:
+  """The variants that a constant of the loss's file names."""
   module = inspect.getmodule(getattr(loss, 'func', loss))
-  return bool(set(_variants(loss)) & set(getattr(module, 'COUPLED', ())))
+  return set(getattr(module, name, ()))
 
 
 def _variants(loss: LossFn) -> Iterable[str]:
   """What the loss's `variant` names, of a mixture those with weight."""
-  function = getattr(loss, 'func', loss)
-  parameter = inspect.signature(function).parameters.get('variant')
-  default = None if parameter is None else parameter.default
-  variant = getattr(loss, 'keywords', {}).get('variant', default)
+  parameter = inspect.signature(loss).parameters.get('variant')
+  variant = None if parameter is None else parameter.default
   if isinstance(variant, Mapping):
     return [name for name, weight in variant.items() if weight]
   return [] if variant is None else [variant]

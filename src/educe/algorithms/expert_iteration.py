@@ -82,7 +82,8 @@ def make(
         {**row, 'kept': int(mark)}
         for row, mark in zip(r.transcripts, marks, strict=True)
       ]
-      transcripts.save_round(run_dir, current.number, int(state.step), rows_of_file)
+      with rollouts.holding(current):  # the disk may be full
+        transcripts.save_round(run_dir, current.number, int(state.step), rows_of_file)
       info |= {'kept/rows': len(rows), 'kept/prompts': len({*(rows // r.group)})}
       if len(rows):
         chosen: dict[str, Any] = dict(

@@ -146,7 +146,6 @@ def make(
       advantages=(values * mask).astype(np.float32),
     )
     batch = Batch(**arrays)
-    info['sampling/staleness_steps'] = int(state.step) - current.step
     on_policy.write(run_dir, tokenizer, current, batch, seen, int(state.step))
     return batch, info
 

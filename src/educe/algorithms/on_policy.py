@@ -18,8 +18,9 @@ from educe.data.tokenizer import Tokenizer
 from educe.losses.logprobs import score
 from educe.progress import say
 from educe.rollouts import transcripts
+from educe.rollouts.joining import rows_of
 from educe.rollouts.position import Position
-from educe.rollouts.rounds import Round, Rounds, rows_of
+from educe.rollouts.rounds import Round, Rounds
 from educe.types import Batch, LossFn, Model, Params, Rollouts, TrainState
 
 Made = tuple[Batch, dict[str, Any]]
@@ -106,7 +107,8 @@ def walk(
     info: dict[str, Any] = {}
     if data.spent:
       current = rollouts.next(policy(state.params), int(state.step), greedy=greedy)
-      whole, info = prepare(state, current)
+      with rollouts.holding(current):  # the disk may be full
+        whole, info = prepare(state, current)
       data.begin(whole, current.number, epochs * minibatches)
     groups = data.take(rollouts.prompts, rollouts.prompts // minibatches)
     if epochs * minibatches == 1:

@@ -22,12 +22,13 @@ from typing import Any
 import numpy as np
 
 from educe.algorithms import on_policy
-from educe.algorithms.dpo import couples
+from educe.algorithms.dpo import check_records, couples
 from educe.losses import xpo
 from educe.losses.dry_run import dry_run
 from educe.rollouts import transcripts
+from educe.rollouts.joining import joined, rows_of
 from educe.rollouts.position import Position
-from educe.rollouts.rounds import Round, Rounds, rows_of
+from educe.rollouts.rounds import Round, Rounds
 from educe.types import Algorithm, Batch, LossFn, Model, Rollouts, TrainState
 
 
@@ -62,6 +63,7 @@ def make(
   Raises ValueError for values out of range.
   """
   _check(rollouts, batch_size, epochs, reference_every, alpha)
+  check_records(loss, 'pairs')
   fields = ['labels']
   fields += [] if reference_every is None else ['ref_logp']
   dry_run(loss, *fields)
@@ -80,16 +82,15 @@ def make(
   def begin(state: TrainState) -> dict[str, Any]:
     """Begins the next round. Its numbers."""
     current = rollouts.next(state.params, int(state.step))
-    r, info = current.rollouts, dict(current.info)
-    try:
-      other = rollouts.beside(state.reference, current) if alpha else None
-    except BaseException:  # its judge is down: the round that it is set against stays
-      rollouts.put_back(current)
-      raise
-    rows, counts = ends(r) if other is None else against(r, other)
-    both = r if other is None else joined(r, other)
-    info |= {f'pairs/{name}': float(count) for name, count in counts.items()}
-    info['sampling/staleness_steps'] = int(state.step) - current.step
+    with rollouts.holding(current):  # the judge may be down for the reference's half
+      return paired(state, current)
+
+  def paired(state: TrainState, current: Round) -> dict[str, Any]:
+    both = current.rollouts
+    if alpha:
+      both = joined(both, rollouts.beside(state.reference, current))
+    rows, counts = against(both) if alpha else ends(both)
+    info = {**current.info, **{f'pairs/{name}': float(n) for name, n in counts.items()}}
     _write(run_dir, current, both, rows, int(state.step))
     whole = batch_of(both, rows, state)
     data.begin(whole, current.number, epochs * (len(whole.tokens) // size))
@@ -104,7 +105,7 @@ def make(
     labels = np.pad(np.asarray(both.rewards, np.float32)[rows], missing)
     ref = None
     if reference_every is not None:
-      ref = np.where(mask > 0, read(state.reference, tokens, mask)[0], 0.0)
+      ref = read(state.reference, tokens, mask)[0]
     bonus = None
     if alpha:
       theirs = np.pad(rows >= len(both.rewards) // 2, missing)
@@ -119,8 +120,8 @@ def make(
     xpo.with_bonus(loss) if alpha else loss,
     data,
     size,
-    rollouts.temperature,
-    reference_every,
+    temperature=rollouts.temperature,
+    reference_every=reference_every,
     asks_policy=True,
     group=2,
     couples=couples(loss),
@@ -128,64 +129,37 @@ def make(
 
 
 def ends(rollouts: Rollouts) -> tuple[np.ndarray, dict[str, int]]:
-  """(rows, counts): the best and the worst of each group, one after the other."""
+  """(rows, counts): the best and the worst of each group, one after the other.
+
+  The first of equals is the best, and the last of equals the worst.
+  """
   rewards = np.asarray(rollouts.rewards, np.float64).reshape(-1, rollouts.group)
-  pairs: list[tuple[int, int] | None] = []
-  for group, scores in enumerate(rewards):
-    scored = np.flatnonzero(np.isfinite(scores))
-    if len(scored) < 2:
-      pairs.append(None)
-      continue
-    # The first of equals is the best, and the last of equals the worst.
-    best = scored[scores[scored].argmax()]
-    worst = scored[::-1][scores[scored[::-1]].argmin()]
-    first = group * rollouts.group
-    pairs.append((first + int(best), first + int(worst)))
-  return _kept(rollouts, pairs)
+  scored = np.isfinite(rewards)
+  first = np.arange(len(rewards)) * rollouts.group
+  best = first + np.where(scored, rewards, -np.inf).argmax(-1)
+  backwards = np.where(scored, rewards, np.inf)[:, ::-1]
+  worst = first + rollouts.group - 1 - backwards.argmin(-1)
+  return _kept(rollouts, best, worst, scored.sum(-1) > 1)
 
 
-def against(ours: Rollouts, theirs: Rollouts) -> tuple[np.ndarray, dict[str, int]]:
-  """(rows of `joined`, counts): each row of one with the same row of the other."""
-  both = joined(ours, theirs)
-  pairs: list[tuple[int, int] | None] = []
-  for row in range(len(ours.rewards)):
-    pair = (row, row + len(ours.rewards))
-    rewards = both.rewards[list(pair)]
-    if not np.isfinite(rewards).all():
-      pairs.append(None)
-    else:
-      pairs.append(pair if rewards[0] >= rewards[1] else pair[::-1])
-  return _kept(both, pairs)
+def against(both: Rollouts) -> tuple[np.ndarray, dict[str, int]]:
+  """(rows, counts): each row of the first half with the same row of the second."""
+  pairs = np.arange(len(both.rewards)).reshape(2, -1)
+  rewards = np.asarray(both.rewards)[pairs]
+  best, worst = np.where(rewards[0] >= rewards[1], pairs, pairs[::-1])
+  return _kept(both, best, worst, np.isfinite(rewards).all(0))
 
 
-def _kept(rollouts: Rollouts, pairs) -> tuple[np.ndarray, dict[str, int]]:
-  def same(a, b):
-    alike = rollouts.rewards[a] == rollouts.rewards[b]
-    return alike or np.array_equal(rollouts.tokens[a], rollouts.tokens[b])
-
-  scored = [pair for pair in pairs if pair is not None]
-  kept = [pair for pair in scored if not same(*pair)]
-  return np.array(kept, int).reshape(-1), {
-    'kept': len(kept),
-    'ties': len(scored) - len(kept),
-    'unscored': len(pairs) - len(scored),
+def _kept(rollouts: Rollouts, best, worst, scored) -> tuple[np.ndarray, dict[str, int]]:
+  """Without the pairs that are not scored, and those that are no preference."""
+  rewards, tokens = np.asarray(rollouts.rewards), np.asarray(rollouts.tokens)
+  same = (rewards[best] == rewards[worst]) | (tokens[best] == tokens[worst]).all(-1)
+  rows = np.stack([best, worst], -1)[scored & ~same]
+  return rows.ravel(), {
+    'kept': len(rows),
+    'ties': int((scored & same).sum()),
+    'unscored': int((~scored).sum()),
   }
-
-
-def joined(first: Rollouts, second: Rollouts) -> Rollouts:
-  """All rows of the first, then all of the second, as wide as the wider."""
-  width = max(x.tokens.shape[1] for x in (first, second))
-
-  def wide(x):
-    x = np.asarray(x)
-    return x if x.ndim == 1 else np.pad(x, ((0, 0), (0, width - x.shape[1])))
-
-  names = ('tokens', 'mask', 'sampler_logp', 'stopped', 'rewards')
-  both: dict[str, Any] = {
-    n: np.concatenate([wide(getattr(x, n)) for x in (first, second)]) for n in names
-  }
-  rows = [*first.transcripts, *second.transcripts]
-  return Rollouts(**both, group=first.group, transcripts=rows)
 
 
 def _write(
@@ -193,18 +167,15 @@ def _write(
 ) -> None:
   chosen = dict.fromkeys(rows[::2].tolist(), 1) | dict.fromkeys(rows[1::2].tolist(), -1)
   own = len(current.rollouts.rewards)
-  transcripts.save(
-    [
-      {
-        **transcript,
-        'step': step,
-        'chosen': chosen.get(row, 0),
-        **({} if row < own else {'reference': True}),
-      }
-      for row, transcript in enumerate(both.transcripts)
-    ],
-    run_dir / 'rollouts' / f'{current.number:06}.jsonl',
-  )
+  marked = [
+    {
+      **transcript,
+      'chosen': chosen.get(row, 0),
+      **({} if row < own else {'reference': True}),
+    }
+    for row, transcript in enumerate(both.transcripts)
+  ]
+  transcripts.save_round(run_dir, current.number, step, marked)
 
 
 def _check(rollouts: Rounds, batch_size, epochs, reference_every, alpha) -> None:
@@ -218,6 +189,11 @@ def _check(rollouts: Rounds, batch_size, epochs, reference_every, alpha) -> None
     wrong = f'.alpha={alpha} must be a number ≥ 0'
   elif alpha and reference_every is None:
     wrong = f'.alpha={alpha} samples from the reference: set reference_every=0'
+  elif alpha and rollouts.compares:
+    wrong = (
+      f'.alpha={alpha} sets the policy against the reference, and config.judge compares '
+      "completions of one of them: judge.style='scalar', or alpha=0"
+    )
   elif not alpha and rollouts.group < 2:
     wrong = f': rollouts.group={rollouts.group} gives no two completions to compare'
   if wrong:

@@ -168,9 +168,8 @@ def make(
       old_values=(values * mask).astype(np.float32),
     )
     batch = Batch(**arrays)
-    staleness = {'sampling/staleness_steps': int(state.step) - current.step}
     on_policy.write(run_dir, tokenizer, current, batch, old, int(state.step))
-    return batch, {**current.info, **staleness}
+    return batch, dict(current.info)
 
   walk = on_policy.walk(data, prepare, epochs, minibatches, policy=value_head.without)
 

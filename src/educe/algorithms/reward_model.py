@@ -12,16 +12,23 @@ the last token of each step. The loss is losses/reward_model.py.
 
 from __future__ import annotations
 
-import zlib
+import inspect
 from typing import Any
 
 import numpy as np
 
+from educe.data import pipeline
 from educe.data.pipeline import Batches
 from educe.losses.dry_run import dry_run
 from educe.types import Algorithm, Batch, LossFn, Model, TrainState
 
 RECORDS = ('pairs', 'rated', 'steps')
+READS = {  # by the objectives of losses/reward_model.py
+  'bradley_terry': ('pairs',),
+  'regression': ('pairs', 'rated'),
+  'process': ('rated', 'steps'),
+}
+PEEK = 8  # records looked at before the first step
 
 
 def make(model: Model, data: Batches, loss: LossFn) -> Algorithm:
@@ -32,8 +39,9 @@ def make(model: Model, data: Batches, loss: LossFn) -> Algorithm:
 
   info: `data/ids_crc32`, and the pipeline's own counts, as for SFT.
 
-  Raises ValueError, before the first step, for a model without a value head, for other
-  records, and for what the loss refuses.
+  Raises ValueError, before the first step, for a model without a value head, for records
+  that the loss's objective does not read, and for what the loss refuses; and, when they
+  come, for ratings outside 0..1 that objective='process' would take for probabilities.
   """
   if model.values is None:
     raise ValueError(
@@ -43,19 +51,40 @@ def make(model: Model, data: Batches, loss: LossFn) -> Algorithm:
     raise ValueError(
       f'config.data.records={data.records!r}: reward_model reads {", ".join(RECORDS)}'
     )
+  setting = inspect.signature(loss).parameters.get('objective')
+  objective = '' if setting is None else setting.default
+  reads = READS.get(objective, RECORDS)
+  if data.records not in reads:
+    raise ValueError(
+      f'config.loss.objective={objective!r} reads {" or ".join(reads)}, and config.data.'
+      f'records={data.records!r}; change one of them'
+    )
+  judged = objective == 'process' and data.records == 'rated'
+  for record in range(min(PEEK, data.fingerprint['records']) if judged else 0):
+    _check_judged(data.rows_of(record) or {})
   fields = ['labels'] if data.has_labels else []
   if data.records in ('rated', 'steps'):
     fields.append('returns')
   dry_run(loss, *fields)
 
   def next_batch(_: TrainState) -> tuple[Batch, dict[str, Any]]:
-    rows = next(data)
-    ids = np.ascontiguousarray(rows['ids'])
-    info: dict[str, Any] = {'data/ids_crc32': zlib.crc32(ids.tobytes())}
-    info |= {f'data/{name}': count for name, count in data.counts().items()}
+    rows, info = pipeline.read(data)
+    if judged:
+      _check_judged(rows)
     return readings(rows, pad_id=data.pad_id), info
 
   return Algorithm(next_batch, loss, data, data.batch_size, group=data.group)
+
+
+def _check_judged(rows: dict[str, Any]) -> None:
+  labels = np.asarray(rows.get('labels', ()))
+  wrong = labels[(labels < 0) | (labels > 1)]
+  if len(wrong):
+    raise ValueError(
+      "config.loss.objective='process' reads ratings from 0 (wrong) to 1 (right), and one "
+      f"of config.data.records='rated' is {wrong[0]:g}; set objective='regression', or "
+      'rescale them'
+    )
 
 
 def readings(rows: dict[str, Any], *, pad_id: int) -> Batch:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import zlib
 from typing import Any
 
-import numpy as np
-
+from educe.data import pipeline
 from educe.data.pipeline import Batches
 from educe.losses.dry_run import dry_run
 from educe.types import Algorithm, Batch, LossFn, TrainState
@@ -33,10 +31,7 @@ def make(data: Batches, loss: LossFn) -> Algorithm:
 
 def read(data: Batches) -> tuple[Batch, dict[str, Any]]:
   """The next batch of texts, and its info."""
-  rows = next(data)
-  ids = np.ascontiguousarray(rows['ids'])
-  info = {'data/ids_crc32': zlib.crc32(ids.tobytes())}
-  info |= {f'data/{name}': count for name, count in data.counts().items()}
+  rows, info = pipeline.read(data)
   extra = {name: rows[name] for name in extra_fields(data)}
   return Batch(rows['tokens'], rows['mask'], **extra), info
 

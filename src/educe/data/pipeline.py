@@ -16,6 +16,7 @@ import atexit
 import functools
 import hashlib
 import weakref
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,7 +32,14 @@ _PEEK = 8
 # Rows kept open by first-fit. On GSM8K chats in SmolLM2's vocabulary rows are 90 % full
 # at 512 tokens, 95 % at 1024 and 98 % at 2048; twice as many bins add half a point.
 _BINS = 64
-_LABELLED = ('unpaired', 'rated')  # of pairs the first record tells
+# Column, and why its values must differ. Of pairs the first record tells.
+_LABELLED = {
+  'unpaired': (
+    'label',
+    'unpaired preferences need both desirable and undesirable completions',
+  ),
+  'rated': ('rating', 'from equal ones nothing can be learned'),
+}
 
 
 def make(
@@ -86,8 +94,8 @@ def make(
     encode = functools.partial(encode, rated='labels' in encode(0))
   for index in range(min(_PEEK, len(source))):
     encode(index)
-  if records == 'unpaired':
-    _check_labels(source)
+  if records in _LABELLED:
+    _check_labels(source, *_LABELLED[records])
   read = reading.Records(
     functools.partial(
       reading.in_order,
@@ -142,6 +150,16 @@ def _rows(read, records, packed, max_length, pad_id, seed):
 def _fill_rows(batch, records, batch_size, pad_id):
   fill = packing.fill_rows if records == 'documents' else preference_rows.fill_rows
   return fill(batch, batch_size=batch_size, pad_id=pad_id)
+
+
+def read(data: Batches) -> tuple[dict[str, Any], dict[str, Any]]:
+  """The next rows, and what is logged of them: `data/ids_crc32`, a fingerprint of which
+  records they hold, in order, so that two runs can be seen to have read the same; and the
+  pipeline's own counts."""
+  rows = next(data)
+  ids = np.ascontiguousarray(rows['ids'])
+  counts = {f'data/{name}': count for name, count in data.counts().items()}
+  return rows, {'data/ids_crc32': zlib.crc32(ids.tobytes()), **counts}
 
 
 class Batches(grain.DatasetIterator):
@@ -294,11 +312,8 @@ def _check_records(a: dict[str, Any]) -> None:
     )
 
 
-def _check_labels(source) -> None:
+def _check_labels(source, column: str, why: str) -> None:
   # Ends at the second kind of label: only a bad data set is read to its end.
-  label = source[0]['label']
-  if all(source[i].get('label') == label for i in range(1, len(source))):
-    raise ValueError(
-      f'every label of the data set is {label}: unpaired preferences need both desirable '
-      'and undesirable completions'
-    )
+  label = source[0][column]
+  if all(source[i].get(column) == label for i in range(1, len(source))):
+    raise ValueError(f'every {column} of the data set is {label}: {why}')

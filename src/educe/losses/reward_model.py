@@ -61,7 +61,8 @@ def loss(
     rewards/mean, rewards/mean_square: over all texts; std² = mean_square − mean² ·
     rewards/confidence: mean of σ(|r_c − r_j|), equal to the accuracy of a calibrated model
   regression: rewards/mean, rewards/mean_square, error/mean (r − y), error/absolute
-  process: accuracy of V > 0, confidence (as above), probability (mean of σ(V)), labels
+  process: rewards/accuracies (of V > 0), rewards/confidence (as above),
+    rewards/probability (mean of σ(V)), rewards/labels (their mean)
 
   Raises ValueError for a bad setting, one that another objective reads, or one that the
   batch has no arrays for.
@@ -120,10 +121,10 @@ def _process(values, batch):
   y = agg.clean(batch.returns, batch.mask)
   term = -y * jax.nn.log_sigmoid(values) - (1 - y) * jax.nn.log_sigmoid(-values)
   metrics = {
-    'accuracy': agg.token_mean(((values > 0) == (y > 0.5)) * 1.0, batch.mask),
-    'confidence': agg.token_mean(jax.nn.sigmoid(jnp.abs(values)), batch.mask),
-    'probability': agg.token_mean(jax.nn.sigmoid(values), batch.mask),
-    'labels': agg.token_mean(y, batch.mask),
+    'rewards/accuracies': agg.token_mean(((values > 0) == (y > 0.5)) * 1.0, batch.mask),
+    'rewards/confidence': agg.token_mean(jax.nn.sigmoid(jnp.abs(values)), batch.mask),
+    'rewards/probability': agg.token_mean(jax.nn.sigmoid(values), batch.mask),
+    'rewards/labels': agg.token_mean(y, batch.mask),
   }
   return agg.token_mean(term, batch.mask), metrics
 

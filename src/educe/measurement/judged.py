@@ -16,6 +16,7 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from educe.data.tokenizer import Tokenizer
@@ -23,6 +24,7 @@ from educe.losses.logprobs import score
 from educe.measurement.accuracy import Z
 from educe.measurement.win_rate import WinRate, win_rate
 from educe.rollouts.collect import collect
+from educe.rollouts.joining import rows_of, side_by_side
 from educe.rollouts.judges import Judge, rewarded
 from educe.types import Batch, Environment, Model, Params, Rollouts
 
@@ -80,7 +82,8 @@ def evaluate(
   reference: the policy that the run keeps as its reference, or else started from
   environment: only its prompts are read
   judge: a section of its own; not the one that the run is trained on, if over-optimisation
-    is to be seen
+    is to be seen. It is asked once, of each prompt our answers and then the start's; the
+    scores of one that compares are the shares that they win among all of these.
   temperature: of both policies' samples, and of the log-probs in the KL
   repeats: completions of each prompt; every one is compared with every one of the start's
 
@@ -95,7 +98,7 @@ def evaluate(
   prompts = environment.prompts
 
   def answers(params: Params) -> Rollouts:
-    rollouts = collect(
+    return collect(
       model,
       params,
       tokenizer,
@@ -108,20 +111,23 @@ def evaluate(
       batch_size=batch_size,
       show='evaluating',
     )
-    return rewarded(rollouts, prompts, judge)
 
   ours, start = answers(params), answers(reference)
-  scores, start_scores = (
-    np.asarray(x.rewards, np.float64).reshape(-1, repeats) for x in (ours, start)
-  )
+  # In one call: a judge that compares has to see the completions of both.
+  both = rewarded(side_by_side(ours, start), prompts, judge)
+  rewards = np.asarray(both.rewards, np.float64).reshape(-1, 2, repeats)
+  scores, start_scores = rewards[:, 0], rewards[:, 1]
+  own = rows_of(np.arange(0, 2 * len(prompts), 2), repeats)
   # A static argument, compiled once a run: without what cannot be hashed.
   hashable = model._replace(axes=None, architecture=None)
   parts = []
   for at in range(0, len(ours.tokens), batch_size):
     rows = slice(at, at + batch_size)
     batch = Batch(ours.tokens[rows], ours.mask[rows])
-    parts.append(np.asarray(_kl(hashable, params, reference, batch, temperature)))
-  kl = np.concatenate(parts).astype(np.float64).reshape(-1, repeats).mean(-1)
+    parts.append(np.asarray(_logp(hashable, reference, batch, temperature)))
+  # What π says of its own completions, the sampler knows already.
+  drawn = (np.asarray(ours.sampler_logp, np.float64) * ours.mask).sum(-1)
+  kl = (drawn - np.concatenate(parts)).reshape(-1, repeats).mean(-1)
   wins = win_rate(scores, start_scores)
   mean, error = _mean(_by_prompt(scores))
   kl_mean, kl_error = _mean(kl)
@@ -133,17 +139,15 @@ def evaluate(
     kl=kl_mean,
     kl_error=kl_error,
     length=float(np.mean([row['length'] for row in ours.transcripts])),
-    transcripts=list(ours.transcripts),
+    transcripts=[both.transcripts[row] for row in own.tolist()],
   )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
-def _kl(model, params, reference, batch: Batch, temperature: float):
-  """Σ_t (log π − log π_start) of each row, `[B]` (nats)."""
-  ours, start = (
-    score(model, p, batch, temperature=temperature) for p in (params, reference)
-  )
-  return ((ours.logp - start.logp) * batch.mask).sum(-1)
+def _logp(model, params, batch: Batch, temperature: float):
+  """Σ_t log π(y_t) of each row, `[B]` (nats)."""
+  logp = score(model, params, batch, temperature=temperature).logp
+  return jnp.where(batch.mask > 0, logp, 0.0).sum(-1)
 
 
 def _by_prompt(scores: np.ndarray) -> np.ndarray:

@@ -141,19 +141,19 @@ def _once(client: Client, question: str) -> str:
   deadline = time.monotonic() + client.timeout
   try:
     request = urllib.request.Request(where, json.dumps(body).encode(), headers)
-    with _OPENER.open(request, timeout=client.timeout) as response:
+    with _opened(request, client.timeout) as response:
       data = _read(response, deadline, slow)
   except urllib.error.HTTPError as error:
-    said = ''
-    with error, contextlib.suppress(_Passing, OSError, http.client.HTTPException):
-      # Its reason may never come, or be cut off; the status says enough.
-      told = _read(error.fp, deadline, slow)
-      said = ' '.join(told.decode(errors='replace').split())[:200]
+    rest = b''
+    # The status says enough, if there is no more.
+    with error, contextlib.suppress(OSError, http.client.HTTPException, _Passing):
+      rest = _read(error.fp, deadline, slow)
+    said = ' '.join(rest.decode(errors='replace').split())[:200]
+    said = f'HTTP {error.code} {said}'.rstrip()
     if error.code in PASSING or error.code >= 500:
-      raise _Passing(f'HTTP {error.code} {said}', _asked(error, client)) from None
+      raise _Passing(said, _asked(error, client)) from None
     raise JudgeError(
-      f'{who}: HTTP {error.code} {said}; look at judge.url, judge.model and '
-      'judge.api_key_env'
+      f'{who}: {said}; look at judge.url, judge.model and judge.api_key_env'
     ) from None
   except http.client.InvalidURL as error:
     raise JudgeError(f'{who}: {error}; look at judge.url') from None
@@ -173,6 +173,24 @@ def _once(client: Client, question: str) -> str:
   if not isinstance(content, str):
     raise _Passing(f'no text in the answer: {content!r:.120}', 0.0)
   return content.rpartition('</think>')[2]  # what was thought is no verdict
+
+
+def _opened(request: urllib.request.Request, timeout: float):
+  """The response, once its headers are here. Raises TimeoutError after `timeout` seconds.
+
+  A socket's own timeout begins anew with every byte, and headers that drip outlive it: a
+  thread waits for them, and is left behind.
+  """
+  box: concurrent.futures.Future = concurrent.futures.Future()
+
+  def wait():
+    try:
+      box.set_result(_OPENER.open(request, timeout=timeout))
+    except Exception as error:
+      box.set_exception(error)
+
+  threading.Thread(target=wait, daemon=True).start()
+  return box.result(timeout)
 
 
 def _read(response, deadline: float, slow: str) -> bytes:

@@ -168,6 +168,7 @@ def endpoint(
   (highest). pairwise: two questions for every two completions of a prompt, in both orders,
   so that a preference for a place cancels: G·(G − 1) a prompt. A score is the share of
   comparisons won, a tie half; one that is unanswered in either order counts for neither.
+  It is relative to the completions of the same call (`compares`).
 
   Args:
     url: of the server, up to and with /v1
@@ -273,7 +274,18 @@ def endpoint(
         scores[j].append(1 - won)
     return [sum(x) / len(x) if x else None for x in scores]
 
-  return grades if style == 'scalar' else comparisons
+  judge: Any = grades if style == 'scalar' else comparisons
+  judge.compares = style == 'pairwise'
+  return judge
+
+
+def compares(judge: Judge) -> bool:
+  """Whether its scores are relative: to the other completions of the same call.
+
+  Scores of two calls then say nothing of each other. A judge says so by an attribute
+  `compares`; one without it scores each completion by itself.
+  """
+  return getattr(judge, 'compares', False)
 
 
 def rewarded(rollouts: Rollouts, records: Sequence[Record], judge: Judge) -> Rollouts:

@@ -7,10 +7,11 @@ round, and rollouts that were sampled but not yet trained on) survives a restart
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,11 +24,11 @@ from educe.progress import say
 from educe.rollouts import judges, statistics, transcripts
 from educe.rollouts.collect import collect, fitting
 from educe.rollouts.encoding import pack, unpack
+from educe.rollouts.joining import ARRAYS, replace_groups
 from educe.rollouts.pool import Pool
 from educe.types import Environment, Model, Params, Rollouts, StateMismatch
 
 PATIENCE = 5  # rounds in a row without a signal before a warning
-ARRAYS = ('tokens', 'mask', 'sampler_logp', 'stopped', 'rewards', 'kept')
 
 
 class Round(NamedTuple):
@@ -162,6 +163,7 @@ def make(
     refills=refills,
     ahead=ahead,
     show_every=show_every,
+    compares=judge is not None and judges.compares(judge),
   )
 
 
@@ -180,6 +182,7 @@ class Rounds:
   refills: int
   ahead: bool
   show_every: int
+  compares: bool = False  # rewards are relative to what was judged along with them
 
   def __post_init__(self) -> None:
     self._number = 0  # of the next round to be sampled
@@ -198,6 +201,8 @@ class Rounds:
       return current
     waiting, self._waiting = self._waiting, None
     current = waiting.result() if waiting else self._round(params, step, greedy)
+    stale = {'sampling/staleness_steps': step - current.step}
+    current = current._replace(info={**current.info, **stale})
     if self._executor is not None:
       self._waiting = self._launch(params, step, greedy)
     self._look(current)
@@ -209,9 +214,14 @@ class Rounds:
     key = jax.random.fold_in(key, 2 + self.refills)  # after what drew the round itself
     return self._sample(params, current.chosen, key)
 
-  def put_back(self, current: Round) -> None:
-    """The next round is this one again, also after a restart: it was of no use yet."""
-    self._back = current
+  @contextlib.contextmanager
+  def holding(self, current: Round) -> Iterator[None]:
+    """If the block fails, the next round is this one again, also after a restart."""
+    try:
+      yield
+    except BaseException:
+      self._back = current
+      raise
 
   def _launch(self, params, step, greedy):
     assert self._executor is not None
@@ -330,43 +340,6 @@ class Rounds:
       self._executor.shutdown(wait=True, cancel_futures=True)
     if self._verifier is not None:
       self._verifier.close()
-
-
-def replace_groups(rollouts: Rollouts, places, others: Rollouts, which) -> Rollouts:
-  """`rollouts` with the groups at `places` replaced by those `which` of others."""
-  if not len(places):
-    return rollouts
-  at = rows_of(places, rollouts.group)
-  of = rows_of(which, rollouts.group)[: len(at)]
-  width = max(rollouts.tokens.shape[1], others.tokens.shape[1])
-  changed: dict[str, Any] = {}
-  for name in ARRAYS:
-    ours, theirs = getattr(rollouts, name), getattr(others, name)
-    if ours is None and theirs is None:
-      continue
-    fill = 1 if name == 'kept' else 0
-    shape = np.asarray(rollouts.mask).shape
-    ours = np.ones(shape, np.float32) if ours is None else ours
-    theirs = np.ones(np.asarray(others.mask).shape) if theirs is None else theirs
-    ours, theirs = (_widen(np.array(x), width, fill) for x in (ours, theirs))
-    ours[at] = theirs[of]
-    changed[name] = ours
-  rows = list(rollouts.transcripts)
-  for place, source in zip(at, of, strict=True):
-    rows[place] = others.transcripts[source]
-  return rollouts._replace(**changed, transcripts=rows)
-
-
-def rows_of(groups, size: int) -> np.ndarray:
-  """The rows of these groups of `size`, group by group."""
-  return (np.asarray(groups)[:, None] * size + np.arange(size)).ravel()
-
-
-def _widen(array: np.ndarray, width: int, fill: float) -> np.ndarray:
-  if array.ndim == 1:
-    return array
-  padding = ((0, 0), (0, width - array.shape[1]))
-  return np.pad(array, padding, constant_values=fill)
 
 
 def encode(current: Round) -> dict[str, Any]:

@@ -138,7 +138,7 @@ def run(
           f'the data ended before step {number} of {steps}; raise data.epochs, or '
           'lower steps'
         ) from None
-      except ValueError:  # a judge is down, say: no update is lost to that
+      except (ValueError, OSError):  # a judge is down, say: no update is lost to that
         flush()
         if number > start + 1:
           ckpt.save(manager, state, algorithm.data, config)
