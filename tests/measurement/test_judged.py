@@ -93,9 +93,9 @@ def test_every_number_is_the_one_counted_by_hand(temperature):
 def test_a_policy_is_no_better_than_itself():
   got = evaluate(START, START, judge=lambda _, texts: [float(len(x)) for x in texts])
   assert got.wins.rate == pytest.approx(0.5)
-  assert got.kl == 0
+  assert got.kl == pytest.approx(0, abs=1e-5)  # sampler and trainer, float32
   assert got.score == got.start_score
-  assert 'KL 0.00' in str(got)
+  assert re.search(r'KL -?0\.00', str(got))
 
 
 def more_a(records, completions):

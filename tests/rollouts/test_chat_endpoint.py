@@ -239,7 +239,7 @@ def test_a_key_is_not_carried_to_where_a_redirect_leads(server):
   other, theirs = server(lambda question, count: '1')
   where = {'Location': f'{other}/chat/completions'}
   url, _ = server(lambda question, count: (302, where, b''))
-  with pytest.raises(JudgeError, match=r'HTTP 302 .*look at judge\.url'):
+  with pytest.raises(JudgeError, match=r'HTTP 302.*look at judge\.url'):
     chat_endpoint.ask(client(url, key='s3'), ['q'], number)
   assert not theirs
 

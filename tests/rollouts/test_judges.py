@@ -70,6 +70,48 @@ def test_a_chat_ends_where_its_last_turn_does():
   assert judge([record], ['Hello'])[0] in words.eos_ids
 
 
+@pytest.mark.parametrize(
+  ('completion', 'ends'),
+  [
+    ('ab\nc', ['b', None]),
+    ('ab\n\nc', ['\n', None]),  # blank lines belong to the step before them
+    ('\n\nab\nc', ['b', None]),
+    ('ab', [None]),
+    ('', [None]),
+  ],
+)
+@pytest.mark.parametrize('chat', [False, True])
+def test_a_process_reward_model_is_read_at_the_end_of_each_step(completion, ends, chat):
+  """A value that is the token itself shows which were read; None is the stop token."""
+  words = tokenizers.load(path='byte')
+  model = policy.build(presets.debug)._replace(
+    hidden=lambda params, tokens: (None, {}),
+    values=lambda params, states, tokens: (tokens - 90.0) / 20,
+  )
+  opened = model, {}, words
+  prompt = [{'role': 'user', 'content': 'x\ny'}] if chat else 'x\ny'
+  judge = functools.partial(judges.reward_model, lambda path: opened, path='rm')
+  (last,) = judge()([{'prompt': prompt}], [completion])
+  stop = round(20 * last + 90)
+  assert stop in words.eos_ids
+  tokens = [stop if x is None else words.encode(x)[0] for x in ends]
+  right = 1 / (1 + np.exp(-(np.array(tokens) - 90.0) / 20))
+  for steps, want in (('min', right.min()), ('product', right.prod())):
+    (got,) = judge(steps=steps)([{'prompt': prompt}], [completion])
+    assert got == pytest.approx(want, rel=1e-6), steps
+  with pytest.raises(ValueError, match=r"judge\.steps='mean' must be one of"):
+    judge(steps='mean')
+
+
+def test_steps_whose_ends_cannot_be_told_apart_are_not_scored(monkeypatch):
+  def encode(words, record, records):
+    raise ValueError('completions[1]: ends in the same token as another step')
+
+  monkeypatch.setattr(judges.pairs, 'encode', encode)
+  judge = judges.reward_model(lambda path: valued(), path='rm', steps='min')
+  assert judge([{'prompt': '0a='}], ['bc']) == [None]
+
+
 def test_a_text_too_long_for_the_reward_model_is_not_scored():
   judge = judges.reward_model(lambda path: valued(), path='rm', max_length=6)
   scores = judge(*records_of([('0a=', 'b'), ('0a=', 'bcabcabc')]))

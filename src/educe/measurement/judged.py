@@ -143,7 +143,7 @@ def evaluate(
   )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
+@functools.partial(jax.jit, static_argnums=(0, 3))
 def _logp(model, params, batch: Batch, temperature: float):
   """Σ_t log π(y_t) of each row, `[B]` (nats)."""
   logp = score(model, params, batch, temperature=temperature).logp

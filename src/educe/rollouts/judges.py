@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from educe.data import pairs
 from educe.data.chat import encode_record, normalize
 from educe.environments import verifiers
 from educe.rollouts import chat_endpoint
@@ -33,6 +34,12 @@ from educe.types import Batch, Model, Params, Rollouts, Turn
 Record = Mapping[str, Any]
 Judge = Callable[[Sequence[Record], Sequence[str]], list[float | None]]
 
+# What a text is worth, from the values V_t [S] at the ends of its steps.
+STEPS: dict[str, Callable[[np.ndarray], float]] = {
+  'last': lambda v: float(v[-1]),
+  'min': lambda v: float(np.exp(-np.logaddexp(0, -v).max())),
+  'product': lambda v: float(np.exp(-np.logaddexp(0, -v).sum())),
+}
 STYLES = ('scalar', 'pairwise')
 SCALAR = """\
 You grade the answer of an assistant. {criteria}
@@ -66,6 +73,7 @@ def reward_model(
   open_values: Callable[[str], tuple[Model, Params, Any]],
   *,
   path: str,
+  steps: str = 'last',
   batch_size: int = 16,
   max_length: int | None = None,
 ) -> Judge:
@@ -75,12 +83,21 @@ def reward_model(
   value read is that of the state after the text's last token, the end of turn included:
   a completion that was cut off is scored as if it had ended there.
 
+  A process reward model is read at the end of every step, which is a line, as in what it
+  was trained on (records='steps'): the score of a solution is the chance that all its
+  steps are right, or that of the weakest, in 0..1. Hunter Lightman et al., "Let's verify
+  step by step", 2023, §2.6 and appendix F, arXiv:2305.20050.
+
   Args:
     open_values: run folder -> (model with values, params, tokenizer)
+    steps: 'last' reads V at the end of the text; 'product' is Π σ(V_t) and 'min' min σ(V_t)
+      over its steps t, None where their ends cannot be told apart in tokens
     max_length: tokens; a longer text is None. By default the model's context.
 
-  Raises ValueError for a run without a value head, and sizes below 1.
+  Raises ValueError for a run without a value head, unknown steps, and sizes below 1.
   """
+  if steps not in STEPS:
+    raise ValueError(f'judge.steps={steps!r} must be one of {list(STEPS)}')
   if batch_size < 1 or (max_length is not None and max_length < 1):
     raise ValueError(f'judge: {batch_size=} and {max_length=} must be at least 1')
   model, params, words = open_values(path)
@@ -92,14 +109,18 @@ def reward_model(
   @jax.jit
   def read(params, batch):
     states, _ = model.hidden(params, batch.tokens)
-    values = value_of(params, states, batch.tokens)
-    last = batch.mask.sum(-1).astype(jnp.int32) - 1
-    return jnp.take_along_axis(values, last[:, None], -1)[:, 0]
+    return value_of(params, states, batch.tokens)
 
   def judge(records, completions):
-    texts = [_encode(words, *pair) for pair in zip(records, completions, strict=True)]
+    texts, ends = [], []
+    for record, completion in zip(records, completions, strict=True):
+      ids = _encode(words, record, completion)
+      texts.append(ids)
+      ends.append([len(ids) - 1])
+      if steps != 'last' and completion.strip():
+        ends[-1] = _step_ends(words, record, completion)
     scores: list[float | None] = [None] * len(texts)
-    fit = [row for row, ids in enumerate(texts) if len(ids) <= limit]
+    fit = [row for row, x in enumerate(texts) if len(x) <= limit and len(ends[row])]
     fit.sort(key=lambda row: len(texts[row]))  # so that a batch holds equals
     for at in range(0, len(fit), batch_size):
       rows = fit[at : at + batch_size]
@@ -112,7 +133,7 @@ def reward_model(
       batch = Batch(jnp.asarray(tokens), jnp.asarray(mask))
       values = np.asarray(read(params, batch))
       for place, row in enumerate(rows):
-        value = float(values[place])
+        value = STEPS[steps](values[place, ends[row]].astype(np.float64))
         scores[row] = value if math.isfinite(value) else None
     return scores
 
@@ -131,6 +152,21 @@ def _encode(words, record: Record, completion: str) -> list[int]:
   whole = encode_record(words, text)
   # What a template writes after the last trained token is never sampled, nor was it rated.
   return whole.tokens[: np.flatnonzero(whole.mask)[-1] + 1].tolist()
+
+
+def _step_ends(words, record: Record, completion: str) -> Sequence[int]:
+  """The token that each step, a line that is not blank, ends in; none if two share one."""
+  lines = re.split(r'\n(?=[^\n]*\S)', completion)
+  if not lines[0].strip():
+    lines[:2] = ['\n'.join(lines[:2])]
+  read = {'prompt': record['prompt'], 'tools': record.get('tools')}
+  read |= {'completions': lines, 'labels': [0] * len(lines)}
+  try:
+    said = pairs.encode(words, read, 'steps')
+  except ValueError:
+    return []
+  assert said.targets is not None
+  return (len(said.prompt) + np.flatnonzero(np.isfinite(said.targets))).tolist()
 
 
 def length(*, target: int) -> Judge:
