@@ -1,6 +1,7 @@
 """Answers judged beside those of the start, against counts made by hand."""
 
 import math
+import re
 
 import jax.numpy as jnp
 import numpy as np
