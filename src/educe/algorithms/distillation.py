@@ -75,8 +75,9 @@ def make(
   section, an objective that cannot use that text, a teacher of another vocabulary, batches
   of two sizes.
   """
-  known = inspect.signature(distillation.loss).parameters
-  known = known | inspect.signature(loss).parameters  # of a partial: what it was given
+  # Of a partial, what it was given are the defaults.
+  signatures = (inspect.signature(f).parameters for f in (distillation.loss, loss))
+  known = {name: x for parameters in signatures for name, x in parameters.items()}
   objective, beta = (known[name].default for name in ('objective', 'beta'))
   _check(objective, on_policy, teacher, rollouts, data, epochs, minibatches)
   extra = () if data is None else extra_fields(data)

@@ -49,8 +49,8 @@ def constant(
 AGGREGATES = ('constant', 'sequence_mean', 'sequence_sum', 'token_mean')
 
 
-def clean(x: Float[Array, 'B T'], mask: Float[Array, 'B T']) -> Float[Array, 'B T']:
-  """x where the mask is not 0, else 0.
+def clean(x, mask):
+  """x `[B, T]` where the mask is not 0, else 0.
 
   For what is exponentiated or multiplied later: a `where` after that would hide inf and
   NaN from the value, but not 0 · inf from the gradient.

@@ -140,6 +140,7 @@ def loss(
   ref_logp = None if batch.ref_logp is None else sg(clean(batch.ref_logp))
   metrics: dict[str, Mean | Max] = {'entropy': agg.token_mean(entropy, mask)}
   if set(weights) & set(UNPAIRED):
+    assert ref_logp is not None
     total, more = _of_completions(logp - ref_logp, logp, batch, weights, settings)
   else:
     total, more = _of_pairs(logp, ref_logp, entropy, batch, weights, settings)

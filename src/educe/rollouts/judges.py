@@ -154,7 +154,7 @@ def _encode(words, record: Record, completion: str) -> list[int]:
   return whole.tokens[: np.flatnonzero(whole.mask)[-1] + 1].tolist()
 
 
-def _step_ends(words, record: Record, completion: str) -> Sequence[int]:
+def _step_ends(words, record: Record, completion: str) -> list[int]:
   """The token that each step, a line that is not blank, ends in; none if two share one."""
   lines = re.split(r'\n(?=[^\n]*\S)', completion)
   if not lines[0].strip():
