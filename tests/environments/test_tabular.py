@@ -183,7 +183,7 @@ def ppo_policy(world, lam, rounds=3000, **setting):
 RATE = 2.0  # the loss is a mean over two tokens a completion
 
 
-def rloo_policy(world, rounds=3000):
+def rloo_policy(world, rounds=5000):
   """RLOO with k1 in the reward and groups without end, whose baseline is the mean."""
   with jax.enable_x64():
     log_p0 = log_probs(start(world)[0]).sum(-1)

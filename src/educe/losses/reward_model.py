@@ -97,7 +97,7 @@ def _pairs(reward, there, batch, margin, centre_coef, label_smoothing):
     'rewards/chosen': agg.over(chosen, pairs),
     'rewards/rejected': agg.over(rejected, pairs),
     'rewards/margins': agg.over(gap, pairs),
-    'rewards/accuracies': agg.over(gap > 0, pairs),
+    'rewards/accuracies': agg.over((gap > 0) * 1.0, pairs),
     'rewards/mean': agg.over(reward, both),
     'rewards/mean_square': agg.over(reward**2, both),
     'rewards/confidence': agg.over(jax.nn.sigmoid(jnp.abs(gap)), pairs),
