@@ -88,3 +88,16 @@ def verifier(config):
     columns=dict(rating='label'),
   )
   _data(config, 'rated', max_length=384)
+  config.evaluation = dict(
+    name='agreement',
+    source=dict(
+      name='educe.data.preference_sources:gsm8k_solutions',
+      split='[1200:]',
+      columns=dict(rating='label'),
+    ),
+    records='rated',
+    reward='value',
+    max_length=config.data.get_ref('max_length'),
+    overlong=config.data.get_ref('overlong'),
+  )
+  config.evaluate_every = 300

@@ -141,8 +141,6 @@ def test_values_are_read_behind_the_last_token():
     del weights, states, positions, segments
     return jnp.cumsum(tokens, -1).astype(jnp.float32)  # of all that was read
 
-  if 'values' not in MODEL._fields:
-    pytest.skip('this Model has no values yet')
   valued = MODEL._replace(values=values)
   result = run(model=valued, reward='value', beta=None)
   want = [
@@ -151,6 +149,73 @@ def test_values_are_read_behind_the_last_token():
     for r in PAIRS
   ]  # fmt: skip
   np.testing.assert_array_equal(rewards_of(result), want)
+
+
+def judged(model, data, **options):
+  options = dict(max_length=40, batch_size=2, reward='value', **options)
+  return evaluate(
+    model, params(0), BYTE, source=sources.memory(records=data), **options
+  )
+
+
+def heard(weights, states, tokens, positions, segments):
+  """The value of a prefix: how far the sum of its ids is from 700, in hundreds."""
+  del weights, states, positions, segments
+  return (jnp.cumsum(tokens, -1) - 700) / 100
+
+
+def total_of(text, end):
+  ids = [BYTE.bos_id, *BYTE.encode(text), *([BYTE.eos_ids[0]] if end else [])]
+  return (sum(ids) - 700) / 100
+
+
+@pytest.mark.parametrize('records', ['rated', 'steps'])
+def test_a_verifier_is_held_against_what_was_judged(records):
+  model = MODEL._replace(values=heard)
+  if records == 'rated':
+    data = [
+      dict(prompt=f'{i}=', completion='z' * i + '!', rating=i % 2) for i in range(1, 6)
+    ]
+    read = [(total_of(r['prompt'] + r['completion'], True), r['rating']) for r in data]
+  else:
+    data = [
+      dict(prompt=f'{i}=', completions=['a' * i, 'b', 'c!'], labels=[1, i % 2, 0])
+      for i in range(1, 4)
+    ]
+    read = []
+    for r in data:
+      one, two, three = r['completions']
+      text = r['prompt'] + one
+      read += [
+        (total_of(text, False), 1),
+        (total_of(f'{text}\n{two}', False), r['labels'][1]),
+      ]
+      read.append((total_of(f'{text}\n{two}\n{three}', True), 0))
+  margins = np.array([v if y else -v for v, y in read])
+  result = judged(model, data, records=records)
+  assert 0 < (margins > 0).mean() < 1
+  assert result.total == len(read)
+  assert result.rate == (margins > 0).mean()
+  assert result.margin == pytest.approx(margins.mean(), rel=1e-6)
+  assert result.nll == pytest.approx(np.logaddexp(0, -margins).mean(), rel=1e-6)
+  assert str(result).startswith(f'{result.rate:.1%} of {len(read)} ')
+  assert ('steps' if records == 'steps' else 'completions') in str(result)
+  got = [
+    pair
+    for row in result.transcripts
+    for pair in zip(row['values'], row['labels'], strict=True)
+  ]
+  np.testing.assert_allclose(got, read, rtol=1e-6)
+  assert result.transcripts[0]['prompt'] == '1='
+
+
+def test_ratings_that_are_no_judgements_are_refused():
+  model = MODEL._replace(values=heard)
+  data = [dict(prompt='p', completion=c, rating=r) for c, r in (('a', 1), ('b', 0.5))]
+  with pytest.raises(
+    ValueError, match=r'record 1 is rated 0\.5; agreement is with right'
+  ):
+    judged(model, data, records='rated')
 
 
 def test_long_pairs_are_counted():
@@ -184,6 +249,8 @@ def test_the_policy_against_itself_is_undecided():
     ({'beta': None}, 'beta=None must be positive'),
     ({'max_length': 1}, 'max_length=1 must be at least 2'),
     ({'size': 0}, 'size=0 at least 1'),
+    ({'records': 'rated'}, "records='rated' is of a reward model"),
+    ({'records': 'unpaired'}, "records='unpaired' is not one of"),
     ({'reward': 'average', 'data': [dict(PAIRS[0], rejected='1')]}, 'are the same'),
   ],
 )

@@ -40,6 +40,24 @@ def test_points_stand_at_confidence_and_share():
   np.testing.assert_allclose(spans, want, atol=1e-12)
 
 
+def test_judgements_are_drawn_with_the_sign_of_their_label(tmp_path, monkeypatch):
+  seen = []
+  figure = reliability.figure
+  monkeypatch.setattr(
+    reliability,
+    'figure',
+    lambda result, **o: seen.append(result) or figure(result, **o),
+  )
+  judged = [
+    {'judged': 'a', 'values': [2.0, -1.0], 'labels': [1.0, 1.0]},
+    {'judged': 'b', 'values': [-3.0], 'labels': [0.0]},
+  ]
+  transcripts.save(judged, tmp_path / 'samples' / '4.jsonl')
+  assert reliability.draw(tmp_path).exists()
+  assert (seen[0].rate, seen[0].total, seen[0].what) == (2 / 3, 3, 'judgements')
+  assert seen[0].margin == pytest.approx((2 - 1 + 3) / 3)
+
+
 def test_the_last_evaluation_is_drawn(tmp_path, monkeypatch):
   seen = []
   figure = reliability.figure

@@ -1,4 +1,4 @@
-"""How often a policy, or a reward model, agrees with held-out pairs, and how surely.
+"""How often a policy, or a reward model, agrees with held-out judgements, and how surely.
 
 A pair is agreed on where the chosen completion has the higher reward r; where the rewards
 are equal a coin would decide, and it counts as half. The reward is one of
@@ -8,6 +8,10 @@ are equal a coin would decide, and it counts as half. The reward is one of
   average    β·(1/|y|)·Σ_t log π(y_t): without a reference, as SimPO has it (Yu Meng et
              al., 2024, arXiv:2405.14734)
   value      of a reward model, behind the last token
+
+A reward model of completions that were judged right or wrong (records='rated'), or of
+their steps ('steps'), agrees where its value V is on the right side of 0. With the margin
+V, or −V where it was wrong, all that is said here of pairs holds of them.
 
 Under the Bradley–Terry model the chosen one wins with p = σ(r_w − r_l). Calibrated means
 that of the pairs on which a side is given confidence c = max(p, 1 − p), the share c is
@@ -32,6 +36,7 @@ from educe.measurement.accuracy import wilson
 from educe.sharding import place_batch
 from educe.types import Batch, Model, Params
 
+RECORDS = ('pairs', 'rated', 'steps')
 REWARDS = ('implicit', 'average', 'value')
 BINS = 10  # of confidence, from 0.5 to 1
 
@@ -40,14 +45,15 @@ class Agreement(NamedTuple):
   rate: float  # agreed on / total
   low: float  # Wilson 95 %
   high: float
-  total: int  # pairs
+  total: int  # pairs, or judgements
   margin: float  # mean of r_w − r_l
   nll: float  # mean of −log p (nats per pair)
   ece: float  # expected calibration error, 0..1
   # Of those that are not empty: (pairs, mean confidence, share right).
   bins: list[tuple[int, float, float]]
-  dropped: int  # pairs too long to be read
+  dropped: int  # records too long to be read
   transcripts: list[dict[str, Any]]
+  what: str = 'pairs'
 
   @property
   def verb(self) -> str:
@@ -68,7 +74,7 @@ class Agreement(NamedTuple):
     interval = f'95 % interval {self.low:.1%} to {self.high:.1%}'
     left = f'; {self.dropped} too long' if self.dropped else ''
     return (
-      f'{self.rate:.1%} of {self.total} pairs ({interval}{left}), calibration error '
+      f'{self.rate:.1%} of {self.total} {self.what} ({interval}{left}), calibration error '
       f'{self.ece:.3f}'
     )
 
@@ -79,8 +85,9 @@ def agreement(
   *,
   dropped: int = 0,
   transcripts: Sequence[dict[str, Any]] = (),
+  what: str = 'pairs',
 ) -> Agreement:
-  """Rewards `[P]` of both sides, in float64.
+  """Rewards `[P]` of both sides, in float64; `what` they are is only said.
 
   Raises ValueError for no pairs and for a reward that is not finite.
   """
@@ -115,6 +122,7 @@ def agreement(
     bins=bins,
     dropped=dropped,
     transcripts=list(transcripts),
+    what=what,
   )
 
 
@@ -131,19 +139,22 @@ def evaluate(
   batch_size: int = 8,
   overlong: str = 'drop',
   size: int | None = None,
+  records: str = 'pairs',
 ) -> Agreement:
-  """Agreement with pairs: what the config section `evaluation` runs.
+  """Agreement with judgements: what the config section `evaluation` runs.
 
   reference: of implicit rewards: the run's, which may move (TR-DPO); where it keeps none,
     the policy that it started from
-  source: a section of its own, of pairs that are not trained on
+  source: a section of its own, of records that are not trained on
+  records: 'pairs'; or, for reward='value' alone, 'rated' or 'steps', judged 0 or 1. The
+    steps of one completion are no independent judgements, and the interval takes them so
   reward, beta: see the top of this file; 'value' takes no beta, the others the loss's
-  batch_size: pairs at a time
+  batch_size: records at a time
   max_length, overlong: as for config.data
   size: the first so many records of the source; None for all
 
   Raises ValueError for an implicit reward without a reference, a value without a value
-  head, and pairs that cannot be read.
+  head, ratings that are no judgements, and records that cannot be read.
   """
   check(
     max_length=max_length,
@@ -151,6 +162,7 @@ def evaluate(
     beta=beta,
     batch_size=batch_size,
     size=size,
+    records=records,
   )
   if reward == 'implicit' and reference is None:
     raise ValueError(
@@ -162,12 +174,12 @@ def evaluate(
       "evaluation.reward='value' is of a reward model, and this model has no value head: "
       "add config.value, or choose 'implicit'"
     )
-  pairs = pipeline.make(
+  batches = pipeline.make(
     source if size is None else source[:size],
     tokenizer,
     batch_size=batch_size,
     max_length=max_length,
-    records='pairs',
+    records=records,
     shuffle=False,
     epochs=1,
     overlong=overlong,
@@ -175,17 +187,27 @@ def evaluate(
   )
   hashable = model._replace(axes=None)  # a static argument: compiled once a run
   rewards, transcripts = [], []
-  for rows in pairs:
+  for rows in batches:
+    if records != 'pairs':
+      for row, values, labels in _judged(hashable, params, rows, tokenizer.pad_id):
+        rewards += zip(values * (2 * labels - 1), np.zeros(len(values)), strict=True)
+        transcripts.append(_read_out(tokenizer, rows, row, values, labels))
+      continue
     found = _rewards(hashable, params, reference, rows, reward, beta, tokenizer.pad_id)
     for pair in range(0, len(found), 2):
       if rows['ids'][pair, 0] >= 0:
         rewards.append(found[pair : pair + 2])
         transcripts.append(_transcript(tokenizer, rows, pair, rewards[-1]))
-  counts = pairs.counts()
-  pairs.close()
+  counts = batches.counts()
+  batches.close()
   chosen, rejected = np.array(rewards).T
-  dropped = counts['dropped_overlong'] + counts['dropped_masked']
-  return agreement(chosen, rejected, dropped=dropped, transcripts=transcripts)
+  return agreement(
+    chosen,
+    rejected,
+    dropped=counts['dropped_overlong'] + counts['dropped_masked'],
+    transcripts=transcripts,
+    what={'pairs': 'pairs', 'rated': 'completions', 'steps': 'steps'}[records],
+  )
 
 
 def check(
@@ -195,10 +217,17 @@ def check(
   beta: float | None,
   batch_size: int,
   size: int | None,
+  records: str,
 ) -> None:
   """Raises ValueError for arguments of `evaluate` that no model could make good."""
   if reward not in REWARDS:
     raise ValueError(f'reward={reward!r} is not one of {list(REWARDS)}')
+  if records not in RECORDS:
+    raise ValueError(f'records={records!r} is not one of {list(RECORDS)}')
+  if records != 'pairs' and reward != 'value':
+    raise ValueError(
+      f"records={records!r} is of a reward model: reward='value', not {reward!r}"
+    )
   if reward == 'value' and beta is not None:
     raise ValueError(f"beta={beta}: reward='value' takes none")
   if reward != 'value' and not (beta is not None and 0 < beta < float('inf')):
@@ -234,6 +263,23 @@ def _rewards(model, params, reference, rows, reward, beta, pad_id) -> np.ndarray
   return beta * ((logp - read(reference, 'logp')) * mask).sum(-1)
 
 
+def _judged(model, params, rows, pad_id):
+  """(row, V, y) of each real row, at the places that are judged, in float64."""
+  batch = readings(rows, pad_id=pad_id)
+  labels, mask = np.asarray(batch.returns, np.float64), np.asarray(batch.mask)
+  values = np.asarray(
+    _read(model, params, _spread(batch, params), 'values'), np.float64
+  )
+  for row in np.flatnonzero(rows['ids'][:, 0] >= 0):
+    at = mask[row] > 0
+    if not np.isin(labels[row, at], (0, 1)).all():
+      raise ValueError(
+        f"evaluation.records='rated': record {rows['ids'][row, 0]} is rated "
+        f'{labels[row, at][0]:g}; agreement is with right (1) and wrong (0)'
+      )
+    yield row, values[row, at], labels[row, at]
+
+
 def _spread(batch: Batch, params: Params) -> Batch:
   """Its rows over the mesh of the params, or else every device would read all of them."""
   where = getattr(jax.tree.leaves(params)[0], 'sharding', None)
@@ -246,16 +292,27 @@ def _spread(batch: Batch, params: Params) -> Batch:
 
 def _transcript(tokenizer, rows, pair, rewards) -> dict[str, Any]:
   """A pair for people."""
-
-  def text(row, trained):
-    where = (rows['mask'][row] == trained) & (rows['ids'][row] >= 0)
-    return tokenizer.decode(rows['tokens'][row][where], skip_special=True)
-
   chosen, rejected = map(float, rewards)
   return {
     'id': int(rows['ids'][pair, 0]),
-    'prompt': text(pair, 0),
-    'chosen': text(pair, 1),
-    'rejected': text(pair + 1, 1),
+    'prompt': _text(tokenizer, rows, pair, 0),
+    'chosen': _text(tokenizer, rows, pair, 1),
+    'rejected': _text(tokenizer, rows, pair + 1, 1),
     'rewards': {'chosen': chosen, 'rejected': rejected},
   }
+
+
+def _read_out(tokenizer, rows, row, values, labels) -> dict[str, Any]:
+  """A judged completion for people."""
+  return {
+    'id': int(rows['ids'][row, 0]),
+    'prompt': _text(tokenizer, rows, row, 0),
+    'judged': _text(tokenizer, rows, row, 1),
+    'values': values.tolist(),
+    'labels': labels.tolist(),
+  }
+
+
+def _text(tokenizer, rows, row, trained) -> str:
+  where = (rows['mask'][row] == trained) & (rows['ids'][row] >= 0)
+  return tokenizer.decode(rows['tokens'][row][where], skip_special=True)

@@ -12,14 +12,12 @@ from educe.measurement.accuracy import wilson
 from educe.measurement.agreement import Agreement, agreement
 from educe.rollouts import transcripts
 
-SIDES = ('chosen', 'rejected')
-
 
 def draw(run_dir: str | os.PathLike, *, title: str = '') -> pathlib.Path | None:
   """Reads the last of run_dir/samples, writes run_dir/reliability.png, returns its path.
 
-  None where the samples are not of pairs (measurement/agreement.py). For each bin of
-  confidence: the share of pairs that are agreed on, with its Wilson interval; on the
+  None where the samples are no judgements (measurement/agreement.py). For each bin of
+  confidence: the share of them that is agreed on, with its Wilson interval; on the
   diagonal a reward is calibrated. Below it lies how many pairs each bin has.
   """
   run_dir = pathlib.Path(run_dir)
@@ -27,10 +25,20 @@ def draw(run_dir: str | os.PathLike, *, title: str = '') -> pathlib.Path | None:
   if not files:
     return None
   rows = transcripts.load(max(files, key=lambda p: int(p.stem)))
-  if not rows or 'rejected' not in rows[0]:
+  what = 'pairs'
+  if rows and 'rejected' in rows[0]:
+    margins = [r['rewards']['chosen'] - r['rewards']['rejected'] for r in rows]
+  elif rows and 'values' in rows[0]:
+    what = 'judgements'
+    margins = [
+      value if label else -value
+      for r in rows
+      for value, label in zip(r['values'], r['labels'], strict=True)
+    ]
+  else:
     return None
-  chosen, rejected = zip(*((r['rewards'][s] for s in SIDES) for r in rows), strict=True)
-  picture = figure(agreement(np.array(chosen), np.array(rejected)), title=title)
+  result = agreement(np.array(margins), np.zeros(len(margins)), what=what)
+  picture = figure(result, title=title)
   from matplotlib.backends.backend_agg import FigureCanvasAgg
 
   path = run_dir / 'reliability.png'
@@ -66,8 +74,8 @@ def figure(result: Agreement, *, title: str = ''):
   )
   lower.bar(confidence, counts, width=0.03, color=curves.BLUE)
   upper.set_ylim(0, 1.02)
-  heading = f'{result.rate:.0%} of {result.total} pairs; error {result.ece:.3f}'
-  for axes, name in ((upper, f'share agreed on ({heading})'), (lower, 'pairs')):
+  heading = f'{result.rate:.0%} of {result.total} {result.what}; error {result.ece:.3f}'
+  for axes, name in ((upper, f'share agreed on ({heading})'), (lower, result.what)):
     axes.set_title(name, size=12, color=curves.INK, loc='left', pad=6)
     axes.grid(color=curves.GRID, linewidth=1)
     axes.set_axisbelow(True)
