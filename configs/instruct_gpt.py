@@ -140,7 +140,13 @@ def ppo():
   config.environment = prompts(TRAIN)
   config.judge = PROXY
   config.rollouts = dict(prompts=16, group=1, max_new_tokens=ANSWER, workers=0)
-  config.algorithm = dict(name='ppo', epochs=2, kl_coef=0.02, missing_eos_penalty=0.5)
+  config.algorithm = dict(
+    name='ppo',
+    epochs=2,
+    kl_coef=0.02,
+    missing_eos_penalty=0.5,
+    normalise_scores=True,
+  )
   config.loss = dict(name='ppo')
   config.optimizer.schedule = 'constant'
   config.evaluation = verdict()

@@ -29,9 +29,18 @@ def main(name):
     at = [x['root_kl'] for x in curve]
     for judge, colour in COLOURS.items():
       mean, error = np.array([x[judge] for x in curve]).T
-      above.plot(at, mean, mark, color=colour, ms=5, label=f'{stage}, {judge}')
-      low, high = mean - results.Z * error, mean + results.Z * error
-      above.fill_between(at, low, high, color=colour, alpha=0.13, lw=0)
+      above.errorbar(
+        at,
+        mean,
+        yerr=results.Z * error,
+        fmt=mark,
+        color=colour,
+        ms=5,
+        elinewidth=0.8,
+        capsize=2,
+        alpha=1.0 if stage == 'ppo' else 0.6,
+        label=f'{stage}, {judge}',
+      )
     rate, low, high = np.array([x['win_rate'] for x in found['policies'][stage]]).T
     below.errorbar(
       at,

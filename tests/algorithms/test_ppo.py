@@ -252,6 +252,38 @@ def test_a_completion_that_was_not_scored_is_not_trained_on(tmp_path):
     assert info[key] == pytest.approx(x, abs=1e-4), key
 
 
+def test_scores_are_normalised_by_those_of_the_first_round(tmp_path):
+  """… that has any, and so they stay, also after a restart."""
+
+  def round_of(scores, saved=None, **options):
+    method = fixed(tmp_path, rewards=scores, missing_eos_penalty=0.5, **options)
+    if saved:
+      method.data.set_state(saved)
+    batch, info = method.next_batch(state_of(reference=other_policy())[0])
+    return batch, info, method.data.get_state()
+
+  def same(got, want):
+    for name in ('advantages', 'returns'):
+      # float32, whitened
+      np.testing.assert_allclose(getattr(got, name), getattr(want, name), atol=1e-5)
+
+  *_, saved = round_of([math.nan] * 4, normalise_scores=True)
+  first = 0.1 * np.array([*SCORES[:3], math.nan]) + 0.5
+  got, info, saved = round_of(first, saved, normalise_scores=True)
+  mean, std = np.nanmean(first), np.nanstd(first, ddof=1)
+  want, numbers, _ = round_of((first - mean) / std)
+  same(got, want)
+  for key in ('objective/scores', 'objective/rlhf_reward'):
+    assert info[key] == pytest.approx(numbers[key], abs=1e-5), key
+  second = np.array([0.4, 0.7, 0.3, 0.5])
+  got, *_ = round_of(second, saved, normalise_scores=True)
+  want, *_ = round_of((second - mean) / std)
+  same(got, want)
+  for scores in ([2.0] * 4, [2.0, math.nan, math.nan, math.nan]):
+    with pytest.raises(ValueError, match='scores of the first round do not differ'):
+      round_of(scores, normalise_scores=True)
+
+
 def test_a_round_without_any_score_moves_nothing(tmp_path):
   method = fixed(tmp_path, rewards=[math.nan] * 4)
   state, tx = state_of()

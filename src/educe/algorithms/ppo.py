@@ -55,6 +55,7 @@ def make(
   bootstrap: bool = False,
   whiten: bool = True,
   whiten_rewards: bool = False,
+  normalise_scores: bool = False,
 ) -> Algorithm:
   """Algorithm whose step is one minibatch; a round is epochs × minibatches steps.
 
@@ -75,12 +76,14 @@ def make(
     bootstrap: such a completion is worth, at its end, what the critic expects to follow.
     whiten: advantages to mean 0 and standard deviation 1 over the round's tokens.
     whiten_rewards: the r_t to standard deviation 1, their mean kept.
+    normalise_scores: by the mean and standard deviation (n − 1) of the first round's, the
+      initial policy's: Ziegler et al., §2.1. The penalty and the KL are in that unit then.
 
   info, every step, of its round: objective/kl (nats a completion; k1), objective/kl_coef
-    (used), objective/scores (mean), objective/non_score_reward (−kl_coef·KL, before
-    whitening, and penalties), objective/rlhf_reward (their sum), objective/entropy (−log π
-    of a completion), explained_variance (of the returns by V_old; over tokens),
-    advantages/std (before whitening)
+    (used), objective/scores (mean; normalised, if they are), objective/non_score_reward
+    (−kl_coef·KL, before whitening, and penalties), objective/rlhf_reward (their sum),
+    objective/entropy (−log π of a completion), explained_variance (of the returns by
+    V_old; over tokens), advantages/std (before whitening)
 
   Raises ValueError for what cannot be, before anything is sampled: a model without a value
   head, settings that the loss refuses, groups that do not divide into minibatches.
@@ -111,7 +114,7 @@ def make(
   read = on_policy.reader(model, rollouts, place, size)
   read_alone = on_policy.reader(model._replace(values=None), rollouts, place, size)
   data = Position(rollouts)
-  data.extra = {'kl_coef': kl_coef, 'numbers': {}}
+  data.extra = {'kl_coef': kl_coef, 'moments': None, 'numbers': {}}
 
   def prepare(state: TrainState, current: Round) -> tuple[Batch, dict[str, Any]]:
     """The whole round as one batch."""
@@ -128,6 +131,10 @@ def make(
 
     scores = np.asarray(r.rewards, np.float64)
     scored, cut = np.isfinite(scores), 1 - np.asarray(r.stopped)
+    if normalise_scores and scored.any():
+      data.extra['moments'] = data.extra['moments'] or _moments(scores[scored])
+      mean, std = data.extra['moments']
+      scores = (scores - mean) / std
     mask = drawn * scored[:, None]
     kl = np.zeros(mask.shape) if ref is None else (np.float64(old) - ref) * mask
     # A coefficient that is steered goes on from where it was; a fixed one may be changed.
@@ -186,6 +193,17 @@ def make(
     reference_every=reference_every,
     asks_policy=True,
   )
+
+
+def _moments(scores: np.ndarray) -> tuple[float, float]:
+  """(mean, standard deviation) of the first round's scores."""
+  std = float(scores.std(ddof=1)) if len(scores) > 1 else 0.0
+  if not std:
+    raise ValueError(
+      f'algorithm: normalise_scores=True, and the {len(scores)} scores of the first round '
+      'do not differ; raise rollouts.prompts, or set it to False'
+    )
+  return float(scores.mean()), std
 
 
 def _objective(logp, kl, coef, scores, shaped, scored) -> dict[str, float]:
