@@ -67,7 +67,7 @@ def scores(file: pathlib.Path, judge) -> dict[str, list[float]]:
   by_prompt: dict = {}
   for row, ours in zip(rows, proxy, strict=True):
     by_prompt.setdefault(row['id'], []).append((row['reward'], ours))
-  gold, proxy = np.mean(list(by_prompt.values()), axis=1).T
+  gold, proxy = np.array([np.mean(x, 0) for x in by_prompt.values()]).T
   return {'gold': gold.tolist(), 'proxy': proxy.tolist()}
 
 
