@@ -162,7 +162,8 @@ class Turn(NamedTuple):
   info: Mapping[str, Any]
 
 
-OUTCOMES = ('verified', 'wrong', 'unparsable', 'timeout', 'error')
+# 'judged': scored by someone to whom no answer is right or wrong.
+OUTCOMES = ('verified', 'wrong', 'unparsable', 'timeout', 'error', 'judged')
 
 
 class Environment(NamedTuple):

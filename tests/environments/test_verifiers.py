@@ -209,7 +209,7 @@ def test_outcomes_are_counted_apart():
     ask(verifier, '5', '5', '4', 'hang', 'raise', 'return None')
     ask(verifier, '5')
     assert verifier.counts == dict(
-      verified=3, wrong=1, unparsable=1, timeout=1, error=1
+      verified=3, wrong=1, unparsable=1, timeout=1, error=1, judged=0
     )
 
 

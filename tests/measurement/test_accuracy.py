@@ -42,7 +42,7 @@ def rows(*outcomes):
 def test_outcomes_are_counted_apart():
   given = rows('verified', 'verified', 'wrong', 'unparsable', 'error', 'verified')
   result = accuracy(given)
-  wrong = {'wrong': 1, 'unparsable': 1, 'timeout': 0, 'error': 1}
+  wrong = {'wrong': 1, 'unparsable': 1, 'timeout': 0, 'error': 1, 'judged': 0}
   assert result.counts == {'verified': 3, **wrong}
   assert list(result.counts) == list(OUTCOMES)
   assert result.rate == 0.5

@@ -71,7 +71,10 @@ def test_the_last_evaluation_is_drawn(tmp_path, monkeypatch):
   path = reliability.draw(tmp_path, title='a run')
   assert path == tmp_path / 'reliability.png'
   want = agreement(MARGINS, np.zeros(5))
-  assert (seen[0].total, seen[0].bins) == (5, want.bins)  # every pair with its own margin
+  assert (seen[0].total, seen[0].bins) == (
+    5,
+    want.bins,
+  )  # every pair with its own margin
   image = imread(path)
   blue = np.abs(image[..., :3] - np.array([0x15, 0x65, 0xC0]) / 255).max(-1) < 0.02
   assert blue.sum() > 1000

@@ -283,7 +283,11 @@ def test_a_judges_scores_are_the_rewards_of_the_very_rows():
     ]
     return [None if i == 1 else score for i, score in enumerate(scores)]
 
-  r = rounds_of(judge).next(student()[1], 0).rollouts
+  current = rounds_of(judge).next(student()[1], 0)
+  r = current.rollouts
+  # Nothing is solved where nothing is right: 1 is a score like any other.
+  assert not [name for name in current.info if name.startswith('groups/solved')]
+  assert current.info['outcomes/judged'] == 1 - 1 / len(r.rewards)
   assert len(seen) == 1  # all of a round at once
   for row, (reward, t) in enumerate(zip(r.rewards, r.transcripts, strict=True)):
     want = len(t['completion']) + int(t['prompt'][0]) / 10
@@ -294,7 +298,7 @@ def test_a_judges_scores_are_the_rewards_of_the_very_rows():
     assert reward == np.float32(want)
     assert t['rewards'] == {'environment': None, 'judge': want}
     assert t['reward'] == want
-    assert t['outcome'] == ('verified' if want >= 1 else 'wrong')
+    assert t['outcome'] == 'judged'
 
 
 def test_what_the_environment_said_stays_beside_it():

@@ -61,6 +61,7 @@ def test_a_round_in_numbers():
     'outcomes/unparsable': 0,
     'outcomes/timeout': 2 / 9,
     'outcomes/error': 0,
+    'outcomes/judged': 0,
     'rewards/a/mean': 0.5,
     'rewards/b/mean': 3,
   }

@@ -29,7 +29,7 @@ from educe.data.chat import encode_record, normalize
 from educe.environments import verifiers
 from educe.rollouts import chat_endpoint
 from educe.rollouts.sampler import bucket
-from educe.types import Batch, Model, Params, Rollouts, Turn
+from educe.types import Batch, Model, Params, Rollouts
 
 Record = Mapping[str, Any]
 Judge = Callable[[Sequence[Record], Sequence[str]], list[float | None]]
@@ -328,7 +328,7 @@ def rewarded(rollouts: Rollouts, records: Sequence[Record], judge: Judge) -> Rol
   """Rollouts whose rewards are the judge's scores.
 
   records: of each group. What the environment had said stays in `rewards`, and so does its
-  outcome where it had scored the row; else that is what the score means, or 'error'.
+  outcome where it had scored the row; else that is 'judged', or 'error' without a score.
 
   Raises ValueError for a judge that answers the wrong number of rows, or no numbers.
   """
@@ -343,7 +343,7 @@ def rewarded(rollouts: Rollouts, records: Sequence[Record], judge: Judge) -> Rol
     parts = {'environment': row['reward'], **row['rewards'], 'judge': score}
     outcome = row['outcome']
     if row['reward'] is None:
-      outcome = verifiers.outcome(Turn(None, score, True, {}))
+      outcome = 'judged'
     if score is None:
       outcome = 'error'
     extra = {'error': 'the judge gave no score'} if score is None else {}

@@ -17,7 +17,7 @@ def summary(rollouts: Rollouts) -> dict[str, Any]:
     deviation (n − 1) · frac_reward_zero_std: groups whose rewards are all equal
   rewards/<name>/mean: of each named part, where it was scored
   outcomes/<outcome>: shares of the rows
-  groups/solved_{none, some, all}: shares of the groups
+  groups/solved_{none, some, all}: shares of the groups, where answers are right or wrong
   completions/{mean, min, max}_length (tokens) · completions/clipped_ratio: share of the
     rows that ran out of room
   sampling/kept_mass: probability that truncation left standing (mean over tokens),
@@ -34,14 +34,17 @@ def summary(rollouts: Rollouts) -> dict[str, Any]:
     'reward': scored.mean() if len(scored) else np.nan,
     'reward_std': np.mean(spreads) if spreads else 0.0,
     'frac_reward_zero_std': equal(rollouts).mean(),
-    'groups/solved_none': (solved == 0).mean(),
-    'groups/solved_some': ((solved > 0) & (solved < 1)).mean(),
-    'groups/solved_all': (solved == 1).mean(),
     'completions/mean_length': lengths.mean(),
     'completions/min_length': lengths.min(),
     'completions/max_length': lengths.max(),
     'completions/clipped_ratio': 1 - np.asarray(rollouts.stopped).mean(),
   }
+  if not outcomes['judged']:
+    numbers |= {
+      'groups/solved_none': (solved == 0).mean(),
+      'groups/solved_some': ((solved > 0) & (solved < 1)).mean(),
+      'groups/solved_all': (solved == 1).mean(),
+    }
   numbers |= {f'outcomes/{name}': outcomes[name] / rows for name in OUTCOMES}
   parts: dict[str, list[float]] = {}
   for row in rollouts.transcripts:
