@@ -156,7 +156,7 @@ def test_a_preset_has_the_numbers_of_its_paper(preset):
 
 def test_nobody_whom_instruct_gpt_trains_has_met_its_judge():
   """Else the win rate is the proxy's own opinion."""
-  values = config.load([f'--config={ROOT / "configs" / "instruct_gpt.py"}'])
+  values = recipes.load([f'--config={ROOT / "configs" / "instruct_gpt.py"}'])
 
   def rows(source):
     low, _, high = source['split'].strip('[]').partition(':')

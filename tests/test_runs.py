@@ -123,7 +123,7 @@ def test_finished_stages_are_left_alone(config, both, capsys):
   said = capsys.readouterr().err
   assert said.count('is already done') == 2
   assert {p: p.stat().st_mtime_ns for p in both.rglob('metrics.jsonl')} == before
-  table = said[said.index('accuracy before and after') :].splitlines()
+  table = said[said.index('before and after each') :].splitlines()
   assert [line.split()[0] for line in table[1:4]] == ['before', 'base', 'rl']
 
 

@@ -1,5 +1,6 @@
 """What GRPO and PPO share; their own tests hold the rest of it."""
 
+import contextlib
 import types
 
 import jax
@@ -13,7 +14,13 @@ from educe.rollouts.position import Position
 from educe.types import Batch, Rollouts
 
 ROUNDS = types.SimpleNamespace(
-  prompts=4, group=2, temperature=0.7, ahead=False, seed=0, get_state=dict
+  prompts=4,
+  group=2,
+  temperature=0.7,
+  ahead=False,
+  seed=0,
+  get_state=dict,
+  holding=contextlib.nullcontext,
 )
 
 

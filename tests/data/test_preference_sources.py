@@ -1,7 +1,6 @@
 """Public preference data: small files of their shape, and the real ones where present."""
 
 import json
-import re
 
 import pytest
 
@@ -47,9 +46,16 @@ def test_hh_rlhf_dialogues_become_messages(tmp_path, capsys):
   assert 'may be offensive or upsetting' in capsys.readouterr().err
 
 
-def test_the_warning_is_quoted_where_the_data_are_described():
-  quoted = re.sub(r'[\s*]+', '', public.WARNING.split('"')[1])
-  assert quoted in re.sub(r'[\s*]+', '', public.hh_rlhf.__doc__)
+def test_the_publishers_warning_is_said_when_the_data_are_read(tmp_path, capsys):
+  path = write(
+    tmp_path,
+    dict(
+      chosen='\n\nHuman: q\n\nAssistant: a', rejected='\n\nHuman: q\n\nAssistant: b'
+    ),
+  )
+  public.hh_rlhf(path=path)
+  said = ' '.join(''.join(capsys.readouterr()).split())
+  assert 'The data contain content that may be offensive or upsetting' in said
 
 
 def test_hh_rlhf_pairs_of_two_prompts_are_named(tmp_path):
