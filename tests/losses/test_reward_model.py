@@ -157,7 +157,9 @@ def test_at_the_start_the_loss_is_ln_2():
   assert metrics['rewards/confidence'] == 0.5
   wrong = {**arrays, 'returns': np.zeros((8, 6))}
   metrics = evaluate(np.zeros((8, 6)), wrong, objective='process')[2]
-  assert metrics['accuracy'] == 1  # a value of 0 does not say that a step is right
+  assert (
+    metrics['rewards/accuracies'] == 1
+  )  # a value of 0 does not say that a step is right
 
 
 def test_swapping_a_pair_flips_its_margin():

@@ -190,7 +190,8 @@ def evaluate(
   for rows in batches:
     if records != 'pairs':
       for row, values, labels in _judged(hashable, params, rows, tokenizer.pad_id):
-        rewards += zip(values * (2 * labels - 1), np.zeros(len(values)), strict=True)
+        margins = values * (2 * labels - 1)
+        rewards += [np.array([margin, 0.0]) for margin in margins]
         transcripts.append(_read_out(tokenizer, rows, row, values, labels))
       continue
     found = _rewards(hashable, params, reference, rows, reward, beta, tokenizer.pad_id)
