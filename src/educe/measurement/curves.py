@@ -242,7 +242,8 @@ def _accuracy(axes, *, points) -> None:
   )
   ends = {0, len(points) - 1}
   for index in sorted(ends if len(points) > 4 else range(len(points))):
-    on_the_axis = index == 0 and len(points) > 1
+    # Beside the axis, where the next point leaves room.
+    on_the_axis = index == 0 and 1 < len(points) < 8
     axes.annotate(
       f'{rates[index]:.0%}',
       (at[index], high[index]),
