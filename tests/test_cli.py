@@ -250,10 +250,11 @@ def test_only_what_differs_of_a_section_is_said(config, tmp_path, capsys):
   cli.main(['train', config, run])
   capsys.readouterr()
   changed = ['--config.optimizer.learning_rate=0.5', '--config.data.seed=0']
-  assert cli.main(['train', config, run, *changed]) == 0
+  assert cli.main(['train', config, run, *changed, '--config.steps=9']) == 0
   said = [line for line in capsys.readouterr().err.splitlines() if ' was ' in line]
-  (line,) = said
-  assert line.endswith('config.json: optimizer.learning_rate was 0.01, is now 0.5')
+  rate, steps = said
+  assert rate.endswith('config.json: optimizer.learning_rate was 0.01, is now 0.5')
+  assert steps.endswith('is now 9')
 
 
 def test_a_run_says_first_what_it_is(config, tmp_path, capsys):

@@ -145,6 +145,29 @@ def test_a_file_that_imports_recipes_says_from_where(tmp_path):
   assert '\n' not in str(error.value)
 
 
+def test_debug_leaves_a_judge_that_needs_no_server(tmp_path):
+  file = tmp_path / 'mine.py'
+  for judge, kept in ((dict(name='reward_model', path='r'), True),
+                      (dict(name='endpoint', url='u'), False)):  # fmt: skip
+    file.write_text(
+      'import ml_collections\ndef get_config():\n'
+      f'  return ml_collections.ConfigDict(dict(judge={judge}))\n'
+    )
+    (got,) = [recipes.load([f'--config={file}:debug'])['judge']]
+    assert got == (judge if kept else recipes.DEBUG['judge'])
+
+
+@pytest.mark.parametrize('debug', ['', ':debug'])
+def test_a_stage_without_a_section_is_named(tmp_path, debug):
+  file = tmp_path / 'mine.py'
+  file.write_text(
+    'import ml_collections\ndef get_config():\n'
+    "  return ml_collections.ConfigDict(dict(stages=('golden',), gold=dict(steps=1)))\n"
+  )
+  with pytest.raises(ConfigError, match=r"no section 'golden'; did you mean 'gold'\?"):
+    recipes.load([f'--config={file}{debug}'])
+
+
 def test_a_sweep_names_its_points():
   points = list(recipes.sweep([f'--config={DEMO}:demo,debug']))
   assert points[0] == (

@@ -194,8 +194,8 @@ def test_a_section_that_nothing_reads_is_refused(
   [
     ('--config.rl.rollouts.prompt=3', "did you mean 'prompts'"),
     ('--config.rl.algorithm.name=grp', "did you mean 'grpo'"),
-    ("--config.stages=('base',)", "'rl' is not both a stage and a section"),
-    ("--config.stages=('base', 'rl', 'more')", "'more' is not both"),
+    ("--config.stages=('base',)", "leaves out the section 'rl': delete it, or"),
+    ("--config.stages=('base', 'rl', 'more')", "there is no section 'more'"),
   ],
 )
 def test_what_any_stage_cannot_do_is_said_before_the_first(
@@ -430,6 +430,31 @@ def test_what_a_value_head_refuses_names_its_section_and_stage(
   assert go(path, tmp_path / 'run') == 1
   said = capsys.readouterr().err.splitlines()[-1]
   assert said == 'educe: config.rl.value: no room for a head'
+
+
+def test_a_value_head_that_no_loss_reads_is_refused(config, tmp_path, capsys):
+  text = pathlib.Path(config.partition('=')[2]).read_text()
+  path = tmp_path / 'mine.py'
+  path.write_text(
+    text.replace("loss=dict(name='sft'),", "loss=dict(name='sft'), value={},")
+  )
+  assert go(f'--config={path}', tmp_path / 'run') == 1
+  said = capsys.readouterr().err.splitlines()[-1]
+  assert 'config.base.value=' in said
+  assert "config.base.loss reads no values, and algorithm 'sft' trains none" in said
+
+
+def test_a_finished_run_keeps_the_config_that_it_was_run_with(
+  config, both, tmp_path, capsys
+):
+  text = pathlib.Path(config.partition('=')[2]).read_text()
+  path = tmp_path / 'one.py'
+  path.write_text(text.replace("dict(stages=('base', 'rl'), base=base, rl=rl)", 'rl'))
+  shutil.copytree(both / 'rl', tmp_path / 'run')
+  before = (tmp_path / 'run' / 'config.json').read_text()
+  assert go(f'--config={path}', tmp_path / 'run', '--config.loss.clip_high=0.4') == 0
+  assert 'no step is left' in capsys.readouterr().err
+  assert (tmp_path / 'run' / 'config.json').read_text() == before
 
 
 def test_ppo_without_a_value_head_is_one_line(ppo, tmp_path, capsys):

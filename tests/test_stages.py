@@ -39,3 +39,22 @@ def test_a_stage_is_done_once_its_last_step_is_measured(tmp_path):
   assert not stages.is_done(tmp_path, config)
   assert stages.is_done(tmp_path, {'steps': 3, 'evaluation': None})
   assert not stages.is_done(tmp_path, {'steps': 4, 'evaluation': None})
+
+
+def test_a_sequence_that_was_moved_is_still_done(tmp_path):
+  """Where stages name each other; any other difference is one."""
+  old = {'judge': {'path': 'runs/a/reward'}, 'value_from': 'runs/a/sft', 'steps': 3}
+  folders = [tmp_path / name for name in ('sft', 'reward', 'best')]
+  folders[2].mkdir()
+  (folders[2] / 'config.json').write_text(json.dumps(old))
+  new = {
+    'judge': {'path': str(folders[1])}, 'value_from': str(folders[0]), 'steps': 3
+  }  # fmt: skip
+  stages.check_same(folders[2], new, folders)
+  for wrong in (
+    {**new, 'steps': 4},
+    {**new, 'value_from': str(folders[1])},
+    {**new, 'value_from': 'elsewhere/sft'},
+  ):
+    with pytest.raises(ConfigError, match='is done with'):
+      stages.check_same(folders[2], wrong, folders)

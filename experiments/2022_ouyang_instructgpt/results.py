@@ -41,7 +41,8 @@ def read(run: pathlib.Path) -> dict:
         'kl': exam['judged/kl'],
         'kl_error': exam['judged/kl_error'],
         'length': exam['judged/length'],
-        'win_rate': [exam[f'win_rate{x}'] for x in ('', '/low', '/high')],
+        'win_rate': interval(exam, 'win_rate'),
+        'win_rate_at_equal_length': interval(exam, 'win_rate_at_equal_length'),
         **scores(run / stage / 'samples' / f'{exam["step"]}.jsonl', judge),
       }
       for exam in exams(run / stage, 'win_rate')
@@ -51,6 +52,10 @@ def read(run: pathlib.Path) -> dict:
 
 def exams(folder: pathlib.Path, key: str) -> list[dict]:
   return [row for row in metrics.read(folder / 'metrics.jsonl') if key in row]
+
+
+def interval(exam: dict, key: str) -> list[float]:
+  return [exam[f'{key}{x}'] for x in ('', '/low', '/high')]
 
 
 def seconds(folder: pathlib.Path) -> float:
@@ -105,8 +110,12 @@ def verdicts(found: dict) -> dict[str, tuple[bool, str]]:
       f'{x["accuracy"]:.3f} [{x["accuracy/low"]:.3f}, {x["accuracy/high"]:.3f}]',
     )
   for stage in POLICIES:
-    rate, low, high = found['policies'][stage][-1]['win_rate']
-    out[f'{stage}_wins'] = low > 0.5, f'{rate:.3f} [{low:.3f}, {high:.3f}]'
+    for key, claim in (
+      ('win_rate', 'wins'),
+      ('win_rate_at_equal_length', 'wins_at_equal_length'),
+    ):
+      rate, low, high = found['policies'][stage][-1][key]
+      out[f'{stage}_{claim}'] = low > 0.5, f'{rate:.3f} [{low:.3f}, {high:.3f}]'
   proxy, error = moved(found, 'ppo')[-1]['proxy']
   out['proxy_rises'] = proxy > Z * error, f'{proxy:+.2f} ± {Z * error:.2f}'
   gap, error = moved(found, 'ppo')[-1]['gap']
@@ -122,5 +131,5 @@ if __name__ == '__main__':
   out.parent.mkdir(exist_ok=True)
   out.write_text(json.dumps(found) + '\n')
   for key, (ok, figures) in found['verdicts'].items():
-    print(f'{"PASS" if ok else "FAIL"}  {key:20} {figures}')
+    print(f'{"PASS" if ok else "FAIL"}  {key:27} {figures}')
   print(out)

@@ -96,7 +96,8 @@ def expand(values: Mapping[str, Any], function: Callable, path='config') -> dict
   full = {}
   for key, parameter in schema.items():
     if key not in values and parameter.default is parameter.empty:
-      raise ConfigError(f'{path}.{key} is missing: {where} requires it')
+      mend = f'; add {path}.{key} = dict(…)' if key in PLACES else ''
+      raise ConfigError(f'{path}.{key} is missing: {where} requires it{mend}')
     value = values.get(key, parameter.default)
     if key in PLACES and isinstance(value, Mapping):
       full[key] = expand_section(key, value, f'{path}.{key}')
@@ -168,6 +169,11 @@ def check_used(config: Mapping[str, Any], read: Sequence[str]) -> None:
   for section, values in sections.items():
     used |= set(_supplied(resolve(section, values.get('name'))))
   for name in sections:
+    if name == 'source' and 'data' in used and 'data' not in sections:
+      raise ConfigError(
+        'config.source is given without config.data, which says how it is read: add '
+        'config.data = dict(batch_size=4, max_length=512)'
+      )
     if name not in used:
       raise ConfigError(
         f'config.{name} is given, but config.algorithm.name='

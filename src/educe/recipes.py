@@ -47,7 +47,7 @@ DEBUG = {
   'algorithm.minibatches': 2,
   'algorithm.keep': 'best',  # nothing that a random model says is right
   'algorithm.teacher': {'name': 'scratch', 'preset': 'debug', 'seed': 1},
-  'judge': {'name': 'length', 'target': 20},
+  'judge': {'name': 'length', 'target': 20},  # of one behind a server
   'evaluation.max_new_tokens': 4,
 }
 
@@ -82,6 +82,12 @@ def load(argv: Sequence[str]) -> dict[str, Any]:
     raise
   except (flags.Error, TypeError, ValueError, KeyError, AttributeError) as error:
     raise ConfigError(f'--config={_spec(argv)}: {one_line(error)}') from error
+  for stage in config.get('stages', ()):
+    if stage not in config:
+      raise ConfigError(
+        f'config.stages={config.stages}: there is no section {stage!r}'
+        + near(stage, [key for key in config if key != 'stages'])
+      )
   if 'debug' in words.split(','):
     chosen = set(config_flags.get_override_values(values['config']))
     small = {**DEBUG, **getattr(module, 'DEBUG', {})}
@@ -121,6 +127,8 @@ def _shrink(config: ConfigDict, small: dict[str, Any], keep: set[str]) -> None:
     if section is None or any(k == path or k.startswith(path + '.') for k in keep):
       continue
     if leaf == 'minibatches' and section.get(leaf, 1) <= value:
+      continue
+    if leaf == 'judge' and (section.get(leaf) or {}).get('name') != 'endpoint':
       continue
     whole = isinstance(value, dict)  # a section, which is never added
     if leaf in section or (not whole and _takes(parents, section, leaf)):

@@ -18,6 +18,7 @@ import jax
 
 from educe import config as config_lib
 from educe import paths, sharding
+from educe.losses.dry_run import reads_values
 from educe.measurement import curves, reliability, transcript_page
 from educe.models import policy, value_head
 from educe.policies import check_vocabulary, open_values, read_config
@@ -91,14 +92,18 @@ def train(
   lowest = dict(steps=1, microbatches=1, save_every=1, keep=1, abort_after=1)
   for name, low in (lowest | dict(evaluate_every=0)).items():
     if config[name] < low:
-      raise ValueError(f'config.{name}={config[name]} must be at least {low}')
+      raise config_lib.ConfigError(
+        f'config.{name}={config[name]} must be at least {low}'
+      )
   tx = call('optimizer', optimizer, steps=steps)
   for section in ('evaluation', 'value'):
     if config[section]:
       config_lib.check(section, config[section])
   for name, folder in (('init_from', init_from), ('value_from', value_from)):
     if folder is not None and not (pathlib.Path(folder) / 'checkpoints').is_dir():
-      raise ValueError(f'{name}={folder!r} is not the folder of a run')
+      raise config_lib.ConfigError(
+        f'config.{name}={folder!r} is not the folder of a run'
+      )
   if value_from is not None and not value:
     raise ValueError(
       f"value_from={value_from!r} without a section value: add value=dict(trunk='shared')"
@@ -121,8 +126,13 @@ def train(
   exam: Any = evaluation and config_lib.bound(
     'evaluation', evaluation, open_values=open_values
   )
-  compares = exam and 'reference' in inspect.signature(exam.func).parameters
-  compares = compares and exam.keywords.get('reward', 'implicit') == 'implicit'
+  opinion: Any = judge and call('judge', judge, open_values=open_values)
+  criterion = config_lib.bound('loss', loss)
+  if value and not reads_values(criterion):
+    raise config_lib.ConfigError(
+      f'config.value={value}: config.loss reads no values, and algorithm '
+      f'{algorithm["name"]!r} trains none; delete it'
+    )
 
   # The policy, on the mesh.
   grid = call('mesh', mesh)
@@ -147,7 +157,6 @@ def train(
     supply = dict(
       model=net, params=params, tokenizer=words, environment=world, seed=seed
     )
-    opinion: Any = judge and call('judge', judge, open_values=open_values)
     rounds = rollouts and call('rollouts', rollouts, **supply, judge=opinion)
     if rounds:
       closing.callback(rounds.close)
@@ -158,7 +167,7 @@ def train(
       data=batches,
       rollouts=rounds,
       advantage=advantage and config_lib.bound('advantage', advantage),
-      loss=config_lib.bound('loss', loss),
+      loss=criterion,
       place=place,
       mesh=grid,
       run_dir=run_dir,
@@ -167,8 +176,14 @@ def train(
     rows = method.rows * jax.process_count()
     sharding.check_batch(rows, microbatches, grid, method.group, method.couples)
     copied = method.reference_every is not None and method.reference is None
-    # On the host, where the policy that the run starts from is in nobody's way.
-    began = jax.device_get(params) if compares and not copied else None
+    # What an evaluation compares with: the policy that the run starts from, or the
+    # reference, which is that one unless it follows the policy.
+    asks = inspect.signature(exam.func).parameters if exam else ()
+    implicit = exam and exam.keywords.get('reward', 'implicit') == 'implicit'
+    compares = 'start' in asks or ('reference' in asks and implicit)
+    kept = copied and ('reference' in asks or not method.reference_every)
+    # On the host, where it is in nobody's way.
+    began = jax.device_get(params) if compares and not kept else None
     state = init_state(params, tx, jax.random.key(seed), reference=copied)
     if method.reference is not None:
       state = state._replace(reference=method.reference)
@@ -187,7 +202,10 @@ def train(
       f'{steps}: {size:,} parameters on {jax.device_count()} '
       f'{jax.devices()[0].platform} device(s); the first step also compiles'
     )
-    write_config(run_dir, config)
+    if int(state.step) < steps:
+      write_config(run_dir, config)
+    else:
+      say(f'no step is left: {run_dir / "config.json"} stays as it is')
     log = metrics.Log(run_dir, step=int(state.step), tensorboard=tensorboard)
     closing.callback(log.close)
 
@@ -275,7 +293,7 @@ def headline(run_dir: pathlib.Path, config: dict[str, Any]) -> str:
     return ' '.join(str(x) for x in what if x)
 
   parts = [f'model {named("model")}']
-  parts += [f'{x} {named(x)}' for x in ('source', 'environment') if config[x]]
+  parts += [f'{x} {named(x)}' for x in ('source', 'environment', 'judge') if config[x]]
   if config['init_from']:
     parts.append(f'from the weights of {config["init_from"]}')
   return f'{run_dir}: {config["steps"]} steps of {named("algorithm")}; ' + ', '.join(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from educe import config as config_lib
@@ -37,9 +37,10 @@ def run_all(argv: Sequence[str], run_dir: pathlib.Path, *, sweep: bool) -> None:
     if stages is None:
       runs = {run_dir / name: config_lib.expand(values, train)}
     else:
-      if unknown := sorted(values.keys() ^ set(stages)):
+      if left_out := sorted(values.keys() - set(stages)):
         raise config_lib.ConfigError(
-          f'config.stages={stages}: {unknown[0]!r} is not both a stage and a section'
+          f'config.stages={stages} leaves out the section {left_out[0]!r}: delete it, or '
+          'name it there'
         )
       runs = {
         run_dir / name / stage: config_lib.expand(
@@ -50,12 +51,13 @@ def run_all(argv: Sequence[str], run_dir: pathlib.Path, *, sweep: bool) -> None:
     before: dict[str, pathlib.Path] = {}
     for folder, config in runs.items():
       config_lib.check_used(config, READ)
-      runs[folder] = with_stages(config, before)
+      where = f'config.{folder.name}' if stages else 'config'
+      runs[folder] = with_stages(config, before, where)
       before[folder.name] = folder
     previous = None
     for folder, config in runs.items():
       if stages and is_done(folder, config):
-        check_same(folder, config)
+        check_same(folder, config, runs)
         say(f'{folder} is already done')
       else:
         if previous is not None and config['init_from'] is None:
@@ -74,19 +76,21 @@ def run_all(argv: Sequence[str], run_dir: pathlib.Path, *, sweep: bool) -> None:
       say(story.table(list(runs)))
 
 
-def with_stages(values: Any, folders: dict[str, pathlib.Path]) -> Any:
+def with_stages(
+  values: Any, folders: dict[str, pathlib.Path], where: str = 'config'
+) -> Any:
   """A config in which 'stage://sft' is the folder of the stage of that name.
 
-  folders: of the stages before it. Raises ConfigError for any other.
+  folders: of the stages before it. Raises ConfigError for any other, at its key `where`.
   """
   if isinstance(values, dict):
-    return {key: with_stages(x, folders) for key, x in values.items()}
+    return {k: with_stages(x, folders, f'{where}.{k}') for k, x in values.items()}
   if not isinstance(values, str) or not values.startswith('stage://'):
     return values
   name = values.removeprefix('stage://')
   if name not in folders:
     hint = near(name, folders)
-    raise config_lib.ConfigError(f'{values}: no such stage before it{hint}')
+    raise config_lib.ConfigError(f'{where}={values}: no such stage before it{hint}')
   return str(folders[name])
 
 
@@ -99,10 +103,17 @@ def is_done(folder: pathlib.Path, config: dict[str, Any]) -> bool:
   return last in metrics.evaluated(metrics.read(folder / 'metrics.jsonl'))
 
 
-def check_same(folder: pathlib.Path, config: dict[str, Any]) -> None:
-  """Raises ConfigError if a finished run was asked for something else."""
+def check_same(
+  folder: pathlib.Path, config: dict[str, Any], stages: Iterable[pathlib.Path]
+) -> None:
+  """Raises ConfigError if a finished run was asked for something else.
+
+  stages: the folders of the sequence, which may have been moved as a whole since.
+  """
+  names = {str(stage): stage.name for stage in stages}
   for key, before, after in changes(read_config(folder / 'config.json'), config):
-    if key.split('.')[0] not in BESIDE:
+    moved = names.get(str(after)) == pathlib.Path(str(before)).name
+    if key.split('.')[0] not in BESIDE and not moved:
       raise config_lib.ConfigError(
         f'{folder} is done with {key}={before}, and the config now says {after}: restore '
         'it, or give a new --run_dir'

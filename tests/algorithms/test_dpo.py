@@ -135,6 +135,26 @@ def test_stored_log_probs_are_those_computed_at_every_step(tmp_path, capsys):
   assert len([*(tmp_path / 'reference').iterdir()]) == 2
 
 
+def test_a_reference_is_read_by_one_process(monkeypatch):
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  with pytest.raises(
+    ValueError, match='reference_every=0 is read by one process, and t'
+  ):
+    make()
+  make(setting={'variant': 'free'}, reference_every=None)
+
+
+def test_a_loss_of_ones_own_need_not_say_what_it_misses(capsys):
+  """Written as in a notebook: without a reference it is a TypeError."""
+
+  def mine(scores, batch):
+    h = jnp.where(batch.mask > 0, scores.logp - batch.ref_logp, 0).sum(-1)
+    return Mean(jnp.logaddexp(0.0, h[1::2] - h[::2]).sum(), len(h) / 2), {}
+
+  assert make(loss=mine).reference_every == 0
+  assert 'warning' not in capsys.readouterr().err
+
+
 def test_a_loss_without_a_reference(capsys):
   method = make(setting={'variant': 'free'}, reference_every=None)
   batch, _ = method.next_batch(state_of()[0])

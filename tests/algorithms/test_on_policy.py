@@ -21,6 +21,7 @@ ROUNDS = types.SimpleNamespace(
   seed=0,
   get_state=dict,
   holding=contextlib.nullcontext,
+  must_score=lambda: None,
 )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import toy
 
+from educe.algorithms import on_policy
 from educe.algorithms import ppo as algorithm
 from educe.data import tokenizer as tokenizers
 from educe.environments import chain, reward_functions
@@ -387,6 +388,38 @@ def test_a_round_whose_kl_is_no_number_leaves_the_coefficient_alone(tmp_path):
   assert info['objective/kl_coef'] == 0.1
   _, info = method.next_batch(state_of(reference=other_policy(1.1))[0])
   assert info['objective/kl_coef'] == pytest.approx(0.11)
+
+
+def test_a_round_that_could_not_be_written_moves_the_coefficient_once(
+  tmp_path, monkeypatch
+):
+  """The disk is full at round 2; it comes again after a restart."""
+  options = dict(kl_coef=0.1, kl_target=0.01, kl_horizon=8)
+  state, _ = state_of(reference=other_policy(1.1))
+
+  def used(method, rounds):
+    return [method.next_batch(state)[1]['objective/kl_coef'] for _ in range(rounds)]
+
+  want = used(fixed(tmp_path / 'clean', **options), 3)
+  method, write = fixed(tmp_path / 'full', **options), on_policy.write
+  got = used(method, 1)
+
+  def full(*_):
+    raise OSError('no space left on device')
+
+  monkeypatch.setattr(on_policy, 'write', full)
+  with pytest.raises(OSError, match='no space left'):
+    method.next_batch(state)
+  monkeypatch.setattr(on_policy, 'write', write)
+  again = fixed(tmp_path / 'full', **options)
+  again.data.set_state(method.data.get_state())
+  assert got + used(again, 2) == want
+
+
+def test_the_reference_is_kept_without_a_critic():
+  state, _ = state_of(policy('separate')[1])
+  assert 'value' in state.params
+  assert set(state.reference) == {'table'}
 
 
 def test_the_coefficient_counts_the_completions_that_were_scored(tmp_path):

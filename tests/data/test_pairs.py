@@ -222,3 +222,13 @@ def test_a_bad_record_is_refused_in_one_line(records, record, message):
   with pytest.raises(ValueError, match=re.escape(message)) as caught:
     pairs.encode(BYTE, record, records)
   assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('records', ['pairs', 'unpaired', 'rated', 'steps'])
+def test_without_bos_an_empty_prompt_is_refused(records):
+  record = dict(
+    prompt='', chosen='a', rejected='d', completion='a', label=1, rating=2,
+    completions=['d'], labels=[1],
+  )  # fmt: skip
+  with pytest.raises(ValueError, match='prompt is empty, and this tokenizer writes no'):
+    pairs.encode(Merging(), record, records)

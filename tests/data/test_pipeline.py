@@ -523,7 +523,7 @@ def test_ratings_are_of_all_pairs_or_of_none():
 @pytest.mark.parametrize(
   ('records', 'options', 'match'),
   [
-    ('triples', {}, r"records='triples' is not one of \['documents', 'pairs'"),
+    ('triples', {}, r"records='triples' is not known; choose one of \['documents', 'pa"),
     ('pairs', {'packing': True}, "packing=True is of documents, not of records='pairs'"),
     ('pairs', {'max_prompt_length': 8}, "set overlong='truncate'"),
     ('pairs', {'max_prompt_length': 40, 'overlong': 'truncate'}, r'in 1..max_length−1=39'),
@@ -539,7 +539,7 @@ def test_what_preferences_cannot_be(records, options, match):
 @pytest.mark.parametrize('label', [True, 0])
 def test_labels_that_are_all_the_same_are_refused(label):
   data = [dict(r, label=label) for r in PREFERENCES['unpaired']]
-  with pytest.raises(ValueError, match=f'every label of the data set is {label}'):
+  with pytest.raises(ValueError, match=f'label: {label} throughout the data set'):
     preferences('unpaired', data)
   preferences('unpaired', [*data, dict(data[0], label=not label)]).close()
 
@@ -547,19 +547,81 @@ def test_labels_that_are_all_the_same_are_refused(label):
 def test_ratings_that_are_all_the_same_are_refused():
   data = [dict(r, rating=2.5) for r in PREFERENCES['rated']]
   with pytest.raises(
-    ValueError, match=r'every rating of the data set is 2\.5: from eq'
+    ValueError, match=r'rating: 2\.5 throughout the data set: from eq'
   ):
     preferences('rated', data)
+  preferences(
+    'rated', data, learns=False
+  ).close()  # to be judged by them is another thing
   preferences('rated', [*data, dict(data[0], rating=2)]).close()
+
+
+def test_steps_that_are_all_judged_the_same_are_refused():
+  data = [dict(r, labels=[1, 1]) for r in PREFERENCES['steps']]
+  with pytest.raises(ValueError, match='labels: 1 throughout the data set'):
+    preferences('steps', data)
+  preferences('steps', [*data, dict(data[0], labels=[1, 0])]).close()
 
 
 def test_a_bad_pair_is_named_wherever_it_stands():
   data = [*PREFERENCES['pairs'][:20], dict(prompt='p', chosen='a', rejected='a')]
-  batches = preferences('pairs', data, batch_size=1, epochs=1)
   with pytest.raises(
     ValueError, match='memory row 20: chosen and rejected are the same'
   ):
-    list(batches)
+    preferences('pairs', data, batch_size=1, epochs=1)
+
+
+class Flaky:
+  """RECORDS on a disk that is away for a moment: once, where `away` says."""
+
+  fingerprint, away = 'flaky', None
+
+  def __len__(self):
+    return len(RECORDS)
+
+  def __getitem__(self, index):
+    if index == self.away:
+      self.away = None
+      raise OSError('the disk is away')
+    return RECORDS[index]
+
+
+@pytest.mark.parametrize('options', [dict(), dict(packing=True)])
+def test_a_batch_that_could_not_be_read_is_read_again(options):
+  whole = take(make(Flaky(), **options), 8)
+  source = Flaky()
+  batches = make(source, **options)
+  source.away = int(whole[3]['ids'].max())
+  seen: list = []
+
+  def read():
+    for _ in range(8):
+      with batches.holding():
+        seen.append(next(batches))
+
+  with pytest.raises(OSError, match='the disk is away'):
+    read()
+  assert len(seen) < 8
+  equal(seen, whole[: len(seen)])
+  again = make(Flaky(), **options)
+  again.set_state(json.loads(json.dumps(batches.get_state())))
+  for there in (batches, again):
+    equal(take(there, 8 - len(seen)), whole[len(seen) :])
+
+
+def test_a_batch_that_was_read_and_refused_comes_again():
+  batches = make(RECORDS)
+  next(batches)
+  refused = []
+
+  def refuse():
+    with batches.holding():
+      refused.append(next(batches))
+      raise ValueError('no')
+
+  with pytest.raises(ValueError, match='no'):
+    refuse()
+  equal([next(batches)], refused)
 
 
 def test_pairs_are_not_continued_as_something_else():

@@ -135,7 +135,9 @@ def test_bad_arguments(tmp_path):
     sources.jsonl(path=path, split='[3]')
   with pytest.raises(ValueError, match='leaves none of 10 rows'):
     sources.jsonl(path=path, split='[10:]')
-  with pytest.raises(ValueError, match="no row has split='valid'"):
+  with pytest.raises(
+    ValueError, match="split='valid', and no row has a column 'split'"
+  ):
     sources.jsonl(path=path, split='valid')
   with pytest.raises(ValueError, match='needs chat=True'):
     sources.jsonl(path=path, system='x')

@@ -153,5 +153,54 @@ def test_a_stage_that_comes_later_is_told_before_anything_is_trained(tmp_path, c
   late = BEST.replace(order, "stages=('base', 'best', 'reward')")
   assert train(tmp_path, late) == 1
   said = ' '.join(capsys.readouterr().err.split())
-  assert 'stage://reward: no such stage before it' in said
+  assert 'config.best.judge.path=stage://reward: no such stage before it' in said
   assert not (tmp_path / 'run').exists()
+
+
+MOVING = (
+  HEAD
+  + """
+def get_config():
+  pairs = [
+    {'prompt': f'{i}{c}=', 'chosen': 'a' * n + 'b', 'rejected': 'c' * n + 'd'}
+    for i in range(6) for c in 'abcd' for n in (1, 2, 3)
+  ]
+  return ml_collections.ConfigDict(stage(
+    steps=6, source=dict(name='memory', records=pairs),
+    data=dict(records='pairs', batch_size=16, max_length=12),
+    algorithm=dict(name='dpo', reference_every=1), loss=dict(name='dpo'),
+    optimizer=dict(name='adamw', learning_rate=3e-2, schedule='constant'),
+    evaluation=dict(
+      name='judged', environment=ASK, judge=dict(name='length', target=2),
+      max_new_tokens=3,
+    ),
+  ))
+"""
+)
+
+
+def test_a_reference_that_follows_is_not_where_the_run_started(tmp_path):
+  assert train(tmp_path, MOVING) == 0
+  rows = metrics.read(tmp_path / 'run' / 'metrics.jsonl')
+  first, last = (row['judged/kl'] for row in rows if 'win_rate' in row)
+  assert abs(first) < 1e-4  # two float32 programs
+  assert last > 0.05
+
+
+@pytest.mark.parametrize(
+  ('algorithm', 'loss', 'more'),
+  [
+    ("'grpo'", 'grpo', "advantage=dict(name='rloo')"),
+    ("'ppo'", 'ppo', "value=dict(trunk='shared')"),
+    ("'online_dpo', batch_size=8", 'dpo', ''),
+    ("'expert_iteration', batch_size=8", 'sft', ''),
+  ],
+)
+def test_answers_that_nobody_judges_are_told_before_any_is_sampled(
+  tmp_path, capsys, algorithm, loss, more
+):
+  config = re.sub(r'judge=.*\n', f'{more},\n' if more else '\n', ONLINE)
+  config = config.replace("'online_dpo', batch_size=8", algorithm)
+  assert train(tmp_path, config.replace("name='dpo'", f"name='{loss}'")) == 1
+  said = capsys.readouterr().err.splitlines()[-1]
+  assert "'prompts' only asks, and nobody judges the answers: add config.judge" in said

@@ -2,7 +2,7 @@
 
 import pytest
 
-from educe.environments import prompts, verifiers
+from educe.environments import chain, prompts, verifiers
 
 SOURCE = [{'prompt': f'Say {i}.', 'completion': str(i)} for i in range(40)]
 
@@ -69,3 +69,8 @@ def test_of_messages_the_last_answer_is_left_off():
 def test_bad_input(source, options, message):
   with pytest.raises(ValueError, match=message):
     prompts.make(source=source, **options)
+
+
+def test_who_only_asks():
+  assert prompts.only_asks(prompts.make(source=SOURCE))
+  assert not prompts.only_asks(chain.make(depth=1))

@@ -42,7 +42,7 @@ def test_scores_are_means_of_each_prompt(results, tmp_path):
   assert found == {'gold': [1.5, 5.0], 'proxy': [2.0, 2.0]}
 
 
-def world(proxy, gold, low=0.6):
+def world(proxy, gold, low=0.6, even=0.55):
   """Twenty prompts, whose two scores move by so many of their standard deviations."""
   start = np.linspace(-3, 3, 20)
   noise = 0.01 * np.random.default_rng(0).normal(size=(2, 20))
@@ -52,6 +52,7 @@ def world(proxy, gold, low=0.6):
     return {
       'kl': kl,
       'win_rate': [low + 0.1, low, low + 0.2],
+      'win_rate_at_equal_length': [0.6, even, 0.7],
       'proxy': (start if kl == 0 else moved[0]).tolist(),
       'gold': (start if kl == 0 else moved[1]).tolist(),
     }
@@ -78,6 +79,10 @@ def test_how_far_the_scores_moved_is_told_in_standard_deviations(results):
   [
     (dict(proxy=2.0, gold=0.5), set()),
     (dict(proxy=2.0, gold=2.1), {'over_optimised'}),
+    (
+      dict(proxy=2.0, gold=0.5, even=0.45),
+      {'ppo_wins_at_equal_length', 'dpo_wins_at_equal_length'},
+    ),
     (dict(proxy=-1.0, gold=-2.0), {'proxy_rises'}),
     (
       dict(proxy=2.0, gold=0.5, low=0.45),

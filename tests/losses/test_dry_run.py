@@ -4,8 +4,8 @@ import functools
 
 import pytest
 
-from educe.losses import grpo, sft
-from educe.losses.dry_run import dry_run
+from educe.losses import distillation, dpo, grpo, ppo, reward_model, sft
+from educe.losses.dry_run import dry_run, reads_values
 
 
 def test_a_loss_that_takes_the_batch_passes():
@@ -48,3 +48,20 @@ def test_labels_are_one_a_row():
     return sft.loss(scores, batch)
 
   dry_run(loss, 'labels')
+
+
+def test_who_reads_values():
+  objective = functools.partial
+  for loss in (
+    ppo.loss,
+    *(objective(reward_model.loss, objective=x) for x in reward_model.OBJECTIVES),
+  ):
+    assert reads_values(loss)
+  for loss in (
+    sft.loss,
+    grpo.loss,
+    dpo.loss,
+    objective(dpo.loss, variant='kto'),
+    *(objective(distillation.loss, objective=x) for x in distillation.OBJECTIVES),
+  ):
+    assert not reads_values(loss)

@@ -92,7 +92,7 @@ RL_TITLES = [
   'solved',
   'completion length (tokens)',
   'completions cut off',
-  'KL to reference (nats)',
+  'KL (nats per token)',
   'entropy (nats per token)',
   'clipped',
   'loss',
@@ -126,7 +126,7 @@ def test_reinforcement_learning_has_a_panel_for_each_thing_watched(
   names = {
     'completion length (tokens)': lambda s: 100 + s,
     'completions cut off': lambda s: 0 * s + 0.5,
-    'KL to reference (nats)': lambda s: 0.001 * s,
+    'KL (nats per token)': lambda s: 0.001 * s,
     'entropy (nats per token)': lambda s: 0 * s + 1.5,
     'loss': lambda s: -0.01 * s,
     RL_TITLES[0]: lambda s: s / 40,
@@ -158,7 +158,7 @@ def test_the_bold_line_is_smoothed_and_the_light_one_is_not(tmp_path, monkeypatc
   for row in rows[:-1]:
     row['kl'] = row['reward'] = float(row['step'] % 2)
   panels, _ = pictured(monkeypatch, tmp_path, rows)
-  for title in ('KL to reference (nats)', RL_TITLES[0]):
+  for title in ('KL (nats per token)', RL_TITLES[0]):
     light, bold = (line.get_ydata()[10:70] for line in panels[title].lines)
     np.testing.assert_array_equal(light, (1 + np.arange(10, 70)) % 2)
     # A Gaussian of 2 steps leaves e^(−2π²) ≈ 3e-9 of it; cut at 4 widths, 3e-4.
@@ -203,7 +203,7 @@ def test_what_was_not_logged_has_no_panel(tmp_path, monkeypatch, gone):
     'loss': {'loss'},
     'completions/mean_length': {'completion length (tokens)'},
     'completions/clipped_ratio': {'completions cut off'},
-    'kl': {'KL to reference (nats)'},
+    'kl': {'KL (nats per token)'},
     'entropy': {'entropy (nats per token)'},
     'groups/solved_none': {'solved'},
     'groups/solved_some': {'solved'},
@@ -226,7 +226,7 @@ def test_a_metric_that_was_never_finite_has_no_panel_and_a_gap_is_a_gap(
     if row['step'] == 7:
       row['reward'] = row['reward_std'] = row['groups/solved_all'] = None
   panels, _ = pictured(monkeypatch, tmp_path, rows)
-  assert 'KL to reference (nats)' not in panels
+  assert 'KL (nats per token)' not in panels
   logged = panels[RL_TITLES[0]].lines[0].get_ydata()
   assert np.isnan(logged[6])
   assert np.isfinite(np.delete(logged, 6)).all()
@@ -238,12 +238,12 @@ def test_an_early_spike_does_not_flatten_the_rest(tmp_path, monkeypatch):
     row['kl'] = 0.01
   rows[0]['kl'] = 10.0  # smoothed, it is still 0.8 at its place
   panels, _ = pictured(monkeypatch, tmp_path, rows)
-  bottom, top = panels['KL to reference (nats)'].get_ylim()
+  bottom, top = panels['KL (nats per token)'].get_ylim()
   assert bottom == 0
   assert top < 2
   rows[0]['kl'] = -10.0
   panels, _ = pictured(monkeypatch, tmp_path, rows)
-  bottom, top = panels['KL to reference (nats)'].get_ylim()
+  bottom, top = panels['KL (nats per token)'].get_ylim()
   assert -2 < bottom < 0 < 0.01 < top
 
 
@@ -332,13 +332,21 @@ def test_preferences_have_panels_of_their_own(tmp_path, monkeypatch):
   panels, _ = pictured(monkeypatch, tmp_path, [{'step': 0, **exam}, *rows])
   assert list(panels) == [
     'loss (nats per pair)', 'held-out accuracy', 'rewards', 'reward margin',
-    'pairs the right way round', 'log-probs (nats per sequence)',
+    'pairs the right way round', 'log-probs (nats)',
   ]  # fmt: skip
   first = {title: [line.get_ydata()[0] for line in axes.lines if line.get_alpha()]
            for title, axes in panels.items()}  # fmt: skip
   assert first['rewards'] == [2, 3]
   assert first['reward margin'] == [4]
-  assert first['log-probs (nats per sequence)'] == [6, 7]
+  assert first['log-probs (nats)'] == [6, 7]
+  # Of single completions there are no margins; a judge may have compared with the start.
+  exam = {'win_rate': 0.5, 'win_rate/low': 0.4, 'win_rate/high': 0.7}
+  single = [{k: v for k, v in row.items() if 'marg' not in k and 'accu' not in k}
+            for row in rows]  # fmt: skip
+  panels, _ = pictured(monkeypatch, tmp_path, [{'step': 0, **exam}, *single])
+  assert list(panels) == [
+    'loss', 'preferred to its start', 'rewards', 'log-probs (nats)'
+  ]  # fmt: skip
   without = [{k: v for k, v in row.items() if 'logps' not in k} for row in rows]
   panels, _ = pictured(monkeypatch, tmp_path, without)
-  assert 'log-probs (nats per sequence)' not in panels
+  assert 'log-probs (nats)' not in panels

@@ -11,6 +11,7 @@ import toy
 from educe.data import tokenizer as tokenizers
 from educe.environments import prompts
 from educe.measurement import judged
+from educe.measurement.win_rate import length_controlled
 from educe.types import OUTCOMES
 
 WORDS = tokenizers.load(path='byte')
@@ -84,6 +85,7 @@ def test_every_number_is_the_one_counted_by_hand(temperature):
   assert got.kl_error == pytest.approx(kl.std(ddof=1) / 6**0.5, abs=1e-4)
   assert got.kl > 0.3
   assert got.length == np.mean([row['length'] for row in got.transcripts])
+  assert got.even is None  # of one completion a prompt
   assert set(got.metrics()) == {
     'win_rate', 'win_rate/low', 'win_rate/high', 'judged/score', 'judged/score_error',
     'judged/start_score', 'judged/kl', 'judged/kl_error', 'judged/length',
@@ -91,12 +93,31 @@ def test_every_number_is_the_one_counted_by_hand(temperature):
   assert {row['outcome'] for row in got.transcripts} <= set(OUTCOMES)
 
 
+def test_with_one_completion_each_the_length_is_taken_out():
+  got = evaluate(OURS, START, repeats=1, max_new_tokens=12)
+  start = evaluate(START, OURS, repeats=1, max_new_tokens=12)
+  scores, lengths = zip(
+    *(
+      (
+        many_a(None, [row['completion'] for row in x.transcripts]),
+        [row['length'] for row in x.transcripts],
+      )
+      for x in (got, start)
+    ),
+    strict=True,
+  )
+  want = length_controlled(*np.array(scores, float), *np.array(lengths))
+  assert got.even == want
+  assert got.metrics()['win_rate_at_equal_length/low'] == want.low
+  assert f'{want.rate:.1%} at equal length' in str(got)
+
+
 def test_a_policy_is_no_better_than_itself():
   got = evaluate(START, START, judge=lambda _, texts: [float(len(x)) for x in texts])
   assert got.wins.rate == pytest.approx(0.5)
   assert got.kl == pytest.approx(0, abs=1e-5)  # sampler and trainer, float32
   assert got.score == got.start_score
-  assert re.search(r'KL -?0\.00', str(got))
+  assert re.search(r'KL 0\.00', str(got))
 
 
 def more_a(records, completions):

@@ -38,3 +38,12 @@ def test_a_story_is_told_of_those_that_were_measured(tmp_path):
       *['preferred', 'to', 'where', 'it', 'started'],
     ],
   ]
+
+
+def test_agreement_with_judgements_is_told_from_accuracy(tmp_path):
+  folder = write(tmp_path / 'gold', 'accuracy', 0.6)
+  lines = (folder / 'metrics.jsonl').read_text().splitlines()
+  exam = {**json.loads(lines[1]), 'preferences/margin': 0.1}
+  (folder / 'metrics.jsonl').write_text(json.dumps(exam) + '\n')
+  for line in story.table([folder]).splitlines()[1:]:
+    assert line.endswith('of held-out judgements agreed with')

@@ -155,6 +155,8 @@ def test_grades_are_read_last_and_scaled(server):
     'six': 'grade = 1.0',
     'ten': 'Grade: 11\n',  # out of range
     'no': 'I cannot grade this',
+    'bold': '**Grade:** **10**',
+    'outer': '**Grade**: **5.5**',
   }
 
   def answer(question, count):
@@ -164,11 +166,12 @@ def test_grades_are_read_last_and_scaled(server):
     return replies[said]
 
   url, asked = server(answer)
-  records = [{'prompt': [{'role': 'user', 'content': 'Say {it}'}]}] * 5
+  records = [{'prompt': [{'role': 'user', 'content': 'Say {it}'}]}] * 7
   judge = judge_of(url, error_limit=0.5, retries=1)
-  assert judge(records, list(replies)) == [1.0, pytest.approx(1 / 3), 0.0, None, None]
-  assert len(asked) == 7
-  with pytest.raises(JudgeError, match=r"2 of 5 .*no verdict in '(Grade: 11|I cannot)"):
+  third = pytest.approx(1 / 3)
+  assert judge(records, list(replies)) == [1.0, third, 0.0, None, None, 1.0, 0.5]
+  assert len(asked) == 9
+  with pytest.raises(JudgeError, match=r"2 of 7 .*no verdict in '(Grade: 11|I cannot)"):
     judge_of(url, error_limit=0.2)(records, list(replies))
 
 
@@ -181,7 +184,8 @@ def test_pairs_are_asked_in_both_orders_and_a_preference_for_a_place_cancels(ser
 
   def honest(question, count):
     a, b = (quality[x] for x in shown(question))
-    return f'Verdict: {"A" if a > b else "B" if b > a else "tie"}'
+    verdict = 'A' if a > b else 'B' if b > a else 'tie'
+    return f'Verdict: {verdict}' if count else f'**Verdict**: **{verdict}**'
 
   url, asked = server(honest)
   records = [{'prompt': 'x'}] * 3 + [{'prompt': 'y'}] * 2

@@ -2,7 +2,7 @@
 
 import pytest
 
-from educe.data import chat
+from educe.data import pairs
 from educe.data import tokenizer as tokenizers
 from educe.rollouts import transcripts
 from educe.rollouts.label_pairs import label
@@ -57,9 +57,8 @@ def test_the_file_is_preference_data(tmp_path):
   transcripts.save(label(ROWS)[0], tmp_path / 'pairs.jsonl')
   words = tokenizers.load(path='byte')
   for row in transcripts.load(tmp_path / 'pairs.jsonl'):
-    for side in ('chosen', 'rejected'):
-      record = {'prompt': row['prompt'], 'completion': row[side]}
-      assert chat.encode_record(words, record).mask.sum() > 1
+    said = pairs.encode(words, row, 'pairs')
+    assert said.labels == (row['chosen_rating'], row['rejected_rating'])
 
 
 def test_equal_words_are_no_pair():

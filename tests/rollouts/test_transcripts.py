@@ -60,6 +60,8 @@ def test_a_few_are_shown_to_people():
   text = transcripts.show([row(' x '), row('y', stopped=False), row('z')], limit=2)
   first, second = text.split('\n\n')
   assert first == '? Q\n> x\n  wrong; right is 7; 2 tokens'
+  judged = dict(row(), answer=None, outcome='judged', reward=0.25)
+  assert transcripts.show([judged]).endswith('judged; reward 0.25; 2 tokens')
   assert second.startswith('? Q\n> y … (cut off)\n')
 
 

@@ -59,6 +59,11 @@ def make(
   settings that contradict each other, and what the loss refuses.
   """
   _check(data, reference_every, reference_alpha, precompute)
+  if reference_every is not None and jax.process_count() > 1:
+    raise ValueError(
+      f'algorithm: {reference_every=} is read by one process, and there are '
+      f'{jax.process_count()}; run one, or a loss without a reference, with None'
+    )
   check_records(loss, data.records)
   labels = ['labels'] if data.has_labels else []
   keeps = reference_every is not None
@@ -80,13 +85,14 @@ def make(
     stored = reference_logp.load_or_compute(folder, model, params, data, logp)
 
   def next_batch(state: TrainState) -> tuple[Batch, dict[str, Any]]:
-    rows, info = pipeline.read(data)
-    arrays: dict[str, Any] = {name: rows[name] for name in ('tokens', 'mask', *labels)}
-    if stored is not None:
-      arrays['ref_logp'] = stored.rows(rows['ids'], rows['mask'])
-    elif keeps:
-      arrays['ref_logp'] = logp(state.reference, rows['tokens'], rows['mask'])
-    return Batch(**arrays), info
+    with data.holding():  # a file may be out of reach for a while
+      rows, info = pipeline.read(data)
+      if stored is not None:
+        rows['ref_logp'] = stored.rows(rows['ids'], rows['mask'])
+      elif keeps:
+        rows['ref_logp'] = logp(state.reference, rows['tokens'], rows['mask'])
+    given = ('tokens', 'mask', *labels, *(['ref_logp'] if keeps else []))
+    return Batch(**{name: rows[name] for name in given}), info
 
   return Algorithm(
     next_batch,
@@ -136,7 +142,7 @@ def _variants(loss: LossFn) -> Iterable[str]:
 def _accepts(loss: LossFn, *fields: str) -> bool:
   try:
     dry_run(loss, *fields)
-  except ValueError:
+  except Exception:  # of a loss of one's own, any
     return False
   return True
 

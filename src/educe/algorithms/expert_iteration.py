@@ -59,6 +59,7 @@ def make(
     raise ValueError(
       f'algorithm.per_prompt={per_prompt} must be in 1..rollouts.group={rollouts.group}'
     )
+  rollouts.must_score()
   dry_run(loss)
   data = Position(rollouts)
 

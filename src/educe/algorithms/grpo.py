@@ -60,7 +60,7 @@ def make(
       a completion loses from 0 to 1 as it goes through the last so many tokens of
       max_new_tokens.
     drop_truncated: completions that ran out of room are not trained on.
-    drop_equal: nor are groups whose rewards, as the environment gave them, are all
+    drop_equal: nor are groups whose rewards (the environment's, or the judge's) are all
       equal. Relative to their group they have advantage 0, but their tokens count in
       the loss's average unless they are dropped.
 

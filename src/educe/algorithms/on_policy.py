@@ -35,6 +35,7 @@ def check(
   reference_every: int | None,
 ) -> None:
   """Raises ValueError for passes that cannot be; warns of what is off policy unweighed."""
+  rollouts.must_score()
   if epochs < 1 or minibatches < 1 or rollouts.prompts % minibatches:
     raise ValueError(
       f'algorithm: {epochs=} and {minibatches=} must be at least 1, and '

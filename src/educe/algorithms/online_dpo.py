@@ -180,6 +180,7 @@ def _write(
 
 def _check(rollouts: Rounds, batch_size, epochs, reference_every, alpha) -> None:
   """One clear line for what cannot be."""
+  rollouts.must_score()
   wrong = None
   if batch_size < 1 or epochs < 1:
     wrong = f': {batch_size=} and {epochs=} must be at least 1'

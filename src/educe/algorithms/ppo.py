@@ -144,12 +144,6 @@ def make(
     last = mask.shape[1] - 1 - (drawn[:, ::-1] > 0).argmax(-1)
     rewards[np.arange(len(rewards)), last] += shaped
     numbers = _objective(old * mask, kl, coef, scores, shaped, scored)
-    # A KL that is no number says nothing, and would be the coefficient's end.
-    known = scored.any() and math.isfinite(numbers['objective/kl'])
-    if kl_target is not None and known:
-      error = np.clip(numbers['objective/kl'] / kl_target - 1, -0.2, 0.2)
-      data.extra['kl_coef'] = float(coef * (1 + error * scored.sum() / kl_horizon))
-
     if whiten_rewards:
       rewards = adv.whitened(rewards, mask, centre=False)
     advantages, returns = adv.gae(
@@ -176,6 +170,12 @@ def make(
     )
     batch = Batch(**arrays)
     on_policy.write(run_dir, tokenizer, current, batch, old, int(state.step))
+    # Last of all, for a round that was not written comes again. A KL that is no number
+    # says nothing, and would be the coefficient's end.
+    known = scored.any() and math.isfinite(numbers['objective/kl'])
+    if kl_target is not None and known:
+      error = np.clip(numbers['objective/kl'] / kl_target - 1, -0.2, 0.2)
+      data.extra['kl_coef'] = float(coef * (1 + error * scored.sum() / kl_horizon))
     return batch, dict(current.info)
 
   walk = on_policy.walk(data, prepare, epochs, minibatches, policy=value_head.without)

@@ -68,9 +68,10 @@ def make(model: Model, data: Batches, loss: LossFn) -> Algorithm:
   dry_run(loss, *fields)
 
   def next_batch(_: TrainState) -> tuple[Batch, dict[str, Any]]:
-    rows, info = pipeline.read(data)
-    if judged:
-      _check_judged(rows)
+    with data.holding():  # what was refused is refused again, not skipped
+      rows, info = pipeline.read(data)
+      if judged:
+        _check_judged(rows)
     return readings(rows, pad_id=data.pad_id), info
 
   return Algorithm(next_batch, loss, data, data.batch_size, group=data.group)

@@ -31,7 +31,8 @@ def make(data: Batches, loss: LossFn) -> Algorithm:
 
 def read(data: Batches) -> tuple[Batch, dict[str, Any]]:
   """The next batch of texts, and its info."""
-  rows, info = pipeline.read(data)
+  with data.holding():  # a file may be out of reach for a while
+    rows, info = pipeline.read(data)
   extra = {name: rows[name] for name in extra_fields(data)}
   return Batch(rows['tokens'], rows['mask'], **extra), info
 

@@ -192,6 +192,11 @@ def _encode(tokenizer, record, prompt, said, name) -> chat.Encoded:
     )
   if not words.strip():
     raise ValueError(f'{name} is empty: there is nothing to prefer or to label')
+  if prompt == '' and not tokenizer.add_bos:
+    raise ValueError(
+      'prompt is empty, and this tokenizer writes no BOS: there is nothing to predict the '
+      'first token from; give a prompt'
+    )
   if prompt is not None:
     record = {'prompt': prompt, 'completion': said, 'tools': record.get('tools')}
   try:

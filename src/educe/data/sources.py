@@ -309,6 +309,11 @@ def _split_rows(rows, split, path):
   if name:
     names = sorted({str(row.get('split')) for _, row in rows})
     rows = [(number, row) for number, row in rows if row.get('split') == name]
+    if not rows and names == ['None']:
+      raise ValueError(
+        f"{path}: split={name!r}, and no row has a column 'split'; name rows by their "
+        "number, as '[:90%]', or leave it out"
+      )
     if not rows:
       raise ValueError(f'{path}: no row has split={name!r} (there are {names})')
 

@@ -54,6 +54,11 @@ def make(
   return Environment(list(found.values()), _only_ask)
 
 
+def only_asks(environment: Environment) -> bool:
+  """Whether somebody else has to judge."""
+  return environment.respond is _only_ask
+
+
 def _prompt(record: Mapping[str, Any], index: int) -> Any:
   prompt = record.get('prompt')
   if prompt is None and record.get('messages'):

@@ -10,6 +10,18 @@ import numpy as np
 from educe.types import Batch, LossFn, Scores
 
 
+def reads_values(loss: LossFn) -> bool:
+  """Whether it is refused without the values of a value head."""
+  shape: Any = jax.ShapeDtypeStruct((2, 2), np.float32)
+  row: Any = jax.ShapeDtypeStruct((2,), np.float32)
+  every = {name: shape for name in Batch._fields} | {'labels': row, 'segments': None}
+  try:
+    jax.eval_shape(loss, Scores(shape, shape, None, shape, shape), Batch(**every))
+  except Exception:  # of a loss of one's own, any
+    return True
+  return False
+
+
 def dry_run(loss: LossFn, *fields: str) -> None:
   """Traces `loss`. No array is made.
 

@@ -177,6 +177,7 @@ def evaluate(
   batches = pipeline.make(
     source if size is None else source[:size],
     tokenizer,
+    learns=False,
     batch_size=batch_size,
     max_length=max_length,
     records=records,
@@ -185,7 +186,9 @@ def evaluate(
     overlong=overlong,
     drop_remainder=False,
   )
-  hashable = model._replace(axes=None)  # a static argument: compiled once a run
+  # A static argument, compiled once a run; a reference has no value head.
+  values = model.values if reward == 'value' else None
+  hashable = model._replace(axes=None, values=values)
   rewards, transcripts = [], []
   for rows in batches:
     if records != 'pairs':
@@ -230,7 +233,7 @@ def check(
       f"records={records!r} is of a reward model: reward='value', not {reward!r}"
     )
   if reward == 'value' and beta is not None:
-    raise ValueError(f"beta={beta}: reward='value' takes none")
+    raise ValueError(f"beta={beta}: reward='value' takes none; delete it")
   if reward != 'value' and not (beta is not None and 0 < beta < float('inf')):
     raise ValueError(f'beta={beta} must be positive: the β of config.loss')
   if max_length < 2 or batch_size < 1 or (size is not None and size < 1):

@@ -1,8 +1,8 @@
 """One picture of a run: what was logged at every step, accuracy where it was measured.
 
 A run that logged `reward` gets a small panel for each of what reinforcement learning is
-watched by, one that logged `rewards/margins` of what learning from pairs is; any other
-gets its loss and accuracy, larger.
+watched by, one that logged `rewards/chosen` of what learning from preferences is; any
+other gets its loss and accuracy, larger.
 """
 
 from __future__ import annotations
@@ -22,14 +22,18 @@ from educe.training import metrics
 INK, BLUE, ORANGE, GRID, AXIS = '#263238', '#1565c0', '#c2410c', '#e3e8eb', '#90a4ae'
 SOLVED = {'all': BLUE, 'some': '#9cc4ee', 'none': '#f2b48c'}
 
+# What an evaluation measures, and its panel.
+EXAMS = {'accuracy': 'held-out accuracy', 'win_rate': 'preferred to its start'}
+
 # The panels of reinforcement learning after reward, accuracy and groups: (title, {metric:
 # legend}, what its axis means). Titles carry the unit.
 LINES = (
   ('completion length (tokens)', {'completions/mean_length': ''}, 'number'),
   ('completions cut off', {'completions/clipped_ratio': ''}, 'share'),
-  ('KL to reference (nats)', {'kl': ''}, 'number'),
+  ('KL (nats per token)', {'kl': ''}, 'number'),
   ('entropy (nats per token)', {'entropy': ''}, 'number'),
   ('clipped', {'clip_ratio/low': 'low', 'clip_ratio/high': 'high'}, 'share'),
+  ('value error (squared)', {'value_error': ''}, 'number'),
   ('loss', {'loss': ''}, 'number'),
 )
 
@@ -39,7 +43,7 @@ PREFERENCES = (
   ('reward margin', {'rewards/margins': ''}, 'number'),
   ('pairs the right way round', {'rewards/accuracies': ''}, 'share'),
   (
-    'log-probs (nats per sequence)',
+    'log-probs (nats)',
     {'logps/chosen': 'chosen', 'logps/rejected': 'rejected'},
     'number',
   ),
@@ -53,7 +57,7 @@ def draw(run_dir: str | os.PathLike, *, title: str = '') -> pathlib.Path:
   """Reads run_dir/metrics.jsonl, writes run_dir/curves.png and returns its path.
 
   A metric is shown as logged (light) and smoothed (bold); the reward in a band of
-  ± `reward_std`; `accuracy` (0..1) as points, with `accuracy/low` and `accuracy/high` as
+  ± `reward_std`; `accuracy` and `win_rate` (0..1) as points, with `…/low` and `…/high` as
   their interval; `groups/solved_{none,some,all}` (0..1) as smoothed shares on top of each
   other. What was not logged has no panel.
 
@@ -64,7 +68,7 @@ def draw(run_dir: str | os.PathLike, *, title: str = '') -> pathlib.Path:
   rows = sorted(metrics.read(path), key=lambda row: row['step'])
   if _has(rows, 'reward'):
     panels = _reinforcement(rows)
-  elif _has(rows, 'rewards/margins'):
+  elif _has(rows, 'rewards/chosen'):
     panels = _preferences(rows)
   elif _has(rows, 'loss'):
     panels = _supervised(rows)
@@ -136,27 +140,32 @@ def smooth(values: np.ndarray, width: float) -> np.ndarray:
 def _supervised(rows: Sequence[Row]) -> list[Panel]:
   loss = functools.partial(_lines, rows=rows, names={'loss': ''})
   panels: list[Panel] = [('loss (nats per token)', loss)]
-  if points := _points(rows):
-    panels.append(('held-out accuracy', functools.partial(_accuracy, points=points)))
-  return panels
+  return panels + _exams(rows)
 
 
 def _reinforcement(rows: Sequence[Row]) -> list[Panel]:
   has_std = _has(rows, 'reward_std')
   title = 'reward (band: ± reward_std)' if has_std else 'reward'
   panels: list[Panel] = [(title, functools.partial(_reward, rows=rows))]
-  if points := _points(rows):
-    panels.append(('held-out accuracy', functools.partial(_accuracy, points=points)))
+  panels += _exams(rows)
   if all(_has(rows, f'groups/solved_{name}') for name in SOLVED):
     panels.append(('solved', functools.partial(_solved, rows=rows)))
   return panels + _of(rows, LINES)
 
 
 def _preferences(rows: Sequence[Row]) -> list[Panel]:
-  panels = _of(rows, [('loss (nats per pair)', {'loss': ''}, 'number')])
-  if points := _points(rows):
-    panels.append(('held-out accuracy', functools.partial(_accuracy, points=points)))
-  return panels + _of(rows, PREFERENCES)
+  unit = ' (nats per pair)' if _has(rows, 'rewards/margins') else ''
+  panels = _of(rows, [(f'loss{unit}', {'loss': ''}, 'number')])
+  return panels + _exams(rows) + _of(rows, PREFERENCES)
+
+
+def _exams(rows: Sequence[Row]) -> list[Panel]:
+  """A panel for each share that was measured on something held out."""
+  return [
+    (title, functools.partial(_accuracy, points=points))
+    for key, title in EXAMS.items()
+    if (points := _points(rows, key))
+  ]
 
 
 def _of(rows: Sequence[Row], lines) -> list[Panel]:
@@ -165,13 +174,15 @@ def _of(rows: Sequence[Row], lines) -> list[Panel]:
   for title, names, kind in lines:
     there = {k: v for k, v in names.items() if _has(rows, k)}
     if there:
-      paint = functools.partial(_lines, rows=rows, names=there, share=kind == 'share')
+      options = dict(share=kind == 'share', inside=len(title) > 8)
+      paint = functools.partial(_lines, rows=rows, names=there, **options)
       panels.append((title, paint))
   return panels
 
 
-def _lines(axes, *, rows, names, share: bool = False) -> None:
-  """Each metric as logged and smoothed; told apart by colour, dashes and a legend."""
+def _lines(axes, *, rows, names, share: bool = False, inside: bool = False) -> None:
+  """Each metric as logged and smoothed; told apart by colour, dashes and a legend, which
+  stands beside the title or, where that leaves no room, `inside`."""
   everything, bolds = [], []
   styles = zip((BLUE, ORANGE), ('-', (0, (3, 1.2))), strict=True)
   for (name, label), (color, dashes) in zip(names.items(), styles, strict=False):
@@ -184,7 +195,7 @@ def _lines(axes, *, rows, names, share: bool = False) -> None:
     everything.append(values)
     bolds.append(bold)
   if any(names.values()):
-    _legend(axes)
+    _legend(axes, inside)
   if share:
     _percent(axes)
   _limits(axes, np.concatenate(everything), np.concatenate(bolds))
@@ -276,10 +287,10 @@ def _style(axes, title: str, steps: Sequence[int], *, wide: bool, last: bool) ->
     axes.set_xlabel('optimizer step', size=12, color=INK)
 
 
-def _legend(axes) -> None:
+def _legend(axes, inside: bool = False) -> None:
+  where = dict(loc='best') if inside else dict(loc='lower right', bbox_to_anchor=(1, 1))
   axes.legend(
-    loc='lower right',
-    bbox_to_anchor=(1.0, 1.0),
+    **where,
     ncols=3,
     frameon=False,
     fontsize=10,
@@ -325,11 +336,11 @@ def _series(rows: Sequence[Row], name: str) -> tuple[np.ndarray, np.ndarray]:
   return steps, values
 
 
-def _points(rows: Sequence[Row]) -> list[tuple[int, float, float, float]]:
-  """[(step, accuracy, low, high)]; without an interval all three are the rate."""
+def _points(rows: Sequence[Row], key: str) -> list[tuple[int, float, float, float]]:
+  """[(step, rate, low, high)]; without an interval all three are the rate."""
   points = []
   for row in rows:
-    if (rate := row.get('accuracy')) is not None:
-      bounds = row.get('accuracy/low', rate), row.get('accuracy/high', rate)
+    if (rate := row.get(key)) is not None:
+      bounds = row.get(f'{key}/low', rate), row.get(f'{key}/high', rate)
       points.append((row['step'], rate, *bounds))
   return points

@@ -22,7 +22,12 @@ import numpy as np
 from educe.data.tokenizer import Tokenizer
 from educe.losses.logprobs import score
 from educe.measurement.accuracy import Z
-from educe.measurement.win_rate import WinRate, win_rate
+from educe.measurement.win_rate import (
+  LengthControlled,
+  WinRate,
+  length_controlled,
+  win_rate,
+)
 from educe.rollouts.collect import collect
 from educe.rollouts.joining import rows_of, side_by_side
 from educe.rollouts.judges import Judge, rewarded
@@ -31,6 +36,7 @@ from educe.types import Batch, Environment, Model, Params, Rollouts
 
 class Judged(NamedTuple):
   wins: WinRate  # over the policy that the run started from
+  even: LengthControlled | None  # the same between answers of one length; of repeats=1
   score: float  # mean of the judge's scores of ours
   score_error: float  # its standard error, over prompts
   start_score: float  # of the start's answers
@@ -46,9 +52,8 @@ class Judged(NamedTuple):
   def metrics(self) -> dict[str, float]:
     """What goes into metrics.jsonl."""
     return {
-      'win_rate': self.wins.rate,
-      'win_rate/low': self.wins.low,
-      'win_rate/high': self.wins.high,
+      **_named('win_rate', self.wins),
+      **({} if self.even is None else _named('win_rate_at_equal_length', self.even)),
       'judged/score': self.score,
       'judged/score_error': self.score_error,
       'judged/start_score': self.start_score,
@@ -58,9 +63,11 @@ class Judged(NamedTuple):
     }
 
   def __str__(self) -> str:
+    even = '' if self.even is None else f', {self.even.rate:.1%} at equal length'
+    kl = round(self.kl, 2) + 0.0  # no −0.00
     return (
-      f'{self.wins}; score {self.score:.3f} ± {Z * self.score_error:.3f}, at the start '
-      f'{self.start_score:.3f}; KL {self.kl:.2f} ± {Z * self.kl_error:.2f} nats'
+      f'{self.wins}{even}; score {self.score:.3f} ± {Z * self.score_error:.3f}, at the '
+      f'start {self.start_score:.3f}; KL {kl:.2f} ± {Z * self.kl_error:.2f} nats'
     )
 
 
@@ -68,7 +75,7 @@ def evaluate(
   model: Model,
   params: Params,
   tokenizer: Tokenizer,
-  reference: Params,
+  start: Params,
   *,
   environment: Environment,
   judge: Judge,
@@ -79,7 +86,7 @@ def evaluate(
 ) -> Judged:
   """A policy's answers, judged: what the config section `evaluation` runs.
 
-  reference: the policy that the run keeps as its reference, or else started from
+  start: the policy that the run started from
   environment: only its prompts are read
   judge: a section of its own; not the one that the run is trained on, if over-optimisation
     is to be seen. It is asked once, of each prompt our answers and then the start's; the
@@ -112,27 +119,31 @@ def evaluate(
       show='evaluating',
     )
 
-  ours, start = answers(params), answers(reference)
+  ours, theirs = answers(params), answers(start)
   # In one call: a judge that compares has to see the completions of both.
-  both = rewarded(side_by_side(ours, start), prompts, judge)
+  both = rewarded(side_by_side(ours, theirs), prompts, judge)
   rewards = np.asarray(both.rewards, np.float64).reshape(-1, 2, repeats)
   scores, start_scores = rewards[:, 0], rewards[:, 1]
   own = rows_of(np.arange(0, 2 * len(prompts), 2), repeats)
   # A static argument, compiled once a run: without what cannot be hashed.
-  hashable = model._replace(axes=None, architecture=None)
+  hashable = model._replace(axes=None, architecture=None, values=None)
   parts = []
   for at in range(0, len(ours.tokens), batch_size):
     rows = slice(at, at + batch_size)
     batch = Batch(ours.tokens[rows], ours.mask[rows])
-    parts.append(np.asarray(_logp(hashable, reference, batch, temperature)))
+    parts.append(np.asarray(_logp(hashable, start, batch, temperature)))
   # What π says of its own completions, the sampler knows already.
   drawn = (np.asarray(ours.sampler_logp, np.float64) * ours.mask).sum(-1)
   kl = (drawn - np.concatenate(parts)).reshape(-1, repeats).mean(-1)
-  wins = win_rate(scores, start_scores)
+  wins, even = win_rate(scores, start_scores), None
+  if repeats == 1:
+    lengths = (np.asarray(x.mask).sum(-1) for x in (ours, theirs))
+    even = length_controlled(scores[:, 0], start_scores[:, 0], *lengths)
   mean, error = _mean(_by_prompt(scores))
   kl_mean, kl_error = _mean(kl)
   return Judged(
     wins=wins,
+    even=even,
     score=mean,
     score_error=error,
     start_score=_mean(_by_prompt(start_scores))[0],
@@ -148,6 +159,10 @@ def _logp(model, params, batch: Batch, temperature: float):
   """Σ_t log π(y_t) of each row, `[B]` (nats)."""
   logp = score(model, params, batch, temperature=temperature).logp
   return jnp.where(batch.mask > 0, logp, 0.0).sum(-1)
+
+
+def _named(name: str, rate: WinRate | LengthControlled) -> dict[str, float]:
+  return {name: rate.rate, f'{name}/low': rate.low, f'{name}/high': rate.high}
 
 
 def _by_prompt(scores: np.ndarray) -> np.ndarray:

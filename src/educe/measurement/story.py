@@ -9,6 +9,7 @@ from educe.training import metrics
 
 # What an evaluation says first, and what is said of it.
 SHARES = {'accuracy': '', 'win_rate': '  preferred to where it started'}
+OF_PAIRS = '  of held-out judgements agreed with'
 
 
 def table(folders: Sequence[pathlib.Path]) -> str:
@@ -22,5 +23,6 @@ def table(folders: Sequence[pathlib.Path]) -> str:
         if exam and (label != 'before' or not lines):
           low, high = exam[0][f'{key}/low'], exam[0][f'{key}/high']
           interval = f'[{low:.1%}, {high:.1%}]'
-          lines.append(f'{label:>12}  {exam[0][key]:6.1%}  95 % {interval}{note}')
+          what = OF_PAIRS if 'preferences/margin' in exam[0] else note
+          lines.append(f'{label:>12}  {exam[0][key]:6.1%}  95 % {interval}{what}')
   return '\n'.join(['before and after each stage', *lines])

@@ -104,7 +104,9 @@ def taken(params: Params) -> dict[str, Any]:
 
 
 def without(params: Params) -> Params:
-  """The policy alone."""
+  """The policy alone; params without a value head are returned as they are."""
+  if not isinstance(params, Mapping) or KEY not in params:
+    return params
   return {name: x for name, x in params.items() if name != KEY}
 
 

@@ -78,26 +78,26 @@ def ask(
   allowed = client.error_limit * len(questions)
   failures: list[str] = []
   answers: list[T | None] = [None] * len(questions)
-  with concurrent.futures.ThreadPoolExecutor(client.concurrency) as pool:
+  pool = concurrent.futures.ThreadPoolExecutor(client.concurrency)
+  try:
     rows = {
       pool.submit(_persist, client, question, read, stop): row
       for row, question in enumerate(questions)
     }
-    try:
-      for done in concurrent.futures.as_completed(rows):
-        answer, why = done.result()
-        answers[rows[done]] = answer
-        if why is not None:
-          failures.append(why)
-        if len(failures) > allowed:
-          raise JudgeError(
-            f'judge {client.model} at {client.url}: {len(failures)} of {len(questions)} '
-            f'questions without an answer, more than error_limit={client.error_limit:g} '
-            f'allows; the first: {failures[0]}'
-          )
-    finally:  # also after Ctrl-C: nobody waits for the rest
-      stop.set()
-      pool.shutdown(wait=False, cancel_futures=True)
+    for done in concurrent.futures.as_completed(rows):
+      answer, why = done.result()
+      answers[rows[done]] = answer
+      if why is not None:
+        failures.append(why)
+      if len(failures) > allowed:
+        raise JudgeError(
+          f'judge {client.model} at {client.url}: {len(failures)} of {len(questions)} '
+          f'questions without an answer, more than error_limit={client.error_limit:g} '
+          f'allows; the first: {failures[0]}'
+        )
+  finally:  # also after Ctrl-C; `with` would wait for the rest
+    stop.set()
+    pool.shutdown(wait=False, cancel_futures=True)
   return answers
 
 

@@ -272,7 +272,7 @@ def endpoint(
     ]
 
     def read(text):
-      grade = _last(r'grade\W{0,4}?(-?\d+(?:\.\d+)?)', text)
+      grade = _last(r'grade\W{0,8}?(-?\d+(?:\.\d+)?)', text)
       if grade is None or not lowest <= float(grade) <= highest:
         return None
       return (float(grade) - lowest) / (highest - lowest)
@@ -294,7 +294,7 @@ def endpoint(
     ]
 
     def read(text):
-      verdict = _last(r'verdict\W{0,4}?(a|b|tie)\b', text)
+      verdict = _last(r'verdict\W{0,8}?(a|b|tie)\b', text)
       return None if verdict is None else {'a': 1.0, 'b': 0.0, 'tie': 0.5}[verdict]
 
     said = chat_endpoint.ask(client, questions, read)

@@ -20,6 +20,7 @@ import numpy as np
 
 from educe.data.tokenizer import Tokenizer
 from educe.environments import verifiers
+from educe.environments.prompts import only_asks
 from educe.progress import say
 from educe.rollouts import judges, statistics, transcripts
 from educe.rollouts.collect import collect, fitting
@@ -73,9 +74,9 @@ def make(
     temperature, top_k, top_p, min_p, stop: of the sampler; see rollouts/sampler.py.
     batch_size: completions sampled side by side; does not change what is sampled.
     pool: 'uniform', each prompt once an epoch, or 'adaptive', see rollouts/pool.py.
-    refills: dynamic sampling (DAPO, §3.2, arXiv:2503.14476): groups whose rewards, as the
-      environment gave them, are all equal make room for new prompts, up to this many
-      times a round. What is still equal then stays.
+    refills: dynamic sampling (DAPO, §3.2, arXiv:2503.14476): groups whose rewards (the
+      environment's, or the judge's) are all equal make room for new prompts, up to this
+      many times a round. What is still equal then stays.
     overlong_prompts: 'error', or 'drop' those that leave no room for max_new_tokens.
     workers, time_limit (seconds a completion), error_limit: of the verifier's
       processes, see environments/verifiers.py; workers=0 judges in this process,
@@ -164,6 +165,7 @@ def make(
     ahead=ahead,
     show_every=show_every,
     compares=judge is not None and judges.compares(judge),
+    scored=judge is not None or not only_asks(environment),
   )
 
 
@@ -183,6 +185,7 @@ class Rounds:
   ahead: bool
   show_every: int
   compares: bool = False  # rewards are relative to what was judged along with them
+  scored: bool = True  # somebody gives rewards
 
   def __post_init__(self) -> None:
     self._number = 0  # of the next round to be sampled
@@ -213,6 +216,14 @@ class Rounds:
     key = jax.random.fold_in(jax.random.key(self.seed), current.number)
     key = jax.random.fold_in(key, 2 + self.refills)  # after what drew the round itself
     return self._sample(params, current.chosen, key)
+
+  def must_score(self) -> None:
+    """Raises ValueError where nobody gives rewards."""
+    if not self.scored:
+      raise ValueError(
+        "config.environment.name='prompts' only asks, and nobody judges the answers: add "
+        "config.judge, such as dict(name='reward_model', path='runs/reward')"
+      )
 
   @contextlib.contextmanager
   def holding(self, current: Round) -> Iterator[None]:

@@ -41,8 +41,11 @@ def show(rows: Sequence[Mapping[str, Any]], limit: int = 5) -> str:
     prompt = row['prompt'] if isinstance(row['prompt'], str) else row['prompt'][-1]
     question = prompt if isinstance(prompt, str) else prompt['content']
     cut = '' if row['stopped'] else ' … (cut off)'
+    said = f'right is {row["answer"]}'
+    if row['answer'] is None:  # a judge knows none either
+      said = f'reward {row.get("reward")}'
     parts.append(
       f'? {question}\n> {row["completion"].strip()}{cut}\n'
-      f'  {row["outcome"]}; right is {row["answer"]}; {row["length"]} tokens'
+      f'  {row["outcome"]}; {said}; {row["length"]} tokens'
     )
   return '\n\n'.join(parts)

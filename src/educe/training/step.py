@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from educe.losses.logprobs import score
+from educe.models import value_head
 from educe.training.optimizer import Optimizer, wide
 from educe.types import Batch, LossFn, Max, Mean, Model, Params, ScoreFn, TrainState
 
@@ -29,9 +30,9 @@ def init_state(
 ) -> TrainState:
   """Step 0. The state owns `params` from here on: the first step donates them.
 
-  reference: keep a copy of them.
+  reference: keep a copy of them, without a critic.
   """
-  copy = jax.tree.map(jnp.copy, params) if reference else None
+  copy = jax.tree.map(jnp.copy, value_head.without(params)) if reference else None
   return TrainState(jnp.int32(0), params, optimizer.init(params), key, copy)
 
 
@@ -94,8 +95,9 @@ def make_step(
     reference = state.reference
     if reference_every:
       due = (state.step + 1) % reference_every == 0
+      policy = value_head.without(params)
       reference = jax.lax.cond(
-        due, lambda: mixed(params, reference, reference_alpha), lambda: reference
+        due, lambda: mixed(policy, reference, reference_alpha), lambda: reference
       )
     return TrainState(state.step + 1, params, opt_state, state.key, reference), metrics
 
