@@ -21,7 +21,7 @@ FLOORS = [
   {'measurement'},
   {'config'},
   {'recipes', 'policies'},
-  {'runs'},
+  {'runs', 'measure'},
   {'stages'},
   {'cli'},
   {'__main__'},

@@ -6,6 +6,7 @@ This file only wires: what it calls is in the folders below; `train` is in runs.
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import logging
 import os
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from educe import paths
+from educe.measure import measure
 from educe.models import safetensors, weights
 from educe.policies import loader_of, open_policy
 from educe.progress import say
@@ -127,10 +129,42 @@ def parser() -> argparse.ArgumentParser:
   add.add_argument('--stop', action='append', default=[], help='a text that ends it')
   add.add_argument('--seed', type=int, default=0)
 
+  add = commands.add_parser(
+    'measure', help='what a run did to where it started', allow_abbrev=False
+  )
+  add.add_argument('--policy', required=True, help='usually the folder of a run')
+  add.add_argument('--base', help='default: what the run started from')
+  add.add_argument('--environment', help='default: what the run was evaluated on')
+  add.add_argument('--to', help='default: the folder measure in that of the run')
+  add.add_argument('--samples', type=int, default=64, help='of each prompt, from both')
+  add.add_argument('--size', type=int, help='of the prompts so many, the first')
+  add.add_argument('--max_new_tokens', type=int, help="default: the run's own")
+  add.add_argument('--temperature', type=float, default=1.0)
+  add.add_argument('--batch_size', type=int, default=64)
+  add.add_argument('--workers', type=int, default=2, help='processes that judge')
+  add.add_argument('--seed', type=int, default=0)
+  add.epilog = 'Any key of the environment: --environment.depth=2'
+
   add = with_policy('convert', 'write a Hugging Face folder')
   add.add_argument('--to', required=True, help='the folder to write; may be new')
   add.add_argument('--dtype', default='float32', choices=['float32', 'bfloat16'])
   return top
+
+
+def _section(name: str | None, flags: Sequence[str]) -> dict[str, Any] | None:
+  """The section of --environment=name and --environment.key=value."""
+  section: dict[str, Any] = {} if name is None else {'name': name}
+  for flag in flags:
+    key, equals, text = flag.removeprefix('--environment.').partition('=')
+    if not flag.startswith('--environment.') or not equals:
+      raise ValueError(f'unknown argument {flag!r}; see --help')
+    if name is None:
+      raise ValueError(f'{flag} is of an environment that --environment does not name')
+    try:
+      section[key] = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+      section[key] = text
+  return section or None
 
 
 def main(argv: Sequence[str]) -> int:
@@ -147,6 +181,10 @@ def main(argv: Sequence[str]) -> int:
       argv = [f'--config={arguments.config}', *rest]
       run_dir = paths.output(arguments.run_dir, '--run_dir')
       run_all(argv, run_dir, sweep=arguments.sweep)
+    elif arguments.command == 'measure':
+      options = {k: v for k, v in vars(arguments).items() if k != 'command'}
+      name = options.pop('environment')
+      measure(environment=_section(name, rest), **options)
     elif rest:
       raise ValueError(f'unknown argument {rest[0]!r}; see --help')
     elif arguments.command == 'sample':

@@ -36,11 +36,10 @@ MODEL, BASE = policy('b')
 _, POLICY = policy('a')
 
 
-def draw(folder, samples, base=BASE, header=HEADER, environment=None, **options):
+def draw(folder, samples, header=HEADER, environment=None, **options):
   table.draw(
     folder,
-    MODEL,
-    {'base': base, 'policy': POLICY},
+    {'base': (MODEL, BASE), 'policy': (MODEL, POLICY)},
     WORDS,
     environment or world(),
     header,

@@ -65,8 +65,7 @@ class Table(NamedTuple):
 
 def draw(
   folder: pathlib.Path,
-  model: Model,
-  params: Mapping[str, Params],
+  models: Mapping[str, tuple[Model, Params]],
   tokenizer: Tokenizer,
   environment: Environment,
   header: Mapping[str, Any],
@@ -80,7 +79,7 @@ def draw(
 ) -> None:
   """Draws what is missing of a table of `samples` completions a prompt from each side.
 
-  model: of both; params: {'base': …, 'policy': …}, of that model
+  models: {'base': …, 'policy': …}, of one vocabulary
   header: names what the table is of, plain values; the decoding is added to it
   samples: N; a table that has more keeps them
 
@@ -94,7 +93,6 @@ def draw(
     raise ValueError(f'{temperature=} must be above 0: log-probs are of what is drawn')
   decoding = dict(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
   _keep_header(folder, {**header, 'decoding': decoding})
-  hashable = model._replace(axes=None, architecture=None, values=None)
   parts = [
     (side, block, missing)
     for side in SIDES
@@ -111,8 +109,7 @@ def draw(
     asked = records[block * BLOCK : (block + 1) * BLOCK]
     for numbers in _runs(missing, group):
       drawn = collect(
-        model,
-        params[side],
+        *models[side],
         tokenizer,
         environment,
         asked,
@@ -125,7 +122,7 @@ def draw(
         verifier=verifier,
       )
       logp = {
-        name: sequence_logp(hashable, params[name], drawn, temperature, batch_size)
+        name: sequence_logp(*models[name], drawn, temperature, batch_size)
         for name in SIDES
       }
       rows = [
@@ -143,10 +140,9 @@ def draw(
 def sequence_logp(
   model: Model, params: Params, rollouts: Rollouts, temperature: float, batch_size: int
 ) -> Float[np.ndarray, 'B']:
-  """Σ_t log π(y_t) of each completion (nats), at the temperature it was drawn at.
-
-  model: hashable, so without axes and architecture
-  """
+  """Σ_t log π(y_t) of each completion (nats), at the temperature it was drawn at."""
+  # A static argument, compiled once: without what cannot be hashed, or is not asked.
+  model = model._replace(axes=None, architecture=None, values=None)
   parts = []
   for at in range(0, len(rollouts.tokens), batch_size):
     rows = slice(at, at + batch_size)
