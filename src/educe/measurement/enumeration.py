@@ -24,7 +24,7 @@ def sequence_logp(
   model: Model,
   params: Params,
   prompts: Int[np.ndarray, 'P T'],
-  symbols: Int[np.ndarray, 'S'],
+  symbols: np.ndarray,
   length: int,
   *,
   temperature: float = 1.0,
@@ -33,7 +33,7 @@ def sequence_logp(
   """log π(y|x) of all Y = Sᴸ outputs, in lexicographic order of `symbols` (nats).
 
   prompts: token ids, of one length
-  symbols: their ids; other tokens have the mass that is missing from a row's sum
+  symbols: `[S]` token ids; other tokens have the mass that is missing from a row's sum
   batch_size: rows of a forward pass
 
   Raises ValueError for a length or batch_size below 1 and a temperature that is not
