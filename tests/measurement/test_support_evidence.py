@@ -142,7 +142,7 @@ def test_the_interval_of_a_prompt_covers_what_was_missed(p):
     got = missing_mass([draw.tolist()])
     missing = p.sum() - p[np.unique(draw)].sum()
     covered += got.low - 1e-12 <= missing <= got.high
-  assert covered / 200 > 0.93
+  assert covered / 200 > 0.91  # 95 % and more of 2,000, less 2.5 errors of 1.5 %
 
 
 def test_the_interval_over_prompts_covers():
@@ -156,7 +156,7 @@ def test_the_interval_over_prompts_covers():
     got = missing_mass(labels, resamples=200)
     covered += got.low <= truth <= got.high
     rates.append(got.rate)
-  assert covered / 200 > 0.92
+  assert covered / 200 > 0.89  # of 1,000 seeds 93 %: 30 prompts are few to resample
   error = np.std(rates) / math.sqrt(200)
   np.testing.assert_allclose(np.mean(rates), truth, atol=4 * error)
 
@@ -170,9 +170,9 @@ def test_nothing_seen_once_is_not_nothing_missing():
 
 
 def test_resampling_is_seeded():
-  labels = [list(range(i, 40)) + [0] * i for i in range(0, 40, 4)]
+  labels = [RNG.integers(0, size, 37).tolist() for size in range(1, 61)]
   one, same = missing_mass(labels), missing_mass(labels, seed=0)
-  other, few = missing_mass(labels, seed=1), missing_mass(labels, resamples=5)
+  other, few = missing_mass(labels, seed=1), missing_mass(labels, resamples=100)
   assert (one.low, one.high) == (same.low, same.high)
   assert (one.low, one.high) != (other.low, other.high)
   assert (one.low, one.high) != (few.low, few.high)

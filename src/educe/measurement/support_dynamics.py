@@ -35,9 +35,9 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from scipy import special
 
 from educe.measurement.accuracy import wilson
+from educe.measurement.intervals import bootstrap, sign_test
 from educe.measurement.support import as_log_p
 
 
@@ -167,7 +167,7 @@ def dynamics(table: np.ndarray, *, resamples: int = 2000, seed: int = 0) -> Dyna
   """
   table = _table(table)
   values, total = _ratios(table), table.sum(0)
-  low, high = _bootstrap(_ratios, table, resamples=resamples, seed=seed)
+  low, high = bootstrap(_ratios, table, resamples=resamples, seed=seed)
   srr, ndr, sds, nscr = map(Estimate, values.tolist(), low.tolist(), high.tolist())
   preserved, gained, lost, out = map(float, total)
   moved = table[:, 1] - table[:, 2]
@@ -203,7 +203,7 @@ def above_noise(
       f'support: {len(table)} prompts and {len(null)} of the null; both must be the same'
     )
   difference = lambda a, b: (_ratios(a) - _ratios(b))[:2]  # noqa: E731
-  low, high = _bootstrap(difference, table, null, resamples=resamples, seed=seed)
+  low, high = bootstrap(difference, table, null, resamples=resamples, seed=seed)
   return Excess(*map(Estimate, difference(table, null).tolist(), low, high))
 
 
@@ -252,7 +252,7 @@ def creation(
     return np.concatenate([[gain, out], _over(ends, np.full(4, gain))])
 
   value = statistic(parts)
-  low, high = _bootstrap(statistic, parts, resamples=resamples, seed=seed)
+  low, high = bootstrap(statistic, parts, resamples=resamples, seed=seed)
   gain, created = (Estimate(*map(float, (value[i], low[i], high[i]))) for i in (0, 1))
   if not gain.low > 0:
     value, low, high = (np.full(6, np.nan) for _ in range(3))
@@ -269,11 +269,6 @@ def creation(
     created,
     order[parts[order, 0] > 0],
   )
-
-
-def sign_test(up: int, down: int) -> float:
-  """The chance of a split as uneven as this, or more, of up + down fair coins."""
-  return float(min(1.0, 2 * special.bdtr(min(up, down), up + down, 0.5)))
 
 
 def _ratios(table: np.ndarray) -> np.ndarray:
@@ -333,16 +328,3 @@ def _table(table: np.ndarray) -> np.ndarray:
   if table.ndim != 2 or table.shape[1] != 4 or not len(table):
     raise ValueError(f'support: fates must be [P, 4], not {list(table.shape)}')
   return table
-
-
-def _bootstrap(statistic, *arrays, resamples: int = 2000, seed: int = 0):
-  """(low, high), 95 %, of resampled rows; a resample where it is NaN is left out."""
-  rng = np.random.default_rng(seed)
-  size = len(arrays[0])
-  rows = (rng.integers(0, size, size) for _ in range(resamples))
-  values = np.array([statistic(*(a[r] for a in arrays)) for r in rows])
-  low, high = np.full((2, values.shape[1]), np.nan)
-  for column, drawn in enumerate(values.T):
-    if (drawn := drawn[~np.isnan(drawn)]).size:
-      low[column], high[column] = np.quantile(drawn, [0.025, 0.975])
-  return low, high

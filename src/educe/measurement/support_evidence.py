@@ -28,6 +28,7 @@ from typing import NamedTuple
 import numpy as np
 
 from educe.measurement.accuracy import Z
+from educe.measurement.intervals import bootstrap
 from educe.measurement.support import as_log_p, clopper_pearson
 
 
@@ -145,7 +146,7 @@ def missing_mass(
   if len(rates) == 1:
     low, high = lows[0], highs[0]
   else:
-    means = _bootstrap(np.mean, rates, resamples=resamples, seed=seed)
+    means = bootstrap(np.mean, rates, resamples=resamples, seed=seed)
     pooled = clopper_pearson(once.sum(), n * len(rates))
     low, high = min(means[0], pooled[0]), max(means[1], pooled[1])
   return MissingMass(
@@ -175,11 +176,3 @@ def _check_disjoint(traces: list[tuple[int, ...]], prompt: int) -> None:
         f'certificate: of prompt {prompt} one trace of {len(trace)} steps is the '
         f'beginning of another of {len(following)}; add the end to both'
       )
-
-
-def _bootstrap(statistic, *arrays, resamples: int = 2000, seed: int = 0):
-  rng = np.random.default_rng(seed)
-  size = len(arrays[0])
-  rows = (rng.integers(0, size, size) for _ in range(resamples))
-  values = [statistic(*(a[r] for a in arrays)) for r in rows]
-  return tuple(np.quantile(values, [0.025, 0.975], axis=0))
