@@ -244,7 +244,7 @@ def test_11_k3_in_the_reward_leads_away():
   assert np.abs(step(g)).max() > 1e-3  # the tilt is not where it stops
   theta, path = np.log(q), []
   for _ in range(2):
-    for _ in range(1500):
+    for _ in range(600):
       theta = theta + step(np.exp(theta - np.logaddexp.reduce(theta)))
     path.append(theta)
   end = np.exp(theta - np.logaddexp.reduce(theta))
@@ -252,7 +252,7 @@ def test_11_k3_in_the_reward_leads_away():
   assert lost.sum() > 2
   assert g[lost].max() > 1e-3
   fall = (path[0] - path[1])[lost]
-  np.testing.assert_allclose(fall, 1500 * beta * q[lost], rtol=1e-6)
+  np.testing.assert_allclose(fall, 600 * beta * q[lost], rtol=1e-6)
   assert tabular.total_variation(end, g) > 0.1
 
 
@@ -431,14 +431,14 @@ def test_20_a_tilt_never_crosses_its_base_and_interference_does():
   """Beta(0.25, 1.5) prompts by their quantiles; the tilt multiplies all odds by e³."""
   p = special.betaincinv(0.25, 1.5, (np.arange(100_000) + 0.5) / 100_000)
   tilted = p * math.exp(3) / (1 - p + p * math.exp(3))
-  pushed = np.where(p < 0.02, 0.35, 0.0)  # so many of the hard prompts are set back
+  pushed = np.where(p < 0.02, 0.35, 0.0)  # so many of the hard prompts fall to p/1000
   curves = []
   for k in BUDGETS:
-    lost = pushed * pass_at(tilted * 1e-3, k) + (1 - pushed) * pass_at(tilted, k)
+    lost = pushed * pass_at(p * 1e-3, k) + (1 - pushed) * pass_at(tilted, k)
     curves.append([pass_at(p, k).mean(), pass_at(tilted, k).mean(), lost.mean()])
   base, gibbs, interfered = np.transpose(curves)
-  # The numbers are of a simulation: ±0.005.
-  near = {'atol': 0.005}
+  # The numbers are of a simulation: ±0.002.
+  near = {'atol': 0.002}
   np.testing.assert_allclose(base, [0.143, 0.311, 0.490, 0.634, 0.740, 0.816], **near)
   np.testing.assert_allclose(gibbs, [0.450, 0.641, 0.752, 0.825, 0.877, 0.913], **near)
   np.testing.assert_allclose(
