@@ -77,13 +77,17 @@ def test_every_prompt_is_a_distribution_with_the_mass_that_its_regime_names(worl
 def test_behind_a_barrier_every_step_is_likely_elsewhere_and_the_whole_never(world):
   known = describe(world=world)
   for i, right in of_regime(known, 'barrier'):
-    others = np.delete(known.p_data, i, 0)
+    others = np.array([j != i for j in range(64)])
+    plain = others & (np.array(known.regimes) != 'basin')
     for t in right:
       assert known.p_data[i, EVERY.index(t)] == 0
       assert chance(known.p_data[i], t[:1]) == pytest.approx(1 / 6, rel=1e-9)
       for place in (1, 2, 3):
-        # .2 in the background; the basins of other prompts move it a little.
-        assert 0.15 < after(others, place, t[place - 1], t[place]) < 0.25
+        # .2 in the background, of which some other prompts behind barriers lack a few
+        # transitions; a basin of 13 may be one output, with .3 of its prompt's mass.
+        step = place, t[place - 1], t[place]
+        assert 0.17 < after(known.p_data[plain], *step) < 0.21
+        assert 0.15 < after(known.p_data[others], *step) < 0.3
       # The prompt itself takes the last steps too, but never the second.
       assert chance(known.p_data[i], t[:2]) == 0
       for place in (2, 3):
