@@ -199,13 +199,21 @@ def test_where_there_is_nothing_to_learn_no_shape_has_support():
 
 
 def test_differences_know_that_the_sizes_share_their_examples():
-  """Their interval is narrower than that of two data sets that share nothing."""
+  """Their interval is that of shared examples, and a point's that of its size alone."""
   rng = np.random.default_rng(4)
   losses, tests = stream(rng, known_after=3, noise=0.5)
-  got = course(losses + 2, np.ones(1024), tests + 2, sizes=SIZES, resamples=2000)
-  last, point, before = got.differences[-1], got.points[-1], got.points[-2]
-  apart = math.hypot(point.high - point.low, before.high - before.low)
-  assert last.high - last.low < 0.75 * apart
+  losses, tests = losses + 2, tests + 2
+  got = course(losses, np.ones(1024), tests, sizes=SIZES, resamples=2000)
+  # A mean of 512 against that of 1,024 with the same held-out examples: the standard
+  # deviation is .5·√(1/512 − 1/1024) nats; 511 differences know it to 4 %.
+  width = 2 * 1.96 * 0.5 * math.sqrt(1 / 512 - 1 / 1024) / math.log(2)
+  last = got.differences[-1]
+  np.testing.assert_allclose(last.high - last.low, width, rtol=0.15)
+  for point, size, test in zip(got.points, SIZES, tests, strict=True):
+    alone = excess(losses[:size], np.ones(size), test, resamples=2000, seed=7)
+    # Alone the last row has another neighbour, and the draws are others.
+    wide = alone.high - alone.low
+    np.testing.assert_allclose(point.high - point.low, wide, rtol=0.12)
 
 
 def test_draws_are_of_their_seed():
