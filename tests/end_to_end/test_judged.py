@@ -20,6 +20,10 @@ def stage(**sections):
   )
 
 PROMPTS = [{'prompt': f'{i}{c}='} for i in range(6) for c in 'abcd']
+PAIRS = [
+  {'prompt': f'{i}{c}=', 'chosen': 'a' * n + 'b', 'rejected': 'c' * n + 'd'}
+  for i in range(6) for c in 'abcd' for n in (1, 2, 3)
+]
 ASK = dict(name='prompts', source=dict(name='memory', records=PROMPTS))
 SAMPLE = dict(prompts=8, group=4, max_new_tokens=4, workers=0, show_every=0)
 """
@@ -39,17 +43,13 @@ BEST = (
   HEAD
   + """
 def get_config():
-  pairs = [
-    {'prompt': f'{i}{c}=', 'chosen': 'a' * n + 'b', 'rejected': 'c' * n + 'd'}
-    for i in range(6) for c in 'abcd' for n in (1, 2, 3)
-  ]
   base = stage(
     steps=2, source=dict(name='memory', records=[dict(r, completion='a') for r in PROMPTS]),
     data=dict(batch_size=8, max_length=8), algorithm=dict(name='sft'),
     loss=dict(name='sft'), optimizer=dict(name='adamw', learning_rate=1e-4),
   )
   reward = stage(
-    steps=40, value=dict(trunk='shared'), source=dict(name='memory', records=pairs),
+    steps=40, value=dict(trunk='shared'), source=dict(name='memory', records=PAIRS),
     data=dict(records='pairs', batch_size=16, max_length=12),
     algorithm=dict(name='reward_model'), loss=dict(name='reward_model'),
     optimizer=dict(name='adamw', learning_rate=3e-3, schedule='constant'),
@@ -161,12 +161,8 @@ MOVING = (
   HEAD
   + """
 def get_config():
-  pairs = [
-    {'prompt': f'{i}{c}=', 'chosen': 'a' * n + 'b', 'rejected': 'c' * n + 'd'}
-    for i in range(6) for c in 'abcd' for n in (1, 2, 3)
-  ]
   return ml_collections.ConfigDict(stage(
-    steps=6, source=dict(name='memory', records=pairs),
+    steps=6, source=dict(name='memory', records=PAIRS),
     data=dict(records='pairs', batch_size=16, max_length=12),
     algorithm=dict(name='dpo', reference_every=1), loss=dict(name='dpo'),
     optimizer=dict(name='adamw', learning_rate=3e-2, schedule='constant'),

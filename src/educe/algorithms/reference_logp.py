@@ -96,10 +96,9 @@ def load_or_compute(
       'the reference has log-probs that are not finite: look at config.model (its '
       'weights, its dtypes); nothing was stored'
     )
-  if jax.process_index() == 0:
-    folder.mkdir(parents=True, exist_ok=True)
-    with paths.whole(file) as temporary, temporary.open('wb') as stream:
-      np.savez(stream, **stored._asdict())
+  folder.mkdir(parents=True, exist_ok=True)
+  with paths.whole(file) as temporary, temporary.open('wb') as stream:
+    np.savez(stream, **stored._asdict())
   return stored
 
 
