@@ -27,6 +27,7 @@ setuptools.setup(
     'jaxtyping>=0.3.7',
     'jinja2>=3.1.6',
     'numpy>=2.0',
+    'scipy>=1.13',
     'safetensors>=0.8',
     'tokenizers>=0.23',
     'tqdm>=4.67',
