@@ -286,12 +286,12 @@ def test_shares_of_the_gain_by_hand():
   got = creation(p0, pi, p0 >= 0.01)
   np.testing.assert_allclose(got.gain.value, 0.901 / 6)
   np.testing.assert_allclose(got.created.value, 0.401 / 6)
-  np.testing.assert_allclose(got.index.value, 0.401 / 0.901)
+  np.testing.assert_allclose(got.share.value, 0.401 / 0.901)
   np.testing.assert_allclose(got.elicited.value, 0.5 / 0.901)
   assert got.undecided == 0
-  assert got.index.low < got.index.value < got.index.high
-  np.testing.assert_allclose(got.elicited.low, 1 - got.index.high)
-  np.testing.assert_allclose(got.elicited.high, 1 - got.index.low)
+  assert got.share.low < got.share.value < got.share.high
+  np.testing.assert_allclose(got.elicited.low, 1 - got.share.high)
+  np.testing.assert_allclose(got.elicited.high, 1 - got.share.low)
   first = np.arange(2, 120, 6)  # those from 0 to 0.4, then those from 0.001 to 0.002
   np.testing.assert_array_equal(got.prompts, [*first, *(first + 1)])
   assert '55.5% elicited' in str(got)
@@ -303,13 +303,13 @@ def test_undecided_prompts_widen_both_shares():
   p0, pi = np.zeros(60), np.tile([0.5, 0.3, 0.2], 20)
   got = creation(p0, pi, np.tile([-1, 0, 1], 20))
   np.testing.assert_allclose(
-    [got.index.value, got.undecided, got.elicited.value], [0.5, 0.3, 0.2]
+    [got.share.value, got.undecided, got.elicited.value], [0.5, 0.3, 0.2]
   )
   sure = creation(p0, pi, np.tile([-1, 1, 1], 20))
-  np.testing.assert_allclose(got.index.low, sure.index.low)
+  np.testing.assert_allclose(got.share.low, sure.share.low)
   np.testing.assert_allclose(got.elicited.high, sure.elicited.high)
   sure = creation(p0, pi, np.tile([-1, -1, 1], 20))
-  np.testing.assert_allclose(got.index.high, sure.index.high)
+  np.testing.assert_allclose(got.share.high, sure.share.high)
   np.testing.assert_allclose(got.elicited.low, sure.elicited.low)
   assert '30.0% undecided' in str(got)
 
@@ -326,15 +326,15 @@ def test_planted_causes_are_told_apart():
   accessible = np.log(before) >= support.sampling(1024)
   tilt = (tabular.gibbs(p0, correct, 0.3) * correct).sum(1)
   got = creation(before, tilt, accessible)
-  np.testing.assert_allclose(got.index[:], 0, atol=1e-6)
+  np.testing.assert_allclose(got.share[:], 0, atol=1e-6)
   assert got.elicited.value == pytest.approx(1, abs=1e-6)
   assert got.gain.low > 0.1
   taught = creation(before, np.where(accessible, before, 0.7), accessible)
-  np.testing.assert_allclose(taught.index[:], 1, atol=1e-12)
+  np.testing.assert_allclose(taught.share[:], 1, atol=1e-12)
   assert sorted(taught.prompts) == np.flatnonzero(~accessible).tolist()
   same = creation(before, before, accessible)
   assert same.gain == (0, 0, 0)
-  assert math.isnan(same.index.value)
+  assert math.isnan(same.share.value)
   assert str(same) == 'no gain to share out: 0.000 (0.000 to 0.000)'
   lost = creation(before, before * 0.5, accessible)
   assert lost.gain.high < 0
@@ -342,7 +342,7 @@ def test_planted_causes_are_told_apart():
   # A threshold of training is another, deeper budget, and shares follow it.
   deep = np.log(before) >= support.training(16, 2**36)
   assert accessible.sum() < deep.sum()
-  assert creation(before, np.full(80, 0.7), deep).index.value < 0.1
+  assert creation(before, np.full(80, 0.7), deep).share.value < 0.1
 
 
 def test_shares_from_samples_beside_the_exact_ones():
@@ -363,13 +363,13 @@ def test_shares_from_samples_beside_the_exact_ones():
     rates = rng.binomial(64, p0) / 64, rng.binomial(64, pi) / 64
     got = creation(*rates, told, resamples=150)
     covered += [
-      got.index.low <= truth <= got.index.high,
+      got.share.low <= truth <= got.share.high,
       got.elicited.low <= 1 - truth <= got.elicited.high,
     ]
     exact = creation(p0, pi, np.log(p0) >= log_eps, resamples=150)
-    exactly += exact.index.low <= truth <= exact.index.high
+    exactly += exact.share.low <= truth <= exact.share.high
     gains.append(got.gain.value - exact.gain.value)
-    shares = got.index.value + got.undecided + got.elicited.value
+    shares = got.share.value + got.undecided + got.elicited.value
     np.testing.assert_allclose(shares, 1, rtol=1e-12)
   assert (covered / 200 > 0.93).all()
   assert exactly / 200 > 0.91

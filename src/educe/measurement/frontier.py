@@ -149,6 +149,6 @@ def _scaled(
   values, column = np.unique(unit, return_inverse=True)
   if len(values) < q.shape[-1]:
     at = column.reshape(q.shape) + len(values) * np.arange(len(q))[:, None]
-    q = np.bincount(at.ravel(), q.ravel(), len(values) * len(q)).reshape(len(q), -1)
-    unit = np.broadcast_to(values, q.shape)
+    few = np.bincount(at.ravel(), q.ravel(), len(values) * len(q)).reshape(len(q), -1)
+    q, unit = np.asarray(few, np.float64), np.broadcast_to(values, few.shape)
   return q, unit, low, span

@@ -38,6 +38,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import special
 
 from educe.measurement.accuracy import wilson
@@ -110,7 +111,7 @@ def divergence(kappa: float, mass: float = 0.5) -> float:
   return high
 
 
-def cost(mass: float, log_p: np.ndarray) -> np.ndarray:
+def cost(mass: float, log_p: ArrayLike) -> np.ndarray:
   """kl(m‖p), `[…]`, nats: the least KL to p0 of a policy that gives b the mass m.
 
   log_p: `[…]`; 0 where p ≥ m already, ∞ where p is 0.
@@ -196,7 +197,7 @@ def decide(
 
 
 def clopper_pearson(
-  correct: np.ndarray, samples: np.ndarray
+  correct: ArrayLike, samples: ArrayLike
 ) -> tuple[np.ndarray, np.ndarray]:
   """The exact 95 % interval of a binomial share, `[…]` and `[…]` (1934, Biometrika 26).
 
@@ -217,7 +218,7 @@ def clopper_pearson(
   return np.where(c == 0, 0.0, low), np.where(c == n, 1.0, high)
 
 
-def as_log_p(log_p: np.ndarray) -> np.ndarray:
+def as_log_p(log_p: ArrayLike) -> np.ndarray:
   """`[…]`, float64, at most 0: a sum of probabilities may pass 1 by a rounding.
 
   Raises ValueError for what is no log-probability.

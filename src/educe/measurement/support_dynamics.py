@@ -80,23 +80,22 @@ class Excess(NamedTuple):
 
 
 class Creation(NamedTuple):
-  index: Estimate  # CI: share of the gain from prompts that were not accessible
+  share: Estimate  # CI: share of the gain from prompts that were not accessible
   undecided: float  # share from prompts of which the samples cannot tell
   elicited: Estimate  # share from prompts that were accessible: 1 − CI − undecided
   gain: Estimate  # mean of π(C|x) − p0(C|x)
   created: Estimate  # the part of it that CI is the share of
-  prompts: (
-    np.ndarray
-  )  # indices of those that were not accessible and gained, most first
+  # Indices of those that were not accessible and gained, most first.
+  prompts: np.ndarray
 
   def __str__(self) -> str:
-    if math.isnan(self.index.value):
+    if math.isnan(self.share.value):
       return f'no gain to share out: {self.gain}'
     left = f', {self.undecided:.1%} undecided' if self.undecided else ''
     return (
       f'of a gain of {self.gain}, {self.elicited.value:.1%} elicited '
-      f'({self.elicited.low:.1%} to {self.elicited.high:.1%}), {self.index.value:.1%} '
-      f'created ({self.index.low:.1%} to {self.index.high:.1%}{left}; '
+      f'({self.elicited.low:.1%} to {self.elicited.high:.1%}), {self.share.value:.1%} '
+      f'created ({self.share.low:.1%} to {self.share.high:.1%}{left}; '
       f'{len(self.prompts)} prompts)'
     )
 
@@ -256,13 +255,13 @@ def creation(
   gain, created = (Estimate(*map(float, (value[i], low[i], high[i]))) for i in (0, 1))
   if not gain.low > 0:
     value, low, high = (np.full(6, np.nan) for _ in range(3))
-  index, elicited = (
+  share, elicited = (
     Estimate(float(value[i]), float(min(low[i : i + 2])), float(max(high[i : i + 2])))
     for i in (2, 4)
   )
   order = np.argsort(-parts[:, 0], kind='stable')
   return Creation(
-    index,
+    share,
     float(value[3] - value[2]),
     elicited,
     gain,
