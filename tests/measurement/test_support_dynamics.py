@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from educe.environments import tabular
-from educe.measurement import support
+from educe.measurement import pass_at_k, support
 from educe.measurement import support_dynamics as dynamics
 from educe.measurement.accuracy import wilson
 from educe.measurement.support_dynamics import above_noise, creation, fates, twice
@@ -130,17 +130,11 @@ def test_twice_is_unbiased():
 def test_the_noise_floor_as_printed(k, floor):
   """Log-uniform p in [1e-6, 1]: nothing changed, and SRR is what papers report."""
   log_p = (np.arange(4000) + 0.5) / 4000 * math.log(1e-6)
-  a = dynamics.seen(log_p, k)
+  a = pass_at_k.exact(np.exp(log_p), k)
   got = dynamics.dynamics(fates(a, a), resamples=100)
   np.testing.assert_allclose(got.srr.value, floor, atol=5e-3)
   np.testing.assert_allclose(got.ndr.value, 1 - floor, atol=5e-3)
   assert (got.nscr.value, got.up, got.down) == (0, 0, 0)
-
-
-def test_the_chance_of_being_seen_keeps_its_digits():
-  np.testing.assert_allclose(dynamics.seen(math.log(1e-20), 1e6), 1e-14, rtol=1e-12)
-  got = dynamics.seen([0.0, -np.inf, math.log(0.5)], 3)
-  np.testing.assert_allclose(got, [1, 0, 0.875], rtol=1e-15)
 
 
 def test_a_binary_tilt_loses_nothing_at_any_budget():
@@ -213,7 +207,7 @@ def test_the_intervals_cover_the_population(known):
   """200 seeds of 60 prompts: from known p at ε(k), and from N = 128 samples at k = 32."""
   k, rng = 32, np.random.default_rng(5)
   log_eps = support.sampling(k)
-  of = lambda p: p >= log_eps if known else dynamics.seen(p, k)  # noqa: E731
+  of = lambda p: p >= log_eps if known else pass_at_k.exact(np.exp(p), k)  # noqa: E731
   p, e, s, _ = fates(*map(of, population(rng, 400_000))).sum(0)
   truth = np.array([p / (p + s), e / (p + e), 0, (e - s) / (p + e + s)])
   truth[2] = 2 / (1 / truth[0] + 1 / truth[1])
@@ -262,7 +256,7 @@ def test_a_collapse_is_beyond_the_noise():
   before = 1 - stats.hypergeom.pmf(0, 128, correct, 32)
   after = sampled(rng, log_p0, log_pi, 128, 32)[1]
   sampled_excess = above_noise(fates(before, after), twice(correct, 128, 32))
-  a, b = dynamics.seen(log_p0, 32), dynamics.seen(log_pi, 32)
+  a, b = pass_at_k.exact(np.exp(log_p0), 32), pass_at_k.exact(np.exp(log_pi), 32)
   exact_excess = above_noise(fates(a, b), fates(a, a))
   for excess in (sampled_excess, exact_excess):
     assert excess.srr.high < -0.2

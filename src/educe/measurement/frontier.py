@@ -28,10 +28,13 @@ import numpy as np
 
 from educe.environments import tabular
 from educe.measurement import best_of_n
-from educe.measurement.free_energy import Estimate, distributions, ratio_estimate
-
-# Of b, in units of 1/(r_max − r_min): beyond, a float64 holds the base or the best alone.
-WEAKEST, STRONGEST = 1e-12, 1e15
+from educe.measurement.free_energy import (
+  STRONGEST,
+  WEAKEST,
+  Estimate,
+  distributions,
+  ratio_estimate,
+)
 
 
 class Efficiency(NamedTuple):

@@ -168,23 +168,35 @@ def reach(log_p: np.ndarray, ks: Sequence[float], *, delta: float = 0.95) -> Rea
 
 
 def sampled_reach(
-  correct: np.ndarray, samples: np.ndarray, ks: Sequence[float], *, delta: float = 0.95
+  correct: np.ndarray,
+  samples: np.ndarray,
+  ks: Sequence[float],
+  *,
+  log_least: ArrayLike = -math.inf,
+  delta: float = 0.95,
 ) -> Reach:
-  """The same where `correct` of `samples`, `[P]` each, are what is known of p.
+  """The same where p is known from samples, and perhaps from log-probs, as in `decide`.
 
   k may be more than the samples: then prompts are undecided, not denied.
 
   Raises ValueError as `decide` does.
   """
-  return _reach([decide(correct, samples, sampling(k, delta)) for k in ks], ks)
+  eps = [sampling(k, delta) for k in ks]
+  return _reach([decide(correct, samples, at, log_least=log_least) for at in eps], ks)
 
 
 def decide(
-  correct: np.ndarray, samples: np.ndarray, log_eps: float | np.ndarray
+  correct: ArrayLike,
+  samples: ArrayLike,
+  log_eps: float | np.ndarray,
+  *,
+  log_least: ArrayLike = -math.inf,
 ) -> np.ndarray:
   """Whether p ≥ ε, `[P]` of 1 (yes), −1 (no) and 0 (the samples cannot tell).
 
   correct, samples: `[P]`, c successes in N draws; log_eps: log ε, one or `[P]`
+  log_least: `[P]`, what p is known to be at least, from log-probs of traces
+    (support_evidence.py); it overrules the samples
 
   By Clopper and Pearson's interval: each answer is wrong with a chance of at most 2.5 %,
   whatever p is, and so are that many of the prompts at most, on average.
@@ -193,7 +205,8 @@ def decide(
   """
   low, high = clopper_pearson(correct, samples)
   eps = np.exp(log_eps)
-  return (low >= eps).astype(np.int8) - (high < eps).astype(np.int8)
+  drawn = (low >= eps).astype(np.int8) - (high < eps).astype(np.int8)
+  return np.where(np.asarray(log_least) >= log_eps, np.int8(1), drawn)
 
 
 def clopper_pearson(

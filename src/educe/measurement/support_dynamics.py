@@ -38,7 +38,7 @@ import numpy as np
 
 from educe.measurement.accuracy import wilson
 from educe.measurement.intervals import bootstrap, sign_test
-from educe.measurement.support import as_log_p
+from educe.measurement.pass_at_k import pass_at_k
 
 
 class Estimate(NamedTuple):
@@ -100,19 +100,13 @@ class Creation(NamedTuple):
     )
 
 
-def seen(log_p: np.ndarray, k: float) -> np.ndarray:
-  """a = 1 − (1−p)ᵏ, `[…]`: the chance that k samples show it."""
-  with np.errstate(divide='ignore'):  # p = 1 is seen for certain
-    return -np.expm1(k * np.log1p(-np.exp(as_log_p(log_p))))
-
-
 def fates(
   before: np.ndarray, after: np.ndarray, counted: np.ndarray | None = None
 ) -> np.ndarray:
   """(P, E, S, O) of each prompt, `[P, 4]`.
 
   before, after: `[P]` or `[P, Y]`, accessible or not (log_p0 >= support.sampling(k)); or
-    the chance of being seen, `seen` or an unbiased pass@k of independent samples, which
+    the chance of being seen, pass@k exact or unbiased of independent samples, which
     gives the expected sets
   counted: `[P, Y]`, which outputs are behaviours (the correct ones); None: all
 
@@ -149,9 +143,7 @@ def twice(correct: np.ndarray, samples: np.ndarray, k: int) -> np.ndarray:
       f'support: the same policy twice needs 2·k={2 * k} samples of each prompt and has '
       f'{n.min()}; draw more, or take a smaller k'
     )
-  if ((c < 0) | (c > n)).any():
-    raise ValueError('support: correct must be between 0 and the samples')
-  neither, none = _none_of(c, n, 2 * k), _none_of(c, n, k)
+  neither, none = 1 - pass_at_k(n, c, 2 * k), 1 - pass_at_k(n, c, k)
   changed = none - neither
   return np.stack([1 - 2 * none + neither, changed, changed, neither], -1)
 
@@ -283,13 +275,6 @@ def _over(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
   return np.divide(
     numerator, denominator, out=np.full(4, np.nan), where=denominator != 0
   )
-
-
-def _none_of(correct: np.ndarray, samples: np.ndarray, m: int) -> np.ndarray:
-  """C(N−c, m)/C(N, m), `[P]`: the chance that m of the samples hold none correct."""
-  i = np.arange(m)
-  left = np.maximum((samples - correct)[:, None] - i, 0)
-  return (left / (samples[:, None] - i)).prod(-1)
 
 
 def _share(table: np.ndarray, of: list[int], among: list[int]) -> tuple[float, float]:
