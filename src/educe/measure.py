@@ -134,8 +134,11 @@ def _start_of(policy: str, run: dict[str, Any] | None) -> str:
 def _beside(policy: str, start: str) -> str:
   """The stage before, where a sequence was moved as a whole since it was run."""
   moved = paths.resolve(policy).parent / pathlib.Path(start).name
-  there = loader_of(start) is not None or paths.resolve(start).exists()
-  return str(moved) if not there and moved.exists() else start
+  try:
+    paths.resolve(start)
+  except FileNotFoundError:
+    return str(moved) if moved.exists() else start
+  return start
 
 
 def _environment(

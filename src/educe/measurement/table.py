@@ -39,6 +39,7 @@ from educe.types import Batch, Environment, Model, Params, Rollouts
 
 SIDES = ('base', 'policy')
 BLOCK = 16  # prompts of one file
+ROUNDS = 4  # times batch_size samples are drawn, scored and written together
 HEADER = 'header.json'
 
 
@@ -94,48 +95,50 @@ def draw(
     raise ValueError(f'{temperature=} must be above 0: log-probs are of what is drawn')
   decoding = dict(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
   _keep_header(folder, {**header, 'decoding': decoding})
-  parts = [
-    (side, block, missing)
-    for side in SIDES
-    for block in range(-(-len(environment.prompts) // BLOCK))
-    if block % jax.process_count() == jax.process_index()
-    and (missing := _missing(folder / side, block, samples))
-  ]
   records = [{'id': i, **record} for i, record in enumerate(environment.prompts)]
+  blocks = [records[at : at + BLOCK] for at in range(0, len(records), BLOCK)]
+  group = max(1, ROUNDS * batch_size // len(blocks[0]))
+  parts = [
+    (side, block, numbers)
+    for side in SIDES
+    for block in range(jax.process_index(), len(blocks), jax.process_count())
+    for numbers in _runs(_missing(folder / side, block, samples), group)
+  ]
   if not parts:
     say(f'{folder} has its {samples} samples of each prompt already')
-  group = max(1, batch_size // min(BLOCK, len(records)))
-  for side, block, missing in tqdm.tqdm(parts, 'drawing', unit='block', leave=False):
+  total = sum(len(blocks[block]) * len(numbers) for _, block, numbers in parts)
+  bar = tqdm.tqdm(total=total, desc='drawing', unit='sample', leave=False)
+  for side, block, numbers in parts:
     key = jax.random.fold_in(jax.random.key(seed), SIDES.index(side))
-    asked = records[block * BLOCK : (block + 1) * BLOCK]
-    for numbers in _runs(missing, group):
-      drawn = collect(
-        *models[side],
-        tokenizer,
-        environment,
-        asked,
-        group=len(numbers),
-        key=jax.random.fold_in(key, block),
-        seeds=[i << 24 | n for i in range(len(asked)) for n in numbers],
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        batch_size=batch_size,
-        verifier=verifier,
-      )
-      logp = {
-        name: sequence_logp(*models[name], drawn, temperature, batch_size)
-        for name in SIDES
+    drawn = collect(
+      *models[side],
+      tokenizer,
+      environment,
+      blocks[block],
+      group=len(numbers),
+      key=jax.random.fold_in(key, block),
+      seeds=[i << 24 | n for i in range(len(blocks[block])) for n in numbers],
+      max_new_tokens=max_new_tokens,
+      temperature=temperature,
+      batch_size=batch_size,
+      verifier=verifier,
+    )
+    logp = {
+      name: sequence_logp(*models[name], drawn, temperature, batch_size)
+      for name in SIDES
+    }
+    rows = [
+      {
+        **row,
+        'sample': numbers[at % len(numbers)],
+        **{f'logp_{name}': float(logp[name][at]) for name in SIDES},
       }
-      rows = [
-        {
-          **row,
-          'sample': numbers[at % len(numbers)],
-          **{f'logp_{name}': float(logp[name][at]) for name in SIDES},
-        }
-        for at, row in enumerate(drawn.transcripts)
-      ]
-      name = f'{block:05}-{numbers[0]:06}-{numbers[-1]:06}.jsonl'
-      transcripts.save(rows, folder / side / name)
+      for at, row in enumerate(drawn.transcripts)
+    ]
+    name = f'{block:05}-{numbers[0]:06}-{numbers[-1]:06}.jsonl'
+    transcripts.save(rows, folder / side / name)
+    bar.update(len(rows))
+  bar.close()
 
 
 def sequence_logp(
@@ -152,10 +155,12 @@ def sequence_logp(
   parts = []
   for at in range(0, len(first), batch_size):
     chosen = first[at : at + batch_size]
-    # One shape, one program: the last batch is filled up with its first row.
-    chosen = np.pad(chosen, (0, min(batch_size, len(rows)) - len(chosen)), 'edge')
+    # Few shapes, few programs: what is left over is filled up to a power of two.
+    missing = (1 << (len(chosen) - 1).bit_length()) - len(chosen)
+    chosen = np.pad(chosen, (0, missing), 'edge')
     batch = Batch(rollouts.tokens[chosen], rollouts.mask[chosen])
-    parts.append(np.asarray(_logp(model, params, batch, temperature), np.float64))
+    logp = np.asarray(_logp(model, params, batch, temperature), np.float64)
+    parts.append(logp[: len(chosen) - missing])
   return np.concatenate(parts)[back.ravel()]
 
 
