@@ -1,4 +1,4 @@
-# make demo          SFT, then GRPO, on a real model; what changed (README says how long)
+# make demo          SFT, then GRPO, on a real model; a report on what GRPO did
 # make demo-smollm   the same story, GRPO for longer
 # make test          lint, types and the whole test-suite
 # Each makes its own virtual environment in .venv on first use.
@@ -12,9 +12,11 @@ export JAX_PLATFORMS ?= cpu
 
 demo: $(VENV)/demo
 	$(BIN)/python -m educe train --config=configs/r1.py:demo --run_dir=runs/demo
+	$(BIN)/python -m educe measure --policy=runs/demo/grpo --samples=16
 
 demo-smollm: $(VENV)/demo
 	$(BIN)/python -m educe train --config=configs/r1.py:smollm --run_dir=runs/smollm
+	$(BIN)/python -m educe measure --policy=runs/smollm/grpo --samples=16
 
 test: $(VENV)/dev lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile

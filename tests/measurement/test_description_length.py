@@ -1,8 +1,10 @@
+import json
 import math
 
 import numpy as np
 import pytest
 
+from educe.measurement import description_length
 from educe.measurement.description_length import course, exact, excess
 
 TRUTH = np.array([0.7, 0.2, 0.06, 0.04])  # the labels of a world without prompts
@@ -269,3 +271,21 @@ def test_bad_input_of_a_course_is_one_clear_line(arguments, message):
   with pytest.raises(ValueError, match=message) as error:
     course(**{**good, **arguments})
   assert '\n' not in str(error.value)
+
+
+def test_of_a_run_it_is_read_from_what_the_run_logged(tmp_path):
+  nll, tokens = [2.0, 1.0, 0.5], [10, 30, 20]
+  rows = [{'step': 0, 'accuracy': 0.1}] + [
+    {'step': i + 1, 'nll': nll[i], 'num_tokens': tokens[i]} for i in range(3)
+  ]
+  log = tmp_path / 'metrics.jsonl'
+  log.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  got = description_length.of_run(tmp_path, 0.25)
+  mdl = (20 + 30 + 10) / math.log(2)
+  np.testing.assert_allclose(got.codelength, mdl, rtol=1e-12)
+  np.testing.assert_allclose(got.excess, mdl - 60 * 0.25 / math.log(2), rtol=1e-12)
+  np.testing.assert_allclose(got.per_token, got.excess / 60, rtol=1e-12)
+  for missing in (rows[:2] + rows[3:], rows[:1]):
+    log.write_text(''.join(json.dumps(row) + '\n' for row in missing))
+    with pytest.raises(ValueError, match='needs all of a run of SFT'):
+      description_length.of_run(tmp_path, 0.25)

@@ -29,10 +29,15 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
+
+from educe.training import metrics
 
 BITS = 1 / math.log(2)  # a nat
 PEAK = 4.0  # a curve rises if its peak lies at this many times its smallest size
@@ -161,6 +166,29 @@ def course(
     float(np.mean(_shapes(draws[:, :window], n[:window]) == shape)),
     points[int(curve.argmax())].examples,
   )
+
+
+def of_run(run_dir: str | os.PathLike, test_nll: ArrayLike) -> DescriptionLength:
+  """EDL of a run of SFT, from the losses that it logged before each update.
+
+  test_nll: nats per label token on held-out texts, after training; `[M]`, of each text,
+    or one number
+
+  Label tokens are the examples here. The run must not be longer than its first epoch, and
+  its learning rate constant: neither is seen in what it logged.
+
+  Raises ValueError for a run that logged no `nll`, or not at every step.
+  """
+  path = pathlib.Path(run_dir) / 'metrics.jsonl'
+  rows = {row['step']: row for row in metrics.read(path) if 'nll' in row}
+  if sorted(rows) != list(range(1, len(rows) + 1)) or not rows:
+    raise ValueError(
+      f'{path}: {len(rows)} steps have nll; description length needs all of a run of SFT'
+    )
+  losses, tokens = np.array(
+    [(rows[i]['nll'], rows[i]['num_tokens']) for i in sorted(rows)]
+  ).T
+  return excess(losses * tokens, tokens, np.asarray(test_nll), examples=tokens)
 
 
 def exact(p: np.ndarray, predictions: np.ndarray, final: np.ndarray) -> float:
