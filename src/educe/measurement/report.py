@@ -28,8 +28,9 @@ from educe.measurement import (
   transcript_page,
   verdict,
 )
-from educe.measurement.findings import DELTA, Findings
+from educe.measurement.findings import DELTA, LADDER, REACH, Findings
 from educe.measurement.pass_at_k import Curve
+from educe.measurement.support import Reach
 from educe.measurement.table import Side, Table
 
 PAGE, FINDINGS = 'report.html', 'findings.json'
@@ -250,7 +251,7 @@ def _others(found: Findings) -> str:
     ('E r − β·KL of the policy, and the most there is at that β',
      f'{spent.objective:.4f} and {spent.soft_value:.4f}'),
     ('largest probability ratio to the base', f'e^{found.log_ratio:.2f}'),
-    ('accessible to the base', f'{found.reach}'),
+    (f'prompts accessible to the base in {REACH:,} samples', _reach(found.reach)),
     ('right answers kept of those the base shows', f'{found.outputs}'),
   ]  # fmt: skip
   if found.missing is not None:
@@ -312,6 +313,14 @@ def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
   top = ''.join(f'<th>{_text(cell)}</th>' for cell in head)
   body = ''.join(f'<tr>{line}</tr>' for line in lines)
   return f'<div class="wide"><table><tr>{top}</tr>{body}</table></div>'
+
+
+def _reach(reach: Reach) -> str:
+  at = LADDER.index(REACH)
+  return (
+    f'{reach.accessible[at]:.1%}, {reach.undecided[at]:.1%} undecided (95 % interval '
+    f'{reach.low[at]:.1%} to {reach.high[at]:.1%})'
+  )
 
 
 def _ends(curve: Curve) -> str:

@@ -145,13 +145,13 @@ def _evidence(found: Findings, lost: bool):
 
 
 def _points(value: float, low: float, high: float) -> str:
-  return (
-    f'{100 * value:+.1f} points, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}'
-  )
+  shown = [f'{round(100 * x, 1) + 0.0:+.1f}' for x in (value, low, high)]  # no −0.0
+  return f'{shown[0]} points, 95 % interval {shown[1]} to {shown[2]}'
 
 
 def _nats(x: free_energy.Estimate) -> str:
-  return f'{abs(x.mean):.3f}'  # rounding may leave −1e−18
+  # Rounding may leave −1e−18. ∞: the policy writes what its base never does.
+  return f'{abs(x.mean):.3f}' if math.isfinite(x.mean) else '∞'
 
 
 def _share(x: Estimate) -> str:
