@@ -52,7 +52,7 @@ def chain_run(run: pathlib.Path) -> dict[str, Any]:
     model, params, words = policies.open_policy(str(run / folder))
     for name, records in sets.items():
       logp = exact.right_logp(model, params, words, records)
-      out['logp'][name][stage] = logp.round(4).tolist()
+      out['logp'][name][stage] = logp.round(5).tolist()
     if stage == 'base':
       out |= nulls(model, params, words, sets['trained'], config['seed'])
       continue
@@ -88,8 +88,16 @@ def nulls(model, params, words, records, seed: int) -> dict[str, Any]:
   vote = majority.exact(*listed(p0, correct), VOTES)
   return {
     'others': rest.tolist(),
-    'power': {'alpha': power.alpha, 'rate': power.curve.rate.round(6).tolist()},
-    'tempered': {'temperature': TEMPERATURES[best], 'rate': rate.round(6).tolist()},
+    'power': {
+      'alpha': power.alpha,
+      'first': power.values[:, 0].round(6).tolist(),
+      'rate': power.curve.rate.round(6).tolist(),
+    },
+    'tempered': {
+      'temperature': TEMPERATURES[best],
+      'first': tempered[best, rest].round(6).tolist(),
+      'rate': rate.round(6).tolist(),
+    },
     'majority': {'k': list(VOTES), 'rate': vote.mean(0).round(6).tolist()},
   }
 
@@ -140,7 +148,9 @@ def counted(drawn: table.Table) -> dict[str, Any]:
     side: table.Side = getattr(drawn, name)
     n, c = pass_at_k.counts(side.rewards)
     votes = [k for k in VOTES if k <= n.min()]
-    said = [[(answers.visible(x) or '').strip() or None for x in row] for row in side.texts]
+    said = [
+      [(answers.visible(x) or '').strip() or None for x in row] for row in side.texts
+    ]
     out[name] = {
       'samples': n.tolist(),
       'correct': c.tolist(),
