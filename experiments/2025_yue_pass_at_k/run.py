@@ -4,7 +4,8 @@ python experiments/2025_yue_pass_at_k/run.py cpu2 chain runs/yue/*
 python experiments/2025_yue_pass_at_k/run.py cpu2 sampled runs/yue/rho0.03-seed0
 python experiments/2025_yue_pass_at_k/run.py cpu2 smollm2 runs/demo/grpo/measure
 
-chain     exact chances of every prompt before and after, and what the nulls come to
+chain     exact chances of every prompt before and after, and what the nulls come to;
+          runs that are there already stay
 sampled   256 samples a prompt of one of those runs: does the instrument see the same?
 smollm2   a table that `python -m educe measure` has drawn
 """
@@ -184,11 +185,15 @@ def smollm2(folder: pathlib.Path) -> dict[str, Any]:
   }
 
 
-PARTS = {
-  'chain': lambda *runs: [chain_run(pathlib.Path(run)) for run in runs],
-  'sampled': lambda run: sampled(pathlib.Path(run)),
-  'smollm2': lambda folder: smollm2(pathlib.Path(folder)),
-}
+def merged(
+  old: list[dict[str, Any]], new: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+  """One entry for each exposure and seed, the new in place of the old."""
+  runs = {(run['exposure'], run['seed']): run for run in [*old, *new]}
+  return [runs[key] for key in sorted(runs)]
+
+
+PARTS = {'chain': chain_run, 'sampled': sampled, 'smollm2': smollm2}
 
 
 if __name__ == '__main__':
@@ -196,6 +201,7 @@ if __name__ == '__main__':
   out = HERE / 'results' / f'{name}.json'
   out.parent.mkdir(exist_ok=True)
   results = json.loads(out.read_text()) if out.exists() else {}
-  results[part] = PARTS[part](*folders)
+  new = [PARTS[part](pathlib.Path(folder)) for folder in folders]
+  results[part] = merged(results.get(part, []), new) if part == 'chain' else new[0]
   out.write_text(json.dumps(results) + '\n')
   print(out)
