@@ -25,10 +25,10 @@ SHADES = {0.0: '#999', 0.01: RL, 0.03: '#d99a1c', 0.05: OTHER}
 MAIN = 0.01
 STYLES = {
   'base': dict(color=BASE, lw=2),
-  'rl': dict(color=RL, lw=2),
-  'imitated': dict(color=OTHER, lw=1.5, ls='--'),
+  'RL': dict(color=RL, lw=2),
+  'imitation': dict(color=OTHER, lw=1.5, ls='--'),
   'Gibbs tilt': dict(color='#222', lw=1.2, ls=':'),
-  'base, power': dict(color='#8a4fbf', lw=1.2, ls='-.'),
+  'base, best power': dict(color='#8a4fbf', lw=1.2, ls='-.'),
 }
 
 
@@ -51,10 +51,8 @@ def main(name: str) -> None:
 def curves(axis, runs) -> None:
   for at, run in enumerate(runs):
     for name, curve in tables.curves(run).items():
-      style = STYLES.get(name) or STYLES.get(name.rsplit(' ', 1)[0])
-      if style:
-        label = name.rsplit(' ', 1)[0] if name.startswith('base, ') else name
-        axis.plot(KS, curve, **style, alpha=0.85, label=None if at else label)
+      if name in STYLES:
+        axis.plot(KS, curve, **STYLES[name], alpha=0.8, label=None if at else name)
   budgets(axis)
   axis.set(ylabel='pass@k', ylim=(0, 1.02), title=f'ρ = {MAIN:g}: trained pairs')
   axis.legend(frameon=False, loc='lower right')
