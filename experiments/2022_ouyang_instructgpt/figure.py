@@ -6,9 +6,9 @@ python experiments/2022_ouyang_instructgpt/figure.py cpu2
 import json
 import sys
 
+import judge
 import matplotlib
 import numpy as np
-import results
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
@@ -18,28 +18,28 @@ MARKS = {'ppo': 'o-', 'dpo': 's--'}
 
 
 def main(name):
-  found = json.loads((results.HERE / 'results' / f'{name}.json').read_text())
+  found = json.loads((judge.HERE / 'results' / f'{name}.json').read_text())
   plt.rcParams.update({'font.size': 13, 'axes.spines.top': False})
   plt.rcParams.update({'axes.spines.right': False})
   figure, (above, below) = plt.subplots(
     2, 1, figsize=(6, 7.2), layout='constrained', sharex=True
   )
   for stage, mark in MARKS.items():
-    curve = results.moved(found, stage)
+    curve = judge.moved(found, stage)
     at = [x['root_kl'] for x in curve]
-    for judge, colour in COLOURS.items():
-      mean, error = np.array([x[judge] for x in curve]).T
+    for scorer, colour in COLOURS.items():
+      mean, error = np.array([x[scorer] for x in curve]).T
       above.errorbar(
         at,
         mean,
-        yerr=results.Z * error,
+        yerr=judge.Z * error,
         fmt=mark,
         color=colour,
         ms=5,
         elinewidth=0.8,
         capsize=2,
         alpha=1.0 if stage == 'ppo' else 0.6,
-        label=f'{stage}, {judge}',
+        label=f'{stage}, {scorer}',
       )
     rate, low, high = np.array([x['win_rate'] for x in found['policies'][stage]]).T
     below.errorbar(
@@ -62,7 +62,7 @@ def main(name):
     ylim=(0.3, 1),
   )
   below.legend(frameon=False, loc='upper left', fontsize=11)
-  figure.savefig(results.HERE / 'figure.png', dpi=160)
+  figure.savefig(judge.HERE / 'figure.png', dpi=160)
 
 
 if __name__ == '__main__':

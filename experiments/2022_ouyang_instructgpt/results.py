@@ -1,10 +1,9 @@
-"""A run of configs/instruct_gpt.py → results/<name>.json, and PASS or FAIL.
+"""A run of configs/instruct_gpt.py → results/<name>.json.
 
 python experiments/2022_ouyang_instructgpt/results.py cpu2 runs/instruct_gpt
 
 What gold thinks of every evaluation is in the run. What the proxy thinks of the same
-answers is computed here, by the reward model that PPO was trained on. Both are told in
-standard deviations of that judge's scores of the answers of SFT, from their mean.
+answers is computed here, by the reward model that PPO was trained on.
 """
 
 import json
@@ -14,7 +13,6 @@ import sys
 import numpy as np
 
 from educe import policies
-from educe.measurement.accuracy import Z
 from educe.rollouts import judges, transcripts
 from educe.training import metrics
 
@@ -76,60 +74,9 @@ def scores(file: pathlib.Path, judge) -> dict[str, list[float]]:
   return {'gold': gold.tolist(), 'proxy': proxy.tolist()}
 
 
-def moved(found: dict, stage: str) -> list[dict]:
-  """How far each judge's score went from SFT's answers, prompt by prompt, in standard
-  deviations (over prompts) of its scores of them: {judge: (mean, standard error)}."""
-  start = found['policies'][stage][0]
-  return [
-    {
-      'root_kl': max(x['kl'], 0) ** 0.5,
-      **{
-        judge: of_mean((np.array(x[judge]) - start[judge]) / np.std(start[judge]))
-        for judge in ('gold', 'proxy')
-      },
-      'gap': of_mean(
-        (np.array(x['proxy']) - start['proxy']) / np.std(start['proxy'])
-        - (np.array(x['gold']) - start['gold']) / np.std(start['gold'])
-      ),
-    }
-    for x in found['policies'][stage]
-  ]
-
-
-def of_mean(x: np.ndarray) -> tuple[float, float]:
-  return float(x.mean()), float(x.std(ddof=1) / len(x) ** 0.5)
-
-
-def verdicts(found: dict) -> dict[str, tuple[bool, str]]:
-  """claim → (whether it holds, the figures)."""
-  out = {}
-  for stage in ('reward_model', 'gold'):
-    x = found['reward_models'][stage]
-    out[f'{stage}_learns'] = (
-      x['accuracy/low'] > 0.5,
-      f'{x["accuracy"]:.3f} [{x["accuracy/low"]:.3f}, {x["accuracy/high"]:.3f}]',
-    )
-  for stage in POLICIES:
-    for key, claim in (
-      ('win_rate', 'wins'),
-      ('win_rate_at_equal_length', 'wins_at_equal_length'),
-    ):
-      rate, low, high = found['policies'][stage][-1][key]
-      out[f'{stage}_{claim}'] = low > 0.5, f'{rate:.3f} [{low:.3f}, {high:.3f}]'
-  proxy, error = moved(found, 'ppo')[-1]['proxy']
-  out['proxy_rises'] = proxy > Z * error, f'{proxy:+.2f} ± {Z * error:.2f}'
-  gap, error = moved(found, 'ppo')[-1]['gap']
-  out['over_optimised'] = gap > Z * error, f'{gap:+.2f} ± {Z * error:.2f}'
-  return out
-
-
 if __name__ == '__main__':
   name, run = sys.argv[1:]
-  found = read(pathlib.Path(run))
-  found['verdicts'] = {key: list(x) for key, x in verdicts(found).items()}
   out = HERE / 'results' / f'{name}.json'
   out.parent.mkdir(exist_ok=True)
-  out.write_text(json.dumps(found) + '\n')
-  for key, (ok, figures) in found['verdicts'].items():
-    print(f'{"PASS" if ok else "FAIL"}  {key:27} {figures}')
+  out.write_text(json.dumps(read(pathlib.Path(run))) + '\n')
   print(out)
