@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from educe.environments import tabular
-from educe.measurement import support
+from educe.measurement import pass_at_k, support
 from educe.measurement import support_dynamics as dynamics
 from educe.measurement.accuracy import wilson
 from educe.measurement.support_dynamics import above_noise, creation, fates, twice
@@ -130,17 +130,11 @@ def test_twice_is_unbiased():
 def test_the_noise_floor_as_printed(k, floor):
   """Log-uniform p in [1e-6, 1]: nothing changed, and SRR is what papers report."""
   log_p = (np.arange(4000) + 0.5) / 4000 * math.log(1e-6)
-  a = dynamics.seen(log_p, k)
+  a = pass_at_k.exact(np.exp(log_p), k)
   got = dynamics.dynamics(fates(a, a), resamples=100)
   np.testing.assert_allclose(got.srr.value, floor, atol=5e-3)
   np.testing.assert_allclose(got.ndr.value, 1 - floor, atol=5e-3)
   assert (got.nscr.value, got.up, got.down) == (0, 0, 0)
-
-
-def test_the_chance_of_being_seen_keeps_its_digits():
-  np.testing.assert_allclose(dynamics.seen(math.log(1e-20), 1e6), 1e-14, rtol=1e-12)
-  got = dynamics.seen([0.0, -np.inf, math.log(0.5)], 3)
-  np.testing.assert_allclose(got, [1, 0, 0.875], rtol=1e-15)
 
 
 def test_a_binary_tilt_loses_nothing_at_any_budget():
@@ -213,7 +207,7 @@ def test_the_intervals_cover_the_population(known):
   """200 seeds of 60 prompts: from known p at ε(k), and from N = 128 samples at k = 32."""
   k, rng = 32, np.random.default_rng(5)
   log_eps = support.sampling(k)
-  of = lambda p: p >= log_eps if known else dynamics.seen(p, k)  # noqa: E731
+  of = lambda p: p >= log_eps if known else pass_at_k.exact(np.exp(p), k)  # noqa: E731
   p, e, s, _ = fates(*map(of, population(rng, 400_000))).sum(0)
   truth = np.array([p / (p + s), e / (p + e), 0, (e - s) / (p + e + s)])
   truth[2] = 2 / (1 / truth[0] + 1 / truth[1])
@@ -262,7 +256,7 @@ def test_a_collapse_is_beyond_the_noise():
   before = 1 - stats.hypergeom.pmf(0, 128, correct, 32)
   after = sampled(rng, log_p0, log_pi, 128, 32)[1]
   sampled_excess = above_noise(fates(before, after), twice(correct, 128, 32))
-  a, b = dynamics.seen(log_p0, 32), dynamics.seen(log_pi, 32)
+  a, b = pass_at_k.exact(np.exp(log_p0), 32), pass_at_k.exact(np.exp(log_pi), 32)
   exact_excess = above_noise(fates(a, b), fates(a, a))
   for excess in (sampled_excess, exact_excess):
     assert excess.srr.high < -0.2
@@ -286,12 +280,12 @@ def test_shares_of_the_gain_by_hand():
   got = creation(p0, pi, p0 >= 0.01)
   np.testing.assert_allclose(got.gain.value, 0.901 / 6)
   np.testing.assert_allclose(got.created.value, 0.401 / 6)
-  np.testing.assert_allclose(got.index.value, 0.401 / 0.901)
+  np.testing.assert_allclose(got.share.value, 0.401 / 0.901)
   np.testing.assert_allclose(got.elicited.value, 0.5 / 0.901)
   assert got.undecided == 0
-  assert got.index.low < got.index.value < got.index.high
-  np.testing.assert_allclose(got.elicited.low, 1 - got.index.high)
-  np.testing.assert_allclose(got.elicited.high, 1 - got.index.low)
+  assert got.share.low < got.share.value < got.share.high
+  np.testing.assert_allclose(got.elicited.low, 1 - got.share.high)
+  np.testing.assert_allclose(got.elicited.high, 1 - got.share.low)
   first = np.arange(2, 120, 6)  # those from 0 to 0.4, then those from 0.001 to 0.002
   np.testing.assert_array_equal(got.prompts, [*first, *(first + 1)])
   assert '55.5% elicited' in str(got)
@@ -303,13 +297,13 @@ def test_undecided_prompts_widen_both_shares():
   p0, pi = np.zeros(60), np.tile([0.5, 0.3, 0.2], 20)
   got = creation(p0, pi, np.tile([-1, 0, 1], 20))
   np.testing.assert_allclose(
-    [got.index.value, got.undecided, got.elicited.value], [0.5, 0.3, 0.2]
+    [got.share.value, got.undecided, got.elicited.value], [0.5, 0.3, 0.2]
   )
   sure = creation(p0, pi, np.tile([-1, 1, 1], 20))
-  np.testing.assert_allclose(got.index.low, sure.index.low)
+  np.testing.assert_allclose(got.share.low, sure.share.low)
   np.testing.assert_allclose(got.elicited.high, sure.elicited.high)
   sure = creation(p0, pi, np.tile([-1, -1, 1], 20))
-  np.testing.assert_allclose(got.index.high, sure.index.high)
+  np.testing.assert_allclose(got.share.high, sure.share.high)
   np.testing.assert_allclose(got.elicited.low, sure.elicited.low)
   assert '30.0% undecided' in str(got)
 
@@ -326,15 +320,15 @@ def test_planted_causes_are_told_apart():
   accessible = np.log(before) >= support.sampling(1024)
   tilt = (tabular.gibbs(p0, correct, 0.3) * correct).sum(1)
   got = creation(before, tilt, accessible)
-  np.testing.assert_allclose(got.index[:], 0, atol=1e-6)
+  np.testing.assert_allclose(got.share[:], 0, atol=1e-6)
   assert got.elicited.value == pytest.approx(1, abs=1e-6)
   assert got.gain.low > 0.1
   taught = creation(before, np.where(accessible, before, 0.7), accessible)
-  np.testing.assert_allclose(taught.index[:], 1, atol=1e-12)
+  np.testing.assert_allclose(taught.share[:], 1, atol=1e-12)
   assert sorted(taught.prompts) == np.flatnonzero(~accessible).tolist()
   same = creation(before, before, accessible)
   assert same.gain == (0, 0, 0)
-  assert math.isnan(same.index.value)
+  assert math.isnan(same.share.value)
   assert str(same) == 'no gain to share out: 0.000 (0.000 to 0.000)'
   lost = creation(before, before * 0.5, accessible)
   assert lost.gain.high < 0
@@ -342,7 +336,7 @@ def test_planted_causes_are_told_apart():
   # A threshold of training is another, deeper budget, and shares follow it.
   deep = np.log(before) >= support.training(16, 2**36)
   assert accessible.sum() < deep.sum()
-  assert creation(before, np.full(80, 0.7), deep).index.value < 0.1
+  assert creation(before, np.full(80, 0.7), deep).share.value < 0.1
 
 
 def test_shares_from_samples_beside_the_exact_ones():
@@ -363,13 +357,13 @@ def test_shares_from_samples_beside_the_exact_ones():
     rates = rng.binomial(64, p0) / 64, rng.binomial(64, pi) / 64
     got = creation(*rates, told, resamples=150)
     covered += [
-      got.index.low <= truth <= got.index.high,
+      got.share.low <= truth <= got.share.high,
       got.elicited.low <= 1 - truth <= got.elicited.high,
     ]
     exact = creation(p0, pi, np.log(p0) >= log_eps, resamples=150)
-    exactly += exact.index.low <= truth <= exact.index.high
+    exactly += exact.share.low <= truth <= exact.share.high
     gains.append(got.gain.value - exact.gain.value)
-    shares = got.index.value + got.undecided + got.elicited.value
+    shares = got.share.value + got.undecided + got.elicited.value
     np.testing.assert_allclose(shares, 1, rtol=1e-12)
   assert (covered / 200 > 0.93).all()
   assert exactly / 200 > 0.91

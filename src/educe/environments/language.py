@@ -108,14 +108,14 @@ def make(
     held_out = index // len(regimes) % HELD_OUT == HELD_OUT - 1
     if part == 'all' or held_out == (part == 'heldout'):
       right = np.flatnonzero(known.correct[index])
-      first = right[known.p_data[index, right].argmax()]
+      first = int(right[known.p_data[index, right].argmax()])
       rows.append(
         {
           'id': f'{regime}-{prompt[:-1]}',
           'prompt': prompt,
           'answer': text(first),
           'regime': regime,
-          'correct': [text(output) for output in right],
+          'correct': [text(output) for output in right.tolist()],
         }
       )
   if not rows:

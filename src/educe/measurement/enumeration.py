@@ -44,7 +44,8 @@ def sequence_logp(
       f'enumeration: {length=} and {batch_size=} must be at least 1, {temperature=} above 0'
     )
   count, size = len(prompts), len(symbols)
-  ways = np.indices((size,) * (length - 1)).reshape(length - 1, -1).T  # [S^(L−1), L−1]
+  # [S^(L−1), L−1]; of a single place, the one way to write nothing.
+  ways = np.indices((size,) * (length - 1)).reshape(length - 1, size ** (length - 1)).T
   rows = np.concatenate(
     [
       np.repeat(np.asarray(prompts), len(ways), 0),

@@ -35,6 +35,9 @@ from educe.environments import tabular
 from educe.measurement.accuracy import Z
 from educe.measurement.mixture import drawn
 
+# Of b = 1/β, per unit of reward: beyond, a float64 holds the base or the best alone.
+WEAKEST, STRONGEST = 1e-12, 1e15
+
 
 class Estimate(NamedTuple):
   """A mean over prompts, or a ratio of two."""
@@ -172,6 +175,35 @@ def gibbs_gap(
   """
   p, q = distributions(policy, base)
   return beta * tabular.kl(p, tabular.gibbs(q, reward, beta))
+
+
+def nearest_gibbs(
+  policy: np.ndarray, base: np.ndarray, reward: np.ndarray
+) -> tuple[float, np.ndarray]:
+  """(β, KL(π‖g) `[P]`, nats) of the Gibbs policy that is nearest to π, on average.
+
+  All `[P, Y]`. The mean of KL(π‖g) falls in b = 1/β by E_π r − E_g r, so that it is least
+  where the mean rewards agree. β is ∞ where π earns no more than the base, and the KL that
+  to the base; 0 where it earns all that the base can, and g is the base's best.
+  """
+  p, q = distributions(policy, base)
+  r = np.broadcast_to(np.asarray(reward, np.float64), p.shape)
+  earned, most = float((p * r).sum(-1).mean()), np.where(q > 0, r, -np.inf).max(-1)
+
+  def tilt(b: float) -> np.ndarray:
+    return tabular.gibbs(q, b * r, 1.0)
+
+  if earned <= (q * r).sum(-1).mean():
+    return math.inf, tabular.kl(p, q)
+  if earned >= most.mean() - 1e-12:
+    best = np.where((r == most[:, None]) & (q > 0), q, 0)
+    return 0.0, tabular.kl(p, best / best.sum(-1, keepdims=True))
+  low, high = WEAKEST, STRONGEST
+  for _ in range(200):  # halvings of log b; a float64 has no more than about 60 of use
+    middle = math.sqrt(low * high)
+    under = (tilt(middle) * r).sum(-1).mean() < earned
+    low, high = (middle, high) if under else (low, middle)
+  return 1 / high, tabular.kl(p, tilt(high))
 
 
 def soft_value_from_samples(rewards: np.ndarray, beta: float) -> SoftValue:

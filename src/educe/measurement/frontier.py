@@ -28,10 +28,13 @@ import numpy as np
 
 from educe.environments import tabular
 from educe.measurement import best_of_n
-from educe.measurement.free_energy import Estimate, distributions, ratio_estimate
-
-# Of b, in units of 1/(r_max − r_min): beyond, a float64 holds the base or the best alone.
-WEAKEST, STRONGEST = 1e-12, 1e15
+from educe.measurement.free_energy import (
+  STRONGEST,
+  WEAKEST,
+  Estimate,
+  distributions,
+  ratio_estimate,
+)
 
 
 class Efficiency(NamedTuple):
@@ -149,6 +152,6 @@ def _scaled(
   values, column = np.unique(unit, return_inverse=True)
   if len(values) < q.shape[-1]:
     at = column.reshape(q.shape) + len(values) * np.arange(len(q))[:, None]
-    q = np.bincount(at.ravel(), q.ravel(), len(values) * len(q)).reshape(len(q), -1)
-    unit = np.broadcast_to(values, q.shape)
+    few = np.bincount(at.ravel(), q.ravel(), len(values) * len(q)).reshape(len(q), -1)
+    q, unit = np.asarray(few, np.float64), np.broadcast_to(values, few.shape)
   return q, unit, low, span

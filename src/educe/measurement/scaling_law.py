@@ -152,8 +152,8 @@ def fit(
   y = values if values.ndim == 1 else values.mean(1)
   if not np.ptp(y):
     raise ValueError(f'scaling law: every value is {y[0]:.4g}; there is nothing to fit')
-  limit, factor, exponent, rss = (a[0] for a in _nearest(x - middle, y[None], form))
-  law = limit, factor * math.exp(-exponent * middle), exponent
+  start, scale, power, rss = (a[0] for a in _nearest(x - middle, y[None], form))
+  law = start, scale * math.exp(-power * middle), power
   if values.ndim == 2:
     rng = np.random.default_rng(seed)
     chosen = rng.integers(values.shape[1], size=(resamples, values.shape[1]))
@@ -168,9 +168,14 @@ def fit(
   k = parameters + 1
   aicc = n * math.log(max(rss, floor) / n) + 2 * k + 2 * k * (k + 1) / (n - k - 1)
   spread = ((y - y.mean()) ** 2).sum()
+  limit, factor, exponent = (
+    Interval(*map(float, each)) for each in zip(law, low, high, strict=True)
+  )
   return Law(
     form,
-    *(Interval(*map(float, each)) for each in zip(law, low, high, strict=True)),
+    limit,
+    factor,
+    exponent,
     rss=float(rss),
     r_squared=float(1 - rss / spread),
     aicc=float(aicc),
@@ -195,13 +200,14 @@ def compare(
   p = np.asarray(performance, np.float64)
   if not ((p >= 0) & (p <= 1)).all():
     raise ValueError('scaling law: a performance is not in 0..1; give shares, not %')
-  laws = tuple(
+  laws = [
     fit(examples, y, form, resamples=resamples, seed=seed)
     for y, form in ((p, 'power'), (1 - p, 'power'), (1 - p, 'saturating'))
-  )
+  ]
   criteria = np.array([law.aicc for law in laws])
   weights = np.exp(-(criteria - criteria.min()) / 2)
-  return Comparison(*laws, tuple((weights / weights.sum()).tolist()))
+  first, second, third = (weights / weights.sum()).tolist()
+  return Comparison(laws[0], laws[1], laws[2], (first, second, third))
 
 
 def log_log_r_squared(examples: np.ndarray, values: np.ndarray) -> float:

@@ -38,6 +38,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import special
 
 from educe.measurement.accuracy import wilson
@@ -110,7 +111,7 @@ def divergence(kappa: float, mass: float = 0.5) -> float:
   return high
 
 
-def cost(mass: float, log_p: np.ndarray) -> np.ndarray:
+def cost(mass: float, log_p: ArrayLike) -> np.ndarray:
   """kl(m‖p), `[…]`, nats: the least KL to p0 of a policy that gives b the mass m.
 
   log_p: `[…]`; 0 where p ≥ m already, ∞ where p is 0.
@@ -167,23 +168,35 @@ def reach(log_p: np.ndarray, ks: Sequence[float], *, delta: float = 0.95) -> Rea
 
 
 def sampled_reach(
-  correct: np.ndarray, samples: np.ndarray, ks: Sequence[float], *, delta: float = 0.95
+  correct: np.ndarray,
+  samples: np.ndarray,
+  ks: Sequence[float],
+  *,
+  log_least: ArrayLike = -math.inf,
+  delta: float = 0.95,
 ) -> Reach:
-  """The same where `correct` of `samples`, `[P]` each, are what is known of p.
+  """The same where p is known from samples, and perhaps from log-probs, as in `decide`.
 
   k may be more than the samples: then prompts are undecided, not denied.
 
   Raises ValueError as `decide` does.
   """
-  return _reach([decide(correct, samples, sampling(k, delta)) for k in ks], ks)
+  eps = [sampling(k, delta) for k in ks]
+  return _reach([decide(correct, samples, at, log_least=log_least) for at in eps], ks)
 
 
 def decide(
-  correct: np.ndarray, samples: np.ndarray, log_eps: float | np.ndarray
+  correct: ArrayLike,
+  samples: ArrayLike,
+  log_eps: float | np.ndarray,
+  *,
+  log_least: ArrayLike = -math.inf,
 ) -> np.ndarray:
   """Whether p ≥ ε, `[P]` of 1 (yes), −1 (no) and 0 (the samples cannot tell).
 
   correct, samples: `[P]`, c successes in N draws; log_eps: log ε, one or `[P]`
+  log_least: `[P]`, what p is known to be at least, from log-probs of traces
+    (support_evidence.py); it overrules the samples
 
   By Clopper and Pearson's interval: each answer is wrong with a chance of at most 2.5 %,
   whatever p is, and so are that many of the prompts at most, on average.
@@ -192,11 +205,12 @@ def decide(
   """
   low, high = clopper_pearson(correct, samples)
   eps = np.exp(log_eps)
-  return (low >= eps).astype(np.int8) - (high < eps).astype(np.int8)
+  drawn = (low >= eps).astype(np.int8) - (high < eps).astype(np.int8)
+  return np.where(np.asarray(log_least) >= log_eps, np.int8(1), drawn)
 
 
 def clopper_pearson(
-  correct: np.ndarray, samples: np.ndarray
+  correct: ArrayLike, samples: ArrayLike
 ) -> tuple[np.ndarray, np.ndarray]:
   """The exact 95 % interval of a binomial share, `[…]` and `[…]` (1934, Biometrika 26).
 
@@ -217,7 +231,7 @@ def clopper_pearson(
   return np.where(c == 0, 0.0, low), np.where(c == n, 1.0, high)
 
 
-def as_log_p(log_p: np.ndarray) -> np.ndarray:
+def as_log_p(log_p: ArrayLike) -> np.ndarray:
   """`[…]`, float64, at most 0: a sum of probabilities may pass 1 by a rounding.
 
   Raises ValueError for what is no log-probability.

@@ -38,7 +38,7 @@ import numpy as np
 
 from educe.measurement.accuracy import wilson
 from educe.measurement.intervals import bootstrap, sign_test
-from educe.measurement.support import as_log_p
+from educe.measurement.pass_at_k import pass_at_k
 
 
 class Estimate(NamedTuple):
@@ -80,31 +80,24 @@ class Excess(NamedTuple):
 
 
 class Creation(NamedTuple):
-  index: Estimate  # CI: share of the gain from prompts that were not accessible
+  share: Estimate  # CI: share of the gain from prompts that were not accessible
   undecided: float  # share from prompts of which the samples cannot tell
   elicited: Estimate  # share from prompts that were accessible: 1 − CI − undecided
   gain: Estimate  # mean of π(C|x) − p0(C|x)
   created: Estimate  # the part of it that CI is the share of
-  prompts: (
-    np.ndarray
-  )  # indices of those that were not accessible and gained, most first
+  # Indices of those that were not accessible and gained, most first.
+  prompts: np.ndarray
 
   def __str__(self) -> str:
-    if math.isnan(self.index.value):
+    if math.isnan(self.share.value):
       return f'no gain to share out: {self.gain}'
     left = f', {self.undecided:.1%} undecided' if self.undecided else ''
     return (
       f'of a gain of {self.gain}, {self.elicited.value:.1%} elicited '
-      f'({self.elicited.low:.1%} to {self.elicited.high:.1%}), {self.index.value:.1%} '
-      f'created ({self.index.low:.1%} to {self.index.high:.1%}{left}; '
+      f'({self.elicited.low:.1%} to {self.elicited.high:.1%}), {self.share.value:.1%} '
+      f'created ({self.share.low:.1%} to {self.share.high:.1%}{left}; '
       f'{len(self.prompts)} prompts)'
     )
-
-
-def seen(log_p: np.ndarray, k: float) -> np.ndarray:
-  """a = 1 − (1−p)ᵏ, `[…]`: the chance that k samples show it."""
-  with np.errstate(divide='ignore'):  # p = 1 is seen for certain
-    return -np.expm1(k * np.log1p(-np.exp(as_log_p(log_p))))
 
 
 def fates(
@@ -113,7 +106,7 @@ def fates(
   """(P, E, S, O) of each prompt, `[P, 4]`.
 
   before, after: `[P]` or `[P, Y]`, accessible or not (log_p0 >= support.sampling(k)); or
-    the chance of being seen, `seen` or an unbiased pass@k of independent samples, which
+    the chance of being seen, pass@k exact or unbiased of independent samples, which
     gives the expected sets
   counted: `[P, Y]`, which outputs are behaviours (the correct ones); None: all
 
@@ -150,9 +143,7 @@ def twice(correct: np.ndarray, samples: np.ndarray, k: int) -> np.ndarray:
       f'support: the same policy twice needs 2·k={2 * k} samples of each prompt and has '
       f'{n.min()}; draw more, or take a smaller k'
     )
-  if ((c < 0) | (c > n)).any():
-    raise ValueError('support: correct must be between 0 and the samples')
-  neither, none = _none_of(c, n, 2 * k), _none_of(c, n, k)
+  neither, none = 1 - pass_at_k(n, c, 2 * k), 1 - pass_at_k(n, c, k)
   changed = none - neither
   return np.stack([1 - 2 * none + neither, changed, changed, neither], -1)
 
@@ -256,13 +247,13 @@ def creation(
   gain, created = (Estimate(*map(float, (value[i], low[i], high[i]))) for i in (0, 1))
   if not gain.low > 0:
     value, low, high = (np.full(6, np.nan) for _ in range(3))
-  index, elicited = (
+  share, elicited = (
     Estimate(float(value[i]), float(min(low[i : i + 2])), float(max(high[i : i + 2])))
     for i in (2, 4)
   )
   order = np.argsort(-parts[:, 0], kind='stable')
   return Creation(
-    index,
+    share,
     float(value[3] - value[2]),
     elicited,
     gain,
@@ -284,13 +275,6 @@ def _over(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
   return np.divide(
     numerator, denominator, out=np.full(4, np.nan), where=denominator != 0
   )
-
-
-def _none_of(correct: np.ndarray, samples: np.ndarray, m: int) -> np.ndarray:
-  """C(N−c, m)/C(N, m), `[P]`: the chance that m of the samples hold none correct."""
-  i = np.arange(m)
-  left = np.maximum((samples - correct)[:, None] - i, 0)
-  return (left / (samples[:, None] - i)).prod(-1)
 
 
 def _share(table: np.ndarray, of: list[int], among: list[int]) -> tuple[float, float]:

@@ -52,6 +52,7 @@ class Side(NamedTuple):
   stopped: Float[np.ndarray, 'P N']  # 1: ended by itself; 0: cut off at max_new_tokens
   texts: list[list[str]]
   outcomes: list[list[str]]
+  parsed: list[list[Any]]  # the answer that was read in it; None: none
 
 
 class Table(NamedTuple):
@@ -193,6 +194,7 @@ def load(folder: pathlib.Path, samples: int | None = None) -> Table:
       stopped=array('stopped'),
       texts=[[x['completion'] for x in line] for line in grid],
       outcomes=[[x['outcome'] for x in line] for line in grid],
+      parsed=[[x['parsed'] for x in line] for line in grid],
     )
 
   first = [rows['base'][i, 0] for i in ids]

@@ -210,6 +210,7 @@ def _transcript(name, record, done: Completion, turn: Turn) -> dict[str, Any]:
     'reward': turn.reward,
     'rewards': dict(turn.info.get('rewards', {})),
     'outcome': verifiers.outcome(turn),
+    'parsed': turn.info.get('answer'),
     'length': len(done.tokens),
     'stopped': done.stopped,
   }
