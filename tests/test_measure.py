@@ -1,5 +1,6 @@
 """`educe measure` of a run that was just made."""
 
+import json
 import pathlib
 
 import numpy as np
@@ -23,7 +24,7 @@ def get_config():
     name='accuracy', environment=dict(name='chain', depth=1, size=8), max_new_tokens=2,
   )
   base = stage(
-    steps=4,
+    steps=60,
     source=dict(
       name='educe.environments.chain:records', size=256, exposure=1.0, shares=(1.0,),
     ),
@@ -31,7 +32,7 @@ def get_config():
     loss=dict(name='sft'), optimizer=dict(name='adamw', learning_rate=3e-2),
     evaluation=exam,
   )
-  more = dict(base, steps=2)
+  more = dict(base, steps=20)
   return ml_collections.ConfigDict(dict(stages=('base', 'more'), base=base, more=more))
 """
 
@@ -63,12 +64,12 @@ def test_a_run_is_measured_against_its_start_on_what_it_was_evaluated_on(runs):
 
 
 def test_everything_may_be_said(runs, tmp_path):
-  flags = ['--environment=chain', '--environment.depth=2', '--size=3', '--samples=2']
+  flags = ['--environment=chain', '--environment.depth=1', '--size=3', '--samples=6']
   flags += [f'--base={runs}/more', f'--to={tmp_path}', '--max_new_tokens=4']
   assert go(f'--policy={runs}/more', *flags) == 0
   got = table.load(tmp_path)
   assert len(got.ids) == 3
-  assert got.header['environment'] == {'name': 'chain', 'depth': 2}
+  assert got.header['environment'] == {'name': 'chain', 'depth': 1}
   # Two samplings of one policy: the same log-probs under both.
   np.testing.assert_allclose(got.base.logp_base, got.base.logp_policy, atol=1e-5)
   assert got.base.texts != got.policy.texts
@@ -95,3 +96,15 @@ def test_bad_input_is_one_line(runs, tmp_path, capsys, flags, message):
   assert go(*(flag.format(**known) for flag in flags), f'--to={tmp_path}/t') == 1
   said = capsys.readouterr().err.splitlines()[-1]
   assert message.format(**known) in said
+
+
+def test_the_report_lies_beside_the_table_and_what_it_says_is_printed(runs, capsys):
+  assert go(f'--policy={runs}/more', '--samples=4', '--budget=2') == 0
+  folder = runs / 'more' / 'measure'
+  printed = capsys.readouterr().err
+  found = json.loads((folder / 'findings.json').read_text())
+  assert found['budget'] == 2
+  assert found['verdict']['sentence'] in printed
+  assert f'{folder}/report.html' in printed
+  assert f'{folder}/verdict.png' in printed
+  assert (folder / 'verdict.png').read_bytes().startswith(b'\x89PNG')

@@ -143,6 +143,7 @@ def parser() -> argparse.ArgumentParser:
   add.add_argument('--batch_size', type=int, default=64)
   add.add_argument('--workers', type=int, default=2, help='processes that judge')
   add.add_argument('--seed', type=int, default=0)
+  add.add_argument('--budget', type=int, help='samples k of the base; see the report')
   add.epilog = 'Any key of the environment: --environment.depth=2'
 
   add = with_policy('convert', 'write a Hugging Face folder')

@@ -2,19 +2,23 @@
 
   python -m educe measure --policy=runs/demo/grpo
 
-draws from both on the same prompts, scores every sample under both, and keeps it all in
-`<policy>/measure` (measurement/table.py).
+draws from both on the same prompts, scores every sample under both, keeps it all in
+`<policy>/measure` (measurement/table.py), and writes the report there.
 """
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Mapping
 from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
 
 from educe import config as config_lib
 from educe import paths
 from educe.environments import verifiers
-from educe.measurement import table
+from educe.measurement import report, table
 from educe.policies import loader_of, open_policy, read_config
 from educe.progress import say
 from educe.types import Environment
@@ -33,20 +37,23 @@ def measure(
   batch_size: int = 64,
   workers: int = 2,
   seed: int = 0,
-) -> table.Table:
-  """The samples table of two policies, drawn as far as it is missing.
+  budget: int | None = None,
+) -> report.Report:
+  """The report on two policies; the samples are drawn as far as they are missing.
 
   Args:
     policy: as `policies.open_policy` takes it; usually the folder of a run
-    to: where the table is kept; None: `measure` in the folder of the run
+    to: where table and report are kept; None: `measure` in the folder of the run
     base: what it is compared with; None: what the run started from
     environment: a section; None: what the run was evaluated on, or else trained on
     size: of its prompts so many, the first
     max_new_tokens: None: as many as where the environment is from
     workers: processes that judge; 0 judges in this one
+    budget: samples of the base, k, within which a prompt counts as elicited; None: the
+      most that half of the samples can deny
 
   Raises ValueError for what a policy that is no run leaves unsaid, tokenizers that
-  differ, and as `table.draw` does.
+  differ, and as `table.draw` and `report.write` do.
   """
   run = _config_of(policy)
   base = base or _start_of(policy, run)
@@ -93,7 +100,12 @@ def measure(
       table.draw(
         folder, models, words['policy'], world, header, verifier=pool, **options
       )
-  return table.load(folder, samples)
+  if jax.process_count() > 1:  # the others may still be drawing
+    multihost_utils.sync_global_devices('measured')
+  written = report.write(table.load(folder, samples), folder, budget=budget)
+  say(f'\n{written.verdict.sentence}\n')
+  say(f'the report: {written.page}\nin a picture: {written.picture}')
+  return written
 
 
 def _config_of(policy: str) -> dict[str, Any] | None:
@@ -109,7 +121,7 @@ def _start_of(policy: str, run: dict[str, Any] | None) -> str:
       f'--base is missing: {policy} is no run, that says where it started'
     )
   if run['init_from'] is not None:
-    return run['init_from']
+    return _beside(policy, run['init_from'])
   path = run['model'].get('path')
   if path is None:
     raise ValueError(
@@ -117,6 +129,13 @@ def _start_of(policy: str, run: dict[str, Any] | None) -> str:
       'the stage before it'
     )
   return path
+
+
+def _beside(policy: str, start: str) -> str:
+  """The stage before, where a sequence was moved as a whole since it was run."""
+  moved = paths.resolve(policy).parent / pathlib.Path(start).name
+  there = loader_of(start) is not None or paths.resolve(start).exists()
+  return str(moved) if not there and moved.exists() else start
 
 
 def _environment(

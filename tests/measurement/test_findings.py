@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from educe.environments import tabular
-from educe.measurement import findings, pass_at_k, support, verdict
+from educe.measurement import findings, verdict
 from educe.measurement.table import Side, Table
 
 PROMPTS, OUTPUTS, SAMPLES = 40, 24, 256

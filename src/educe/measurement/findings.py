@@ -84,7 +84,8 @@ class Findings(NamedTuple):
   spending: Spending
   log_ratio: float  # the largest log π/q, nats
   dynamics: list[Dynamics]  # of prompts solved in k samples, for each k of the curves
-  excess: Excess  # over the same policy twice
+  twice: list[Dynamics]  # the same of the base sampled twice, up to k = excess_k
+  excess: Excess  # the policy over that, at excess_k
   excess_k: int
   outputs: Dynamics  # of single right answers, accessible in REACH samples
   nulls: Nulls | None  # None: a single prompt cannot choose α and report too
@@ -126,13 +127,17 @@ def exact(
     power = sharpening.sharpened_exact(q, right, k)
     over = pass_at_k.compare(chances(k)[1][power.prompts], power.values, k)
     nulls = Nulls(power, over, None, 1.0, estimate(rates[:, 0]))
-  (seen, _) = chances(np.array([REACH]))
+
+  def twice(k: int) -> np.ndarray:
+    seen = chances(np.array([k]))[0][:, 0]
+    return support_dynamics.fates(seen, seen)
+
   return _findings(
     chances,
     k,
     lambda log_eps: np.where(log_rate >= log_eps, 1, -1),
     (rates[:, 0], rates[:, 1]),
-    support_dynamics.fates(seen[:, 0], seen[:, 0]),
+    twice,
     excess_k=REACH,
     samples=None,
     left_out=0,
@@ -194,7 +199,7 @@ def of_table(table: Table, *, budget: int | None = None) -> Findings:
     pass_at_k.ladder(samples),
     lambda log_eps: support.decide(c, n, log_eps, log_least=half_proof),
     (_rate(rewards[0][:, half:]), _rate(rewards[1][:, half:])),
-    support_dynamics.twice(right, scored, samples // 2),
+    lambda k: support_dynamics.twice(right, scored, k),
     excess_k=samples // 2,
     samples=samples,
     left_out=len(table.ids) - len(keep),
@@ -216,7 +221,7 @@ def _findings(
   k: np.ndarray,
   status: Callable[[float], np.ndarray],
   rated: tuple[np.ndarray, np.ndarray],
-  twice: np.ndarray,
+  twice: Callable[[int], np.ndarray],
   *,
   excess_k: int,
   budget: int,
@@ -226,7 +231,7 @@ def _findings(
 
   chances: k → pass@k of base and policy, `[P, K]` each · status: log ε → `[P]`, 1 where a
   prompt is accessible, −1 not, 0 undecided · rated: `[P]` each, rates that status has not
-  seen · twice: fates of the same policy twice, `[P, 4]`
+  seen · twice: k → fates of the base sampled twice, `[P, 4]`, for k ≤ excess_k
   """
 
   def creation(at: float, resamples: int) -> Creation:
@@ -244,7 +249,12 @@ def _findings(
     creation=creation(budget, 2000),
     gains=[creation(at, 200) for at in LADDER],
     dynamics=[support_dynamics.dynamics(x, resamples=200) for x in fates],
-    excess=support_dynamics.above_noise(seen, twice),
+    twice=[
+      support_dynamics.dynamics(twice(x), resamples=200)
+      for x in k.tolist()
+      if x <= excess_k
+    ],
+    excess=support_dynamics.above_noise(seen, twice(excess_k)),
     excess_k=excess_k,
     **others,
   )

@@ -193,7 +193,7 @@ def nearest_gibbs(
   def tilt(b: float) -> np.ndarray:
     return tabular.gibbs(q, b * r, 1.0)
 
-  if earned <= (q * r).sum(-1).mean():
+  if earned <= (q * r).sum(-1).mean() + 1e-12:
     return math.inf, tabular.kl(p, q)
   if earned >= most.mean() - 1e-12:
     best = np.where((r == most[:, None]) & (q > 0), q, 0)

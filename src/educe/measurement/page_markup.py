@@ -1,4 +1,4 @@
-"""The empty page that transcript_page.py fills: markup, style and a few lines of script."""
+"""The empty page that transcripts and reports fill: markup, style, some lines of script."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ PAGE = string.Template("""<!doctype html>
 <head>
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline';
+ script-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>$name</title>

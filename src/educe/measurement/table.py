@@ -141,15 +141,22 @@ def draw(
 def sequence_logp(
   model: Model, params: Params, rollouts: Rollouts, temperature: float, batch_size: int
 ) -> Float[np.ndarray, 'B']:
-  """Σ_t log π(y_t) of each completion (nats), at the temperature it was drawn at."""
+  """Σ_t log π(y_t) of each completion (nats), at the temperature it was drawn at.
+
+  Samples that are equal are scored once: short answers often are.
+  """
   # A static argument, compiled once: without what cannot be hashed, or is not asked.
   model = model._replace(axes=None, architecture=None, values=None)
+  rows = np.concatenate([rollouts.tokens, rollouts.mask], -1)
+  _, first, back = np.unique(rows, axis=0, return_index=True, return_inverse=True)
   parts = []
-  for at in range(0, len(rollouts.tokens), batch_size):
-    rows = slice(at, at + batch_size)
-    batch = Batch(rollouts.tokens[rows], rollouts.mask[rows])
+  for at in range(0, len(first), batch_size):
+    chosen = first[at : at + batch_size]
+    # One shape, one program: the last batch is filled up with its first row.
+    chosen = np.pad(chosen, (0, min(batch_size, len(rows)) - len(chosen)), 'edge')
+    batch = Batch(rollouts.tokens[chosen], rollouts.mask[chosen])
     parts.append(np.asarray(_logp(model, params, batch, temperature), np.float64))
-  return np.concatenate(parts)
+  return np.concatenate(parts)[back.ravel()]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))

@@ -32,7 +32,8 @@ def page(
 
   A row has prompt (a text, or messages), completion, reward (None: not scored) and
   outcome (one of OUTCOMES), and may have id, step, answer, rewards (name → number or
-  None), length (tokens), stopped (False: ran out of room) and advantage. With `tokens`,
+  None), length (tokens), stopped (False: ran out of room), advantage and by (who wrote
+  it). With `tokens`,
   the completion cut into texts, it may have a number for each token: `advantages` and
   `log_ratio` (trainer − sampler log-prob, nats); None or a number that is not finite is
   shown as unknown.
@@ -52,17 +53,17 @@ def page(
     alone = ('alone', index) if row.get('id') is None else (row.get('step'), row['id'])
     groups.setdefault(repr(alone), []).append(row)
   title = title or 'transcripts'
-  text = page_markup.PAGE.substitute(
+  written = page_markup.PAGE.substitute(
     name=CONTROL.sub('', html.escape(title)),  # a tab's name takes no markup
-    title=_text(title),
+    title=text(title),
     style=page_markup.STYLE,
     script=page_markup.SCRIPT,
     counts=_counts(rows),
     legend=_legend(rows, full),
-    groups='\n'.join(_group(group, full) for group in groups.values()),
+    groups='\n'.join(group(rows, full) for rows in groups.values()),
   )
   path = pathlib.Path(path)
-  paths.write(path, text)
+  paths.write(path, written)
   return path
 
 
@@ -135,7 +136,7 @@ def _counts(rows: Sequence[Row]) -> str:
       )
   rewards = [float(row['reward']) for row in rows if _known(row['reward'])]
   if rewards:
-    parts.append(f'mean reward <b>{_number(sum(rewards) / len(rewards))}</b>')
+    parts.append(f'mean reward <b>{number(sum(rewards) / len(rewards))}</b>')
   return '\n'.join(f'<li>{part}</li>' for part in parts)
 
 
@@ -148,7 +149,7 @@ def _legend(rows: Sequence[Row], full: Mapping[str, float]) -> str:
   parts = []
   for name, (label, unit) in scales.items():
     if any(row.get(name) is not None for row in rows):
-      bound = _number(full[name])
+      bound = number(full[name])
       parts.append(
         f'<label><input type="checkbox" data-show="{name}" checked> {label}</label>'
         f'<span class="scale">−{bound}<i class="{name}"></i>+{bound}{unit}</span>'
@@ -159,18 +160,22 @@ def _legend(rows: Sequence[Row], full: Mapping[str, float]) -> str:
   return f'<div class="legend">{" ".join(parts)}</div>'
 
 
-def _group(rows: Sequence[Row], full: Mapping[str, float]) -> str:
+def group(rows: Sequence[Row], full: Mapping[str, float]) -> str:
+  """Completions of one prompt, as a section.
+
+  full: the |value| of full colour, of each list per token that a row has
+  """
   first = rows[0]
-  names = [f'step {_text(first["step"])}'] if first.get('step') is not None else []
+  names = [f'step {text(first["step"])}'] if first.get('step') is not None else []
   if first.get('id') is not None:
-    names.append(_text(first['id']))
+    names.append(text(first['id']))
   rewards = ' '.join(
-    f'<span class="outcome {row["outcome"]}">{_number(row["reward"])}</span>'
+    f'<span class="outcome {row["outcome"]}">{number(row["reward"])}</span>'
     for row in rows
   )
   answer = ''
   if first.get('answer') is not None:
-    answer = f'<p class="answer">right is <bdi>{_text(first["answer"])}</bdi></p>'
+    answer = f'<p class="answer">right is <bdi>{text(first["answer"])}</bdi></p>'
   completions = '\n'.join(_completion(row, full) for row in rows)
   return (
     f'<section><h2>{" · ".join(names)} <span class="rewards">{rewards}</span></h2>\n'
@@ -180,31 +185,32 @@ def _group(rows: Sequence[Row], full: Mapping[str, float]) -> str:
 
 def _prompt(prompt: Any) -> str:
   if isinstance(prompt, str):
-    return f'<div class="prompt" dir="auto">{_text(prompt)}</div>'
+    return f'<div class="prompt" dir="auto">{text(prompt)}</div>'
   parts = []
   for message in prompt:
     is_message = isinstance(message, Mapping)
     role = message.get('role', '') if is_message else ''
     content = message.get('content', '') if is_message else message
     parts.append(
-      f'<div class="prompt" dir="auto"><small>{_text(role)}</small> {_text(content)}</div>'
+      f'<div class="prompt" dir="auto"><small>{text(role)}</small> {text(content)}</div>'
     )
   return ''.join(parts)
 
 
 def _completion(row: Row, full: Mapping[str, float]) -> str:
-  facts = [f'<span class="outcome {row["outcome"]}">{row["outcome"]}</span>']
-  facts.append(f'reward <b>{_number(row["reward"])}</b>')
+  facts = [f'<b>{text(row["by"])}</b>'] if row.get('by') is not None else []
+  facts.append(f'<span class="outcome {row["outcome"]}">{row["outcome"]}</span>')
+  facts.append(f'reward <b>{number(row["reward"])}</b>')
   for name, value in (row.get('rewards') or {}).items():
-    facts.append(f'{_text(name)} {_number(value)}')
+    facts.append(f'{text(name)} {number(value)}')
   if row.get('advantage') is not None:
-    facts.append(f'advantage <b>{_number(row["advantage"], signed=True)}</b>')
+    facts.append(f'advantage <b>{number(row["advantage"], signed=True)}</b>')
   if row.get('length') is not None:
     unit = 'token' if row['length'] == 1 else 'tokens'
-    facts.append(f'{_text(row["length"])} {unit}')
+    facts.append(f'{text(row["length"])} {unit}')
   if row.get('stopped') is not None and not row['stopped']:
     facts.append('<em>cut off</em>')
-  body = _text(row['completion'])
+  body = text(row['completion'])
   if row.get('tokens') is not None:
     body = _tokens(row, full)
   body = body or '<i class="control">empty</i>'
@@ -227,14 +233,14 @@ def _tokens(row: Row, full: Mapping[str, float]) -> str:
         continue
       value = row[name][index]
       unit = '' if name == 'advantages' or not _known(value) else ' nats'
-      notes.append(f'{label} {_number(value, signed=True)}{unit}')
+      notes.append(f'{label} {number(value, signed=True)}{unit}')
       if _known(value) and full[name] > 0:
         classes.append(f'{letter}-{"plus" if value > 0 else "minus"}')
         style.append(f'--{letter}:{min(abs(float(value)) / full[name], 1):.3f}')
     attributes = f' style="{";".join(style)}"' if style else ''
     names, note = ' '.join(classes), ' · '.join(notes)
     spans.append(
-      f'<span class="{names}" title="{note}"{attributes}>{_text(token)}</span>'
+      f'<span class="{names}" title="{note}"{attributes}>{text(token)}</span>'
     )
   return ''.join(spans)
 
@@ -247,7 +253,7 @@ def _known(value: Any) -> bool:
   return value is not None and math.isfinite(float(value))
 
 
-def _number(value: Any, *, signed: bool = False) -> str:
+def number(value: Any, *, signed: bool = False) -> str:
   if not _known(value):
     return '–'
   return f'{float(value):{"+" if signed else ""}.3g}'.replace('-', '−')
@@ -260,7 +266,7 @@ CONTROL = re.compile(
 )
 
 
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
   """Escaped for HTML, in text and attributes; what cannot be seen is shown as its code."""
   escaped = html.escape(str(value))
   return CONTROL.sub(lambda m: f'<i class="control">{ord(m[0]):02X}</i>', escaped)

@@ -23,7 +23,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from educe.measurement.findings import DELTA, REACH, Findings
+from educe.measurement import free_energy
+from educe.measurement.findings import DELTA, LADDER, REACH, Findings
 from educe.measurement.support_dynamics import Estimate
 
 UNMOVED = 1e-3  # nats per sequence: no event's probability differs by over 2.3 points
@@ -57,12 +58,13 @@ def judge(found: Findings) -> Verdict:
 
 
 def _word(found: Findings) -> str:
-  gain, made, drawn = found.creation.gain, found.creation.share, found.creation.elicited
+  made, drawn = found.creation.share, found.creation.elicited
+  low, high = found.comparison.low[0], found.comparison.high[0]
   if found.divergence.per_sequence.high < UNMOVED:
     return 'no change'
-  if gain.high < 0:
+  if high < 0:
     return 'loss'
-  if not gain.low > 0:
+  if not low > 0:
     return 'no gain'
   if made.low > MATERIAL and drawn.low > MATERIAL:
     return 'elicitation and creation'
@@ -73,23 +75,21 @@ def _word(found: Findings) -> str:
 
 def _lost(found: Findings) -> bool:
   kept, excess = found.outputs.srr, found.excess.srr
-  return kept.high < 1 - MATERIAL or excess.high < -MATERIAL
+  return bool(kept.high < 1 - MATERIAL or excess.high < -MATERIAL)
 
 
 def _sentence(found: Findings, word: str) -> str:
-  creation, prompts = found.creation, len(found.rates)
+  creation, gain = found.creation, found.comparison
   base, policy = found.rates.mean(0)
-  gain = creation.gain
   rates = (
-    f'{policy:.1%} of its samples are right where {base:.1%} of the base’s were '
-    f'(a gain of {100 * gain.value:+.1f} points, 95 % interval {100 * gain.low:+.1f} to '
-    f'{100 * gain.high:+.1f}, {prompts} prompts).'
+    f'{policy:.1%} of its samples are right, of the base’s {base:.1%} '
+    f'({_points(gain.difference[0], gain.low[0], gain.high[0])}, {gain.prompts} prompts).'
   )
   start = f'{word.capitalize()}: '
   if word == 'no change':
     kl = found.divergence.per_sequence
     return f'{start}it writes what its base writes (KL {kl.mean:.1e} nats). {rates}'
-  if math.isnan(creation.share.value):
+  if word in ('no gain', 'loss') or math.isnan(creation.share.value):
     return start + rates
   return (
     f'{start}{rates} Of the gain {_share(creation.elicited)} is elicited, from prompts '
@@ -100,18 +100,17 @@ def _sentence(found: Findings, word: str) -> str:
 
 
 def _evidence(found: Findings, lost: bool):
-  wide = found.gains[REACH.bit_length() - 1]
-  if found.budget != REACH and not math.isnan(wide.elicited.value):
+  wide = found.gains[LADDER.index(REACH)]
+  if found.budget != REACH and not math.isnan(found.creation.share.value):
     yield (
-      f'At a budget of {REACH:,} samples {_share(wide.elicited)} is elicited'
-      + (f' and {wide.undecided:.0%} undecided' if wide.undecided else '')
-      + ': what a prompt lacks at few samples it may have at many.'
+      f'Of {REACH:,} samples instead, {_share(wide.elicited)} would be elicited, '
+      f'{_share(wide.share)} created and {wide.undecided:.0%} undecided.'
     )
   spent = found.spending
   yield (
-    f'The policy is {spent.total.mean:.3g} nats a sequence from its base: '
-    f'{spent.price.mean:.3g} for being right more often, {spent.collapse.mean:.3g} for '
-    f'fewer of the right answers, {spent.drift.mean:.3g} for what no reward asked for.'
+    f'The policy is {_nats(spent.total)} nats a sequence from its base: '
+    f'{_nats(spent.price)} for being right more often, {_nats(spent.collapse)} for fewer '
+    f'of the right answers, {_nats(spent.drift)} for what no reward asked for.'
   )
   eta = spent.efficiency.eta
   if not math.isnan(eta.mean):
@@ -128,15 +127,31 @@ def _evidence(found: Findings, lost: bool):
   if kept.preserved + kept.lost:
     yield (
       f'Of {kept.preserved + kept.lost:.0f} right answers that {REACH:,} samples of the '
-      f'base show it keeps {_share(kept.srr)}' + (': support was lost.' if lost else '.')
+      f'base show it keeps {_share(kept.srr)}'
+      + (': support was lost.' if lost else '.')
+    )
+  noise = found.excess.srr
+  if not math.isnan(noise.value):
+    yield (
+      f'Of prompts that {found.excess_k:,} samples of the base solve it solves '
+      f'{_points(*noise)} more than the base sampled a second time.'
     )
   if found.nulls is not None:
     over = found.nulls.over_power
     yield (
-      f'Against the base merely sharpened (p^{found.nulls.power.alpha:.3g}) it is '
-      f'{100 * over.difference[0]:+.1f} points ahead at k = 1 '
-      f'({100 * over.low[0]:+.1f} to {100 * over.high[0]:+.1f}).'
+      f'Of the base merely sharpened (p^{found.nulls.power.alpha:.3g}) it is ahead by '
+      f'{_points(over.difference[0], over.low[0], over.high[0])} at k = 1.'
     )
+
+
+def _points(value: float, low: float, high: float) -> str:
+  return (
+    f'{100 * value:+.1f} points, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}'
+  )
+
+
+def _nats(x: free_energy.Estimate) -> str:
+  return f'{abs(x.mean):.3f}'  # rounding may leave −1e−18
 
 
 def _share(x: Estimate) -> str:
