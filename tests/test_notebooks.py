@@ -82,6 +82,6 @@ def test_the_style_has_the_colours_of_the_curves():
   with matplotlib.rc_context():
     matplotlib.style.use('educe.measurement.pictures')
     cycle = [x['color'] for x in matplotlib.rcParams['axes.prop_cycle']]
-    assert [f'#{x}' for x in cycle[:2]] == [curves.BLUE, curves.ORANGE]
+    assert cycle[:2] == [curves.BLUE, curves.ORANGE]
     for key, colour in (('text.color', 'INK'), ('grid.color', 'GRID')):
-      assert f'#{matplotlib.rcParams[key]}' == getattr(curves, colour)
+      assert matplotlib.rcParams[key] == getattr(curves, colour)
