@@ -5,6 +5,7 @@ import linecache
 import pathlib
 
 import matplotlib
+import matplotlib.style
 import numpy as np
 import pytest
 
