@@ -153,6 +153,8 @@ def halves(results):
       start < support.BASIN
     )
     rows = tail & reached
+    if rows.sum() < 3:
+      return False, f'seed {r["seed"]}: {rows.sum()} prompts reached ½, of {tail.sum()}'
     x, y = start[rows] / np.log(10), np.log(half[:, rows]).mean(0)
     values.append(-np.corrcoef(x, y)[0, 1])
     said.append(

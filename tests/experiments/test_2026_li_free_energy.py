@@ -222,3 +222,17 @@ def test_what_sharing_adds_is_told_of_prompts_that_no_table_finds(of):
   assert said.startswith('+0.2500')
   assert f'{below[:45].sum()} prompts' in said
   assert judge.sharing(results, part='heldout') == 'no prompt begins below ε_train'
+
+
+def test_what_nobody_reached_has_no_correlation(of):
+  results = [planted(0)]
+  change(results[0], 'sampled', 'rloo', 'half', to=lambda x: (0 * np.array(x)).tolist())
+  assert of['judge'].halves(results) == (False, 'seed 0: 0 prompts reached ½, of 51')
+
+
+def test_the_committed_verdicts_are_what_the_judge_says_of_the_results(of, capsys):
+  said = HERE / 'results' / 'verdicts.txt'
+  if not said.exists():
+    pytest.skip('no results yet')
+  of['judge'].main()
+  assert capsys.readouterr().out == said.read_text()
