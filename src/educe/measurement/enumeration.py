@@ -1,7 +1,7 @@
 """Every output of a small language under a model: exact log-probs, by enumeration.
 
-With S symbols and L places there are Sᴸ outputs. One forward pass over the S^(L−1) ways to
-write all but the last symbol has every conditional that is needed,
+With S symbols and L places there are Sᴸ outputs. All ways to write l symbols go on from
+the same keys and values, each S times, so that every prefix is read once, and
 
   log π(y|x) = Σ_l log π(y_l | x, y_1 … y_{l−1})
 
@@ -34,7 +34,7 @@ def sequence_logp(
 
   prompts: token ids, of one length
   symbols: `[S]` token ids; other tokens have the mass that is missing from a row's sum
-  batch_size: rows of a forward pass
+  batch_size: rows of the widest pass, but at least the S^(L−1) of one prompt
 
   Raises ValueError for a length or batch_size below 1 and a temperature that is not
   positive.
@@ -43,44 +43,50 @@ def sequence_logp(
     raise ValueError(
       f'enumeration: {length=} and {batch_size=} must be at least 1, {temperature=} above 0'
     )
-  count, size = len(prompts), len(symbols)
-  # [S^(L−1), L−1]; of a single place, the one way to write nothing.
-  ways = np.indices((size,) * (length - 1)).reshape(length - 1, size ** (length - 1)).T
-  rows = np.concatenate(
-    [
-      np.repeat(np.asarray(prompts), len(ways), 0),
-      np.tile(np.asarray(symbols)[ways], (count, 1)),
-    ],
-    axis=1,
-  )
+  prompts, symbols = np.asarray(prompts), np.asarray(symbols)
+  size = max(1, batch_size // len(symbols) ** (length - 1))  # prompts side by side
+  full = np.pad(prompts, ((0, -len(prompts) % size), (0, 0)))  # one shape, one program
   hashable = model._replace(axes=None, architecture=None, values=None)
-  read = functools.partial(
-    _steps, hashable, params, jnp.asarray(symbols), length, temperature
-  )
-  missing = -len(rows) % batch_size  # one shape, one program
-  full = np.pad(rows, ((0, missing), (0, 0)))
-  parts = [
-    np.asarray(read(jnp.asarray(full[at : at + batch_size])), np.float64)
-    for at in range(0, len(full), batch_size)
-  ]
-  steps = np.concatenate(parts)[: len(rows)].reshape(count, len(ways), length, size)
-  # Of all but the last step, the symbol that the row goes on with.
-  taken = np.take_along_axis(steps[:, :, :-1], ways[None, :, :, None], -1)[..., 0]
-  return (taken.sum(-1)[..., None] + steps[:, :, -1]).reshape(count, -1)
+  out = []
+  for at in range(0, len(full), size):
+    logp = np.zeros((size, 1))
+    for steps in _steps(
+      hashable, length, temperature, params, jnp.asarray(symbols), full[at : at + size]
+    ):
+      longer = np.asarray(steps, np.float64).reshape(size, -1, len(symbols))
+      logp = (logp[..., None] + longer).reshape(size, -1)
+    out.append(logp)
+  return np.concatenate(out)[: len(prompts)]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3, 4))
-def _steps(model: Model, params: Params, symbols, length, temperature, tokens):
-  """`[B, L, S]`: log-probs of each symbol at each of the last L places."""
-  states, _ = model.hidden(params, tokens)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _steps(
+  model: Model, length: int, temperature: float, params: Params, symbols, rows
+):
+  """Of each place l, `[B·S^l, S]`: log-probs of each symbol after each prefix."""
+  read = rows.shape[1]
+  cache = model.init_cache(len(rows), read + length - 1)
+  positions = jnp.broadcast_to(jnp.arange(read), rows.shape)
+  out, slot = [], 0
+  for place in range(length):
+    states, cache = model.decode(params, cache, rows, positions, slot)
+    out.append(_log_probs(model, params, states[:, -1], temperature)[:, symbols])
+    count, slot = len(rows), read + place
+    rows = jnp.tile(symbols, count)[:, None]
+    positions = jnp.full(rows.shape, slot)
+    cache = jax.tree.map(lambda x: jnp.repeat(x, len(symbols), 0), cache)
+  return out
+
+
+def _log_probs(model: Model, params: Params, states, temperature: float):
+  """`[B, V]` of `[B, D]`."""
   head = model.head(params)
-  logits = jnp.einsum(
-    'bld,dv->blv',
-    states[:, -length:] * jnp.asarray(head.scale, states.dtype),
+  logits = jnp.matmul(
+    states * jnp.asarray(head.scale, states.dtype),
     head.matrix,
     preferred_element_type=jnp.float32,
     precision=jax.lax.Precision.HIGHEST,
   )
   if head.softcap is not None:
     logits = head.softcap * jnp.tanh(logits / head.softcap)
-  return jax.nn.log_softmax(logits / temperature)[..., symbols]
+  return jax.nn.log_softmax(logits / temperature)

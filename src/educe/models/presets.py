@@ -29,6 +29,19 @@ chain = Architecture(
   tied=True,
 )
 
+# The language world (environments/language.py): 18 tokens, 3 + 4 + 1 of them a document.
+language = Architecture(
+  vocab_size=18,
+  dim=48,
+  layers=2,
+  heads=3,
+  kv_heads=3,
+  head_dim=16,
+  ffn=128,
+  max_length=16,
+  tied=True,
+)
+
 # TinyStories (Eldan & Li 2023, arXiv:2305.07759), trained by llama2.c: 260,032.
 stories260k = Architecture(
   vocab_size=512,
