@@ -77,7 +77,8 @@ def sets(run: Run, k: float, part: str = 'trained', ours: str = 'rl') -> moves.D
 
 def seen_sets(run: Run, k: int) -> tuple[np.ndarray, np.ndarray]:
   """(P, E, S, O) expected of k samples of each: base and RL, and the base twice."""
-  before, after = (moves.seen(logp(run, stage), k) for stage in ('base', 'rl'))
+  chances = (np.exp(logp(run, stage)) for stage in ('base', 'rl'))
+  before, after = (pass_at_k.exact(x, k) for x in chances)
   return moves.fates(before, after), moves.fates(before, before)
 
 
