@@ -82,7 +82,7 @@ def differences(axis, runs) -> None:
 
 
 def prompts(axis, runs) -> None:
-  ends = (-6.5, 0.2)
+  ends = (-6, 0.2)
   for part, marker in (('trained', 'o'), ('heldout', 'x')):
     before, after = (
       np.concatenate([logp(run, stage, part) for run in runs]) / math.log(10)

@@ -34,6 +34,7 @@ def main(results: dict[str, Any]) -> None:
         seeds(f'{analysis.lost(run, 10, part):.1%}' for run in some),
         seeds(crossing(run, part) for run in some),
       )
+  runs = {rho: some for rho, some in runs.items() if rho}  # else no set has anything
   head('ρ', 'prompts', 'k', 'P, E, S, O', 'SRR', 'NDR', 'SDS', 'NSCR', 'sign test')
   for rho, some in runs.items():
     for part in ('trained', 'heldout'):

@@ -9,8 +9,8 @@ import pytest
 
 EXPERIMENTS = pathlib.Path(__file__).parents[2] / 'experiments'
 FOLDERS = sorted(x.parent for x in EXPERIMENTS.glob('*/README.md'))
-LINE = re.compile(r'(PASS|FAIL)  (\w+) +(\S.*)')
-ROW = re.compile(r'^\| `(\w+)`.*\| (PASS|FAIL) \|$', re.MULTILINE)
+LINE = re.compile(r'(PASS|FAIL)  ([\w.]+) +(\S.*)')
+ROW = re.compile(r'^\| `([\w.]+)`.*\| (PASS|FAIL) \|$', re.MULTILINE)
 
 
 @pytest.mark.parametrize('folder', FOLDERS, ids=lambda x: x.name)
