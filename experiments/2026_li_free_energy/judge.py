@@ -92,7 +92,9 @@ def monotone(results):
     if change.min() < worst:
       worst, who = change.min(), name
     least = min(least, min(nscr for _, _, nscr in curve(start, end)))
-  said = f'largest loss of pass@k {max(-worst, 0):.1e} ({who}); least NSCR {least:+.3f}'
+  said = (
+    f'largest loss of pass@k {max(0.0, -worst):.1e} ({who}); least NSCR {least:+.3f}'
+  )
   return bool(worst >= -LOST and least >= 0), said
 
 

@@ -60,23 +60,24 @@ def test_the_tables_reach_what_theory_says_and_each_has_to_move(of):
 
 
 def test_a_table_that_is_sampled_waits_for_its_first_success(of):
-  p = np.array([0.3, 0.03, 0.003])
+  p = np.array([1 - 1e-9, 0.3, 0.03, 0.003])
   p0 = np.stack([p, 1 - p], 1)
-  correct = np.array([[True, False]] * 3)
+  correct = np.array([[True, False]] * 4)
   how = dict(visits=150, early=1, group=4, rate=0.0, copies=60, seed=0)
   out = of['tables'].sampled(p0, correct, **how)
-  np.testing.assert_allclose(out.final, np.broadcast_to(p0, (60, 3, 2)), atol=1e-6)
+  np.testing.assert_allclose(out.final, np.broadcast_to(p0, (60, 4, 2)), atol=1e-6)
   chance = 1 - (1 - p) ** 4
   hoped = (chance * np.where(out.first > 0, out.first, 150)).sum(0)
   # Found less hoped is a sum of martingales: its variance is at most what was hoped.
   assert (np.abs((out.first > 0).sum(0) - hoped) < 4 * np.sqrt(hoped)).all()
-  assert (out.half == 0).all()
+  assert (out.first[:, 0] == 1).all()  # what is certain, at once
+  assert (out.half == [1, 0, 0, 0]).all()  # at a rate of 0 nothing is learned
   learned = of['tables'].sampled(p0, correct, **how | dict(rate=4.0, copies=4))
-  assert (learned.final[:, 0, 0] > 0.9).all()
-  assert (learned.half[:, 0] >= learned.first[:, 0]).all()
+  assert (learned.final[:, 1, 0] > 0.9).all()
+  assert (learned.half[:, 1] >= learned.first[:, 1]).all()
   still = learned.first == 0  # what was never found is what it was
   np.testing.assert_allclose(
-    learned.final[still], np.broadcast_to(p0, (4, 3, 2))[still], atol=1e-6
+    learned.final[still], np.broadcast_to(p0, (4, 4, 2))[still], atol=1e-6
   )
 
 
@@ -84,6 +85,7 @@ def test_the_plain_gradient_is_that_of_the_expected_reward(of):
   """One step of a table from many draws, against π·(r − E r)."""
   how = dict(visits=1, early=1, group=20_000, rate=0.1, copies=1, seed=1)
   out = of['tables'].sampled(P0, CORRECT, **how)
+  assert (out.first == 1).all()
   logits = np.log(P0) + 0.1 * tabular.policy_gradient(P0, CORRECT * 1.0)
   want = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
   moved = tabular.total_variation(want, P0)
