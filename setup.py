@@ -12,6 +12,7 @@ setuptools.setup(
   python_requires='>=3.11',
   package_dir={'': 'src'},
   packages=setuptools.find_packages('src'),
+  package_data={'educe.measurement': ['*.mplstyle']},
   install_requires=[
     'jax>=0.10.2',
     'flax>=0.12.8',

@@ -112,7 +112,8 @@ def test_the_readme_tree_lists_every_file_and_only_those():
     str(path.relative_to(ROOT))
     for group in groups
     for path in (ROOT / group).rglob('*')
-    if path.suffix in {'.py', '.md', '.ipynb'} and path.name != '__init__.py'
+    if path.suffix in {'.py', '.md', '.ipynb', '.mplstyle'}
+    and path.name != '__init__.py'
     and '.ipynb_checkpoints' not in path.parts
   } | {'src/educe/kernels/logprob/__init__.py'}  # fmt: skip
   listed_there = {name for name in listed if any(name.startswith(g) for g in groups)}

@@ -1,7 +1,7 @@
 """One seed of the Gibbs audit: a world, a base, every arm, all of it measured exactly.
 
   python experiments/2026_li_free_energy/run.py --seed=0     # → results/seed0.json
-  python experiments/2026_li_free_energy/run.py --seed=0 --debug --to=/tmp/debug.json
+  python experiments/2026_li_free_energy/run.py --seed=0 --debug --to=debug.json
 
 The seed is the world's number, the base's and the arms'. Runs lie in --runs, and a stopped
 one goes on. What is written is for judge.py and figure.py: of every arm its curve, and of
