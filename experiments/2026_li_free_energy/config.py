@@ -129,7 +129,7 @@ def base():
   config.model.seed = config.get_ref('seed')
   config.source = dict(
     name='educe.environments.language:records',
-    size=768_000,
+    size=2_560_000,
     world=config.get_ref('seed'),
     seed=config.get_ref('seed'),
   )
@@ -137,9 +137,9 @@ def base():
   config.algorithm = dict(name='sft')
   config.loss = dict(name='sft')
   config.optimizer = dict(
-    name='adamw', learning_rate=1e-2, schedule='cosine', warmup_steps=100, b2=0.95
+    name='adamw', learning_rate=5e-3, schedule='cosine', warmup_steps=100, b2=0.99
   )
-  config.steps, config.save_every = 3000, 1500
+  config.steps, config.save_every = 10_000, 5000
   return config
 
 
