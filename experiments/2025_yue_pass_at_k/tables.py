@@ -123,7 +123,7 @@ def crossing(run: Run, part: str) -> str:
 
 def created(run: Run, log_eps: float, part: str) -> str:
   found = analysis.creation(run, log_eps, part)
-  return '–' if math.isnan(found.share.value) else f'{found.share.value:.2f}'
+  return '–' if math.isnan(found.created.value) else f'{found.created.value:.2f}'
 
 
 def columns_of(run: Run) -> list[list[str]]:

@@ -211,7 +211,7 @@ def sharing(results, arm: str = 'rloo', part: str = 'train') -> str:
     there += rows.sum()
     mask = np.array(r['train']) == (part == 'train')
     both = start[mask], np.clip(end[mask], 0, 1)
-    index.append(support_dynamics.creation(*both, np.log(start[mask]) >= eps).index)
+    index.append(support_dynamics.creation(*both, np.log(start[mask]) >= eps).created)
   if not there:
     return 'no prompt begins below ε_train'
   joined = np.concatenate(gaps)

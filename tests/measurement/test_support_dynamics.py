@@ -279,13 +279,13 @@ def test_shares_of_the_gain_by_hand():
   pi = np.array([0.6, 0.5, 0.4, 0.002, 0.4, 0.0] * 20)
   got = creation(p0, pi, p0 >= 0.01)
   np.testing.assert_allclose(got.gain.value, 0.901 / 6)
-  np.testing.assert_allclose(got.created.value, 0.401 / 6)
-  np.testing.assert_allclose(got.share.value, 0.401 / 0.901)
+  np.testing.assert_allclose(got.created_gain.value, 0.401 / 6)
+  np.testing.assert_allclose(got.created.value, 0.401 / 0.901)
   np.testing.assert_allclose(got.elicited.value, 0.5 / 0.901)
   assert got.undecided == 0
-  assert got.share.low < got.share.value < got.share.high
-  np.testing.assert_allclose(got.elicited.low, 1 - got.share.high)
-  np.testing.assert_allclose(got.elicited.high, 1 - got.share.low)
+  assert got.created.low < got.created.value < got.created.high
+  np.testing.assert_allclose(got.elicited.low, 1 - got.created.high)
+  np.testing.assert_allclose(got.elicited.high, 1 - got.created.low)
   first = np.arange(2, 120, 6)  # those from 0 to 0.4, then those from 0.001 to 0.002
   np.testing.assert_array_equal(got.prompts, [*first, *(first + 1)])
   assert '55.5% elicited' in str(got)
@@ -297,13 +297,13 @@ def test_undecided_prompts_widen_both_shares():
   p0, pi = np.zeros(60), np.tile([0.5, 0.3, 0.2], 20)
   got = creation(p0, pi, np.tile([-1, 0, 1], 20))
   np.testing.assert_allclose(
-    [got.share.value, got.undecided, got.elicited.value], [0.5, 0.3, 0.2]
+    [got.created.value, got.undecided, got.elicited.value], [0.5, 0.3, 0.2]
   )
   sure = creation(p0, pi, np.tile([-1, 1, 1], 20))
-  np.testing.assert_allclose(got.share.low, sure.share.low)
+  np.testing.assert_allclose(got.created.low, sure.created.low)
   np.testing.assert_allclose(got.elicited.high, sure.elicited.high)
   sure = creation(p0, pi, np.tile([-1, -1, 1], 20))
-  np.testing.assert_allclose(got.share.high, sure.share.high)
+  np.testing.assert_allclose(got.created.high, sure.created.high)
   np.testing.assert_allclose(got.elicited.low, sure.elicited.low)
   assert '30.0% undecided' in str(got)
 
@@ -320,15 +320,15 @@ def test_planted_causes_are_told_apart():
   accessible = np.log(before) >= support.sampling(1024)
   tilt = (tabular.gibbs(p0, correct, 0.3) * correct).sum(1)
   got = creation(before, tilt, accessible)
-  np.testing.assert_allclose(got.share[:], 0, atol=1e-6)
+  np.testing.assert_allclose(got.created[:], 0, atol=1e-6)
   assert got.elicited.value == pytest.approx(1, abs=1e-6)
   assert got.gain.low > 0.1
   taught = creation(before, np.where(accessible, before, 0.7), accessible)
-  np.testing.assert_allclose(taught.share[:], 1, atol=1e-12)
+  np.testing.assert_allclose(taught.created[:], 1, atol=1e-12)
   assert sorted(taught.prompts) == np.flatnonzero(~accessible).tolist()
   same = creation(before, before, accessible)
   assert same.gain == (0, 0, 0)
-  assert math.isnan(same.share.value)
+  assert math.isnan(same.created.value)
   assert str(same) == 'no gain to share out: 0.000 (0.000 to 0.000)'
   lost = creation(before, before * 0.5, accessible)
   assert lost.gain.high < 0
@@ -336,7 +336,7 @@ def test_planted_causes_are_told_apart():
   # A threshold of training is another, deeper budget, and shares follow it.
   deep = np.log(before) >= support.training(16, 2**36)
   assert accessible.sum() < deep.sum()
-  assert creation(before, np.full(80, 0.7), deep).share.value < 0.1
+  assert creation(before, np.full(80, 0.7), deep).created.value < 0.1
 
 
 def test_shares_from_samples_beside_the_exact_ones():
@@ -357,13 +357,13 @@ def test_shares_from_samples_beside_the_exact_ones():
     rates = rng.binomial(64, p0) / 64, rng.binomial(64, pi) / 64
     got = creation(*rates, told, resamples=150)
     covered += [
-      got.share.low <= truth <= got.share.high,
+      got.created.low <= truth <= got.created.high,
       got.elicited.low <= 1 - truth <= got.elicited.high,
     ]
     exact = creation(p0, pi, np.log(p0) >= log_eps, resamples=150)
-    exactly += exact.share.low <= truth <= exact.share.high
+    exactly += exact.created.low <= truth <= exact.created.high
     gains.append(got.gain.value - exact.gain.value)
-    shares = got.share.value + got.undecided + got.elicited.value
+    shares = got.created.value + got.undecided + got.elicited.value
     np.testing.assert_allclose(shares, 1, rtol=1e-12)
   assert (covered / 200 > 0.93).all()
   assert exactly / 200 > 0.91
@@ -383,8 +383,8 @@ def test_bad_input_is_one_clear_line():
     (r'must be \[P, 4\], not \[0, 4\]', lambda: dynamics.dynamics(good[:0])),
     (r'must be \[P, 4\], not \[3, 3\]', lambda: dynamics.dynamics(good[:, :3])),
     ('3 prompts and 2 of the null', lambda: above_noise(good, good[:2])),
-    (r'must be \[P\], not', lambda: creation([0.1], [0.1, 0.2], [True])),
-    (r'must be \[P\], not', lambda: creation([], [], [])),
+    (r'must all be \[P\], or', lambda: creation([0.1], [0.1, 0.2], [True])),
+    (r'must all be \[P\], or', lambda: creation([], [], [])),
     ('are probabilities, 0 to 1', lambda: creation([0.1], [-0.1], [True])),
     ('are probabilities, 0 to 1', lambda: creation([np.nan], [0.1], [True])),
     (r'accessible is 1, 0 \(undecided\)', lambda: creation([0.1], [0.1], [2])),

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+from scipy import stats
 
 from educe.measurement.accuracy import wilson
 
@@ -85,7 +86,8 @@ def mean_interval(
 
   values: `[P, …]`, between `least` and `most`
 
-  Where all prompts have one value there is nothing to resample. P of P alike leave room
+  No narrower than Student's ± t·s/√P, for a bootstrap of few prompts is too sure. Where
+  all prompts have one value there is nothing to resample: P of P alike leave room
   for a share w of other prompts, Wilson's bound of 0 among P, and they may lie as far
   away as `least` and `most`: so 0 of 100 solved gives 0 to 3.7 %, not 0 to 0.
 
@@ -97,6 +99,11 @@ def mean_interval(
     raise ValueError(f'interval of a mean: a value is not between {least} and {most}')
   mean = lambda x: x.mean(0)  # noqa: E731
   low, high = bootstrap(mean, values, resamples=resamples, seed=seed)
+  if len(values) > 1:
+    freedom = len(values) - 1
+    half = stats.t.ppf(1 - TAIL, freedom) * values.std(0, ddof=1) / np.sqrt(len(values))
+    low = np.maximum(np.minimum(low, values.mean(0) - half), least)
+    high = np.minimum(np.maximum(high, values.mean(0) + half), most)
   w = wilson(0, len(values))[1]
   alike = (values == values[0]).all(0)
   value = values[0]

@@ -51,6 +51,10 @@ def log_ratio(policy_logp: np.ndarray, base_logp: np.ndarray) -> np.ndarray:
         f'{int(np.isnan(logp).sum())} log-probs of the {name} are missing; both models '
         'must score the samples of both'
       )
+    if (logp > 1e-3).any():
+      raise ValueError(
+        f'a log-prob of the {name} is {logp.max():.3g} nats, and none is above 0'
+      )
   return np.where(ours == -np.inf, -np.inf, ours - np.where(ours > -np.inf, theirs, 0))
 
 

@@ -37,7 +37,7 @@ from typing import NamedTuple
 import numpy as np
 
 from educe.measurement.accuracy import wilson
-from educe.measurement.intervals import bootstrap, sign_test
+from educe.measurement.intervals import bootstrap, mean_interval, sign_test
 from educe.measurement.pass_at_k import pass_at_k
 
 
@@ -80,22 +80,22 @@ class Excess(NamedTuple):
 
 
 class Creation(NamedTuple):
-  share: Estimate  # CI: share of the gain from prompts that were not accessible
+  created: Estimate  # CI: share of the gain from prompts that were not accessible
   undecided: float  # share from prompts of which the samples cannot tell
   elicited: Estimate  # share from prompts that were accessible: 1 − CI − undecided
   gain: Estimate  # mean of π(C|x) − p0(C|x)
-  created: Estimate  # the part of it that CI is the share of
+  created_gain: Estimate  # the part of it that CI is the share of
   # Indices of those that were not accessible and gained, most first.
   prompts: np.ndarray
 
   def __str__(self) -> str:
-    if math.isnan(self.share.value):
+    if math.isnan(self.created.value):
       return f'no gain to share out: {self.gain}'
     left = f', {self.undecided:.1%} undecided' if self.undecided else ''
     return (
       f'of a gain of {self.gain}, {self.elicited.value:.1%} elicited '
-      f'({self.elicited.low:.1%} to {self.elicited.high:.1%}), {self.share.value:.1%} '
-      f'created ({self.share.low:.1%} to {self.share.high:.1%}{left}; '
+      f'({self.elicited.low:.1%} to {self.elicited.high:.1%}), {self.created.value:.1%} '
+      f'created ({self.created.low:.1%} to {self.created.high:.1%}{left}; '
       f'{len(self.prompts)} prompts)'
     )
 
@@ -208,58 +208,77 @@ def creation(
 ) -> Creation:
   """Which share of the gain comes from prompts that were not accessible before.
 
-  before, after: `[P]`, p0(C|x) and π(C|x), or rates among samples. Samples that also
-    decided what is accessible flatter CI: a prompt whose few successes did not show has a
-    rate too low. Decide by one half and take the rates of the other.
-  accessible: `[P]`, true or false; or 1, 0 and −1 of support.decide, whose undecided
-    prompts count towards the upper ends of both shares and no lower one. With
+  before, after: `[P]`, p0(C|x) and π(C|x), or rates among samples; or `[F, P]`, of F folds,
+    which are averaged. Samples that also decided what is accessible flatter CI: a prompt
+    whose few successes did not show has a rate too low. So let each half of the samples
+    decide for the rates of the other.
+  accessible: of that shape, true or false; or 1, 0 and −1 of support.decide, whose
+    undecided prompts count towards the upper ends of both shares and no lower one. With
     support.training as the threshold, CI is what training on that prompt cannot explain.
 
   Shares are NaN unless the whole interval of the gain is above 0. A share above 1, or below
-  0, says that the other prompts lost.
+  0, says that the other prompts lost. A share's interval is no narrower than Wilson's for
+  as many prompts as moved.
 
   Raises ValueError for shapes that differ and for values that are no probabilities.
   """
-  p0, pi = np.asarray(before, np.float64), np.asarray(after, np.float64)
-  status = np.asarray(accessible)
+  p0, pi, status = (
+    np.atleast_2d(x)
+    for x in (np.float64(before), np.float64(after), np.asarray(accessible))
+  )
   if status.dtype == bool:
     status = np.where(status, 1, -1)
-  if not (p0.ndim == 1 and p0.shape == pi.shape == status.shape and len(p0)):
+  if not (p0.ndim == 2 and p0.shape == pi.shape == status.shape and p0.size):
     raise ValueError(
-      'creation index: before, after and accessible must be [P], not '
-      f'{[list(x.shape) for x in (p0, pi, status)]}'
+      'creation index: before, after and accessible must all be [P], or [F, P], not '
+      f'{[list(np.shape(x)) for x in (before, after, accessible)]}'
     )
   for values in (p0, pi):
     if not ((values >= 0) & (values <= 1)).all():
       raise ValueError('creation index: before and after are probabilities, 0 to 1')
   if not np.isin(status, (-1, 0, 1)).all():
     raise ValueError('creation index: accessible is 1, 0 (undecided) or −1')
-  parts = (pi - p0)[:, None] * (status[:, None] == [-1, 0, 1])
+  parts = ((pi - p0)[..., None] * (status[..., None] == [-1, 0, 1])).mean(0)  # [P, 3]
 
-  def statistic(parts):
+  def shares(parts):
     out, maybe, inside = parts.mean(0)
-    gain = out + maybe + inside
     ends = np.array([out, out + maybe, inside, inside + maybe])
-    return np.concatenate([[gain, out], _over(ends, np.full(4, gain))])
+    return _over(ends, np.full(4, out + maybe + inside))
 
-  value = statistic(parts)
-  low, high = bootstrap(statistic, parts, resamples=resamples, seed=seed)
-  gain, created = (Estimate(*map(float, (value[i], low[i], high[i]))) for i in (0, 1))
+  means = np.stack([parts.sum(-1), parts[:, 0]], -1)
+  bounds = mean_interval(means, least=-1.0, resamples=resamples, seed=seed)
+  gain, created_gain = (
+    Estimate(*map(float, each)) for each in zip(means.mean(0), *bounds, strict=True)
+  )
+  value = shares(parts)
+  low, high = bootstrap(shares, parts, resamples=resamples, seed=seed)
   if not gain.low > 0:
-    value, low, high = (np.full(6, np.nan) for _ in range(3))
-  share, elicited = (
-    Estimate(float(value[i]), float(min(low[i : i + 2])), float(max(high[i : i + 2])))
-    for i in (2, 4)
+    value, low, high = (np.full(4, np.nan) for _ in range(3))
+  moved = int((parts != 0).any(-1).sum())
+  created, elicited = (
+    _widened(
+      Estimate(
+        float(value[i]), float(min(low[i : i + 2])), float(max(high[i : i + 2]))
+      ),
+      *(_wilson(value[i], moved)[0], _wilson(value[i + 1], moved)[1]),
+    )
+    for i in (0, 2)
   )
   order = np.argsort(-parts[:, 0], kind='stable')
   return Creation(
-    share,
-    float(value[3] - value[2]),
+    created,
+    float(value[1] - value[0]),
     elicited,
     gain,
-    created,
+    created_gain,
     order[parts[order, 0] > 0],
   )
+
+
+def _wilson(share: float, prompts: int) -> tuple[float, float]:
+  if math.isnan(share):
+    return share, share
+  return wilson(min(max(share, 0.0), 1.0) * prompts, prompts)
 
 
 def _ratios(table: np.ndarray) -> np.ndarray:
