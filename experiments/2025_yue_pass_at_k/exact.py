@@ -7,21 +7,18 @@ few enough to list them all.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
 from educe.data.chat import encode_prompt
 from educe.data.tokenizer import Tokenizer
 from educe.environments import chain
-from educe.losses.logprobs import score
 from educe.measurement import enumeration
-from educe.types import Batch, Model, Params
+from educe.measurement.sequence_logp import sequence_logp
+from educe.types import Model, Params
 
 DEEP = 384  # prompts of depth 3, of 1,728
 
@@ -53,15 +50,10 @@ def right_logp(
   traces = [[*tokenizer.encode(record['answer']), stop] for record in records]
   mask = [[0] * len(x) + [1] * len(y) for x, y in zip(prompts, traces, strict=True)]
   tokens = [[*x, *y] for x, y in zip(prompts, traces, strict=True)]
-  batch = Batch(jnp.asarray(tokens), jnp.asarray(mask, jnp.float32))
-  hashable = model._replace(axes=None, architecture=None, values=None)
-  return np.asarray(_logp(hashable, params, batch, temperature), np.float64)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def _logp(model, params, batch, temperature):
-  scores = score(model, params, batch, temperature=temperature)
-  return (scores.logp * batch.mask).sum(-1)
+  rows = np.array(tokens, np.int32), np.array(mask, np.float32)
+  return sequence_logp(
+    model, params, *rows, temperature=temperature, batch_size=len(records)
+  )
 
 
 def distribution(

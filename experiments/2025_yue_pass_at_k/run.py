@@ -115,7 +115,7 @@ def listed(p0: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 def sampled(run: pathlib.Path) -> dict[str, Any]:
   """What the samples table of the pairs that RL trained on says of one run."""
-  drawn = measure.measure(
+  measure.measure(
     str(run / 'grpo'),
     base=str(run / 'pretrain'),
     environment=dict(name='chain', depth=2, part='train'),
@@ -124,6 +124,7 @@ def sampled(run: pathlib.Path) -> dict[str, Any]:
     batch_size=1024,
     workers=0,
   )
+  drawn = table.load(run / 'grpo' / 'measure', SAMPLES)
   records = exact.prompt_sets()['trained']
   assert drawn.prompts == [record['prompt'] for record in records]
   policy = policies.read_config(run / 'grpo' / 'config.json')

@@ -1,4 +1,4 @@
-"""python -m educe {train, sample, convert}: from a config or a path to a finished thing.
+"""python -m educe {train, measure, sample, convert}: from a config or path to a thing.
 
 This file only wires: what it calls is in the folders below; `train` is in runs.py.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import inspect
 import logging
 import os
 import pathlib
@@ -130,21 +131,36 @@ def parser() -> argparse.ArgumentParser:
   add.add_argument('--seed', type=int, default=0)
 
   add = commands.add_parser(
-    'measure', help='what a run did to where it started', allow_abbrev=False
+    'measure',
+    help='what a run did to where it started',
+    description='Draws samples of a run and of what it started from, scores all of them '
+    'under both, and writes the table, report.html and verdict.png. Run again with more '
+    '--samples it draws what is missing.',
+    epilog='Any key of the environment: --environment.depth=2',
+    argument_default=argparse.SUPPRESS,  # what is left out measure() knows
+    allow_abbrev=False,
   )
+  known = {
+    name: parameter.default
+    for name, parameter in inspect.signature(measure).parameters.items()
+  }
+
+  def number(name: str, text: str, kind: Any = int) -> None:
+    default = '' if known[name] is None else f' (default: {known[name]})'
+    add.add_argument(f'--{name}', type=kind, help=text + default)
+
   add.add_argument('--policy', required=True, help='usually the folder of a run')
   add.add_argument('--base', help='default: what the run started from')
-  add.add_argument('--environment', help='default: what the run was evaluated on')
+  add.add_argument('--environment', help='default: what it was evaluated or trained on')
   add.add_argument('--to', help='default: the folder measure in that of the run')
-  add.add_argument('--samples', type=int, default=64, help='of each prompt, from both')
-  add.add_argument('--size', type=int, help='of the prompts so many, the first')
-  add.add_argument('--max_new_tokens', type=int, help="default: the run's own")
-  add.add_argument('--temperature', type=float, default=1.0)
-  add.add_argument('--batch_size', type=int, default=64)
-  add.add_argument('--workers', type=int, default=2, help='processes that judge')
-  add.add_argument('--seed', type=int, default=0)
-  add.add_argument('--budget', type=int, help='samples k of the base; see the report')
-  add.epilog = 'Any key of the environment: --environment.depth=2'
+  number('samples', 'of each prompt, from both')
+  number('size', 'the first so many prompts alone')
+  number('max_new_tokens', "of a completion; default: the run's own")
+  number('temperature', 'of both, and of the log-probs', float)
+  number('batch_size', 'completions drawn, or scored, side by side')
+  number('workers', 'processes that judge; 0: this one')
+  number('seed', 'of the samples')
+  number('budget', 'samples of the base within which a gain counts as elicited')
 
   add = with_policy('convert', 'write a Hugging Face folder')
   add.add_argument('--to', required=True, help='the folder to write; may be new')
@@ -184,7 +200,7 @@ def main(argv: Sequence[str]) -> int:
       run_all(argv, run_dir, sweep=arguments.sweep)
     elif arguments.command == 'measure':
       options = {k: v for k, v in vars(arguments).items() if k != 'command'}
-      name = options.pop('environment')
+      name = options.pop('environment', None)
       measure(environment=_section(name, rest), **options)
     elif rest:
       raise ValueError(f'unknown argument {rest[0]!r}; see --help')

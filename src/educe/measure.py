@@ -18,7 +18,8 @@ from jax.experimental import multihost_utils
 from educe import config as config_lib
 from educe import paths
 from educe.environments import verifiers
-from educe.measurement import report, table
+from educe.measurement import report, report_figures, table
+from educe.measurement.findings import REACH
 from educe.policies import loader_of, open_policy, read_config
 from educe.progress import say
 from educe.types import Environment
@@ -37,9 +38,11 @@ def measure(
   batch_size: int = 64,
   workers: int = 2,
   seed: int = 0,
-  budget: int | None = None,
-) -> report.Report:
+  budget: int = REACH,
+) -> report.Report | None:
   """The report on two policies; the samples are drawn as far as they are missing.
+
+  Of several processes the first writes it, and the others return None.
 
   Args:
     policy: as `policies.open_policy` takes it; usually the folder of a run
@@ -49,12 +52,15 @@ def measure(
     size: of its prompts so many, the first
     max_new_tokens: None: as many as where the environment is from
     workers: processes that judge; 0 judges in this one
-    budget: samples of the base, k, within which a prompt counts as elicited; None: the
-      most that half of the samples can deny
+    budget: samples of the base, k, within which what is gained counts as elicited
 
   Raises ValueError for what a policy that is no run leaves unsaid, tokenizers that
   differ, and as `table.draw` and `report.write` do.
   """
+  for name, value, least in (('samples', samples, 2), ('budget', budget, 1)):
+    if value < least:
+      raise ValueError(f'--{name}={value}: must be at least {least}')
+  report_figures.check()
   run = _config_of(policy)
   base = base or _start_of(policy, run)
   section, tokens = _environment(policy, run, environment, max_new_tokens)
@@ -101,7 +107,9 @@ def measure(
         folder, models, words['policy'], world, header, verifier=pool, **options
       )
   if jax.process_count() > 1:  # the others may still be drawing
-    multihost_utils.sync_global_devices('measured')
+    multihost_utils.sync_global_devices('drawn')
+  if jax.process_index():
+    return None
   written = report.write(table.load(folder, samples), folder, budget=budget)
   say(f'\n{written.verdict.sentence}\n')
   say(f'the report: {written.page}\nin a picture: {written.picture}')

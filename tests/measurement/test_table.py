@@ -141,7 +141,10 @@ def test_processes_share_the_blocks(drawn, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   ('options', 'match'),
   [
-    (dict(header={**HEADER, 'base': 'other'}), "a table of base='b', and this one is"),
+    (
+      dict(header={**HEADER, 'environment': {}}),
+      "a table of environment={'name': 'vow",
+    ),
     (dict(temperature=1.0), 'a table of decoding='),
     (dict(samples=0), 'samples=0'),
     (dict(temperature=0.0), 'temperature=0.0 must be above 0'),
@@ -171,3 +174,59 @@ def test_prompts_that_nobody_judges_have_no_reward(tmp_path):
   assert np.isnan(table.load(tmp_path).base.rewards).all()
   row = json.loads((tmp_path / 'base' / '00000-000000-000000.jsonl').read_text())
   assert row['reward'] is None
+
+
+def test_a_table_is_of_weights_wherever_they_lie(tmp_path):
+  """Trained on since: another table. Moved: the same."""
+  draw(tmp_path, 2)
+  draw(tmp_path, 3, header={**HEADER, 'base': 'moved/b'})
+  trained = {'base': (MODEL, BASE), 'policy': (MODEL, POLICY * 1.0000002)}
+  with pytest.raises(ValueError, match='holds a table of weights='):
+    table.draw(
+      tmp_path,
+      trained,
+      WORDS,
+      world(),
+      HEADER,
+      samples=4,
+      max_new_tokens=5,
+      batch_size=32,
+    )
+
+
+def test_a_fingerprint_is_of_every_bit_and_place():
+  x = {'a': jnp.arange(6.0).reshape(2, 3), 'b': jnp.ones(4, jnp.bfloat16)}
+  same = {'a': jnp.arange(6.0).reshape(2, 3), 'b': jnp.ones(4, jnp.bfloat16)}
+  assert table.fingerprint(x) == table.fingerprint(same)
+  for other in (
+    {**x, 'a': x['a'].at[1, 2].add(1e-6)},
+    {**x, 'a': x['a'][::-1]},
+    {**x, 'b': x['b'].at[0].multiply(-1)},
+  ):
+    assert table.fingerprint(x) != table.fingerprint(other)
+
+
+@pytest.mark.parametrize(
+  'damage',
+  [
+    lambda text: text[: len(text) // 2],  # in the middle of a line
+    lambda text: ''.join(text.splitlines(keepends=True)[:-1]),  # between two
+    lambda text: text.replace('"logp_policy"', '"other"'),
+  ],
+)
+def test_a_damaged_file_is_named(tmp_path, damage):
+  draw(tmp_path, 2)
+  file = sorted((tmp_path / 'policy').glob('*.jsonl'))[0]
+  file.write_text(damage(file.read_text()))
+  with pytest.raises(ValueError, match=f'{file.name} is damaged: delete it and run'):
+    table.load(tmp_path)
+  file.unlink()
+  draw(tmp_path, 2)
+  assert table.load(tmp_path).policy.rewards.shape == (20, 2)
+
+
+def test_prompts_of_one_id_are_refused(tmp_path):
+  doubled = world(2)
+  doubled = doubled._replace(prompts=[{**x, 'id': 'same'} for x in doubled.prompts])
+  with pytest.raises(ValueError, match="1 ids of several prompts, such as 'same'"):
+    draw(tmp_path, 2, environment=doubled)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
+from educe.kernels.logprob import reference
 from educe.types import Model, Params
 
 
@@ -81,12 +82,9 @@ def _steps(
 def _log_probs(model: Model, params: Params, states, temperature: float):
   """`[B, V]` of `[B, D]`."""
   head = model.head(params)
-  logits = jnp.matmul(
-    states * jnp.asarray(head.scale, states.dtype),
-    head.matrix,
-    preferred_element_type=jnp.float32,
-    precision=jax.lax.Precision.HIGHEST,
-  )
-  if head.softcap is not None:
-    logits = head.softcap * jnp.tanh(logits / head.softcap)
-  return jax.nn.log_softmax(logits / temperature)
+  scaled = states * jnp.asarray(head.scale, states.dtype)
+  with jax.default_matmul_precision('highest'):
+    logits = reference.logits(
+      scaled, head.matrix, temperature=temperature, softcap=head.softcap
+    )
+  return jax.nn.log_softmax(logits)

@@ -4,85 +4,83 @@
 how far samples are to be trusted, and verdict.py and report.py need not ask which it was.
 
 **Where the gain came from.** A prompt is accessible to the base at a budget of k samples
-if they show a right answer with a chance of δ = 0.95, p ≥ ε(k) (support.py). It
+if they show a right answer with a chance of δ = 0.95, p ≥ ε(k) (support.py). Its gain is
 
-  is          where right answers among the base's samples leave no doubt; or where the
-              right texts that either policy wrote have, by their log-probs under the base,
-              ε(k) together: a proof, however rarely the base writes them
-  is not      where none or few right among n samples of the base leave no doubt
+  elicited    where p ≥ ε(budget): right answers among the base's samples leave no doubt, or
+              the right texts that either policy wrote have, by their log-probs under the
+              base, ε(budget) together. That is a proof, however rarely the base writes them
+  created     where p < ε(denied): none or few right among n samples of the base leave no
+              doubt. Fewer samples deny less: n without a right one deny k ≤ 0.81·n
+              (`deniable`), and `denied` is the budget if they can
   undecided   otherwise
 
-One half of the samples decides that and the other is what the rates are from, for a sample
-in both would flatter what was created. n samples without a right one deny k ≤ 0.81·n
-(`deniable`): the budget of the verdict, unless one is given. `gains` has the others.
+Each half of the samples decides that for the rates of the other half, for a sample in both
+would flatter what was created. `gains` has the same for every k, with denied = budget.
 
-**What was lost.** Of single right answers, enumerated or known by their log-probs, which
-the base shows in REACH samples and the policy no longer does (`outputs`).
+**What was lost.** Of the right answers that the base shows, each with its probability under
+both (`outputs`): those that REACH samples of the base would show again, and would not of
+the policy.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from educe.measurement import (
-  majority,
   mixture,
   pass_at_k,
-  sharpening,
+  right_answers,
   support,
   support_dynamics,
   support_evidence,
 )
+from educe.measurement import nulls as nulls_of
 from educe.measurement.free_energy import (
   Divergence,
-  Estimate,
+  RatioCertificate,
+  distributions,
   divergence,
   divergence_from_samples,
-  estimate,
+  ratio_certificate,
 )
+from educe.measurement.nulls import Nulls
 from educe.measurement.pass_at_k import CORRECT, Comparison, Curve
 from educe.measurement.spending import Spending, spending
 from educe.measurement.support_dynamics import Creation, Dynamics, Excess
 from educe.measurement.table import Side, Table
 
 LADDER = tuple(2**i for i in range(21))  # budgets k, samples
-REACH = 1024  # samples that show what is accessible, where log-probs can tell
+REACH = 1024  # samples: the budget, unless one is given
+LEAST = 23  # samples: ε(k) ≤ 1/8, so that no basin is ever denied
 DELTA = 0.95  # chance that k samples show it
-VOTES = 16  # the most votes that are counted: their cost grows as k³
-
-
-class Nulls(NamedTuple):
-  """What the base earns without training."""
-
-  power: sharpening.Sharpened
-  over_power: Comparison  # the policy less that, on the prompts that did not choose α
-  majority: Curve | None  # of the base's answers; None where outputs are enumerated
-  n: float  # samples of the base that cost as many tokens as one of the policy
-  best_of: Estimate  # how often a right one is among these, which a verifier would find
 
 
 class Findings(NamedTuple):
   """Of P prompts; what a field says of itself is in the module that it is from."""
 
   samples: int | None  # of each prompt and side; None: enumerated
-  left_out: int  # prompts without two scored samples of each side
+  left_out: int  # prompts with fewer than two scored samples of a side
   ids: Sequence[Any]  # [P]
   rates: np.ndarray  # [P, 2] share of right samples: of the base, of the policy
   base: Curve
   policy: Curve
   comparison: Comparison  # the policy less the base
-  budget: int  # k of `creation`
+  budget: int  # k within which a gain is elicited
+  denied: int  # k beyond which it is created
+  status: np.ndarray  # [P] 1: accessible to the base, −1: not, 0: undecided
   creation: Creation
-  gains: list[Creation]  # the same for each k of LADDER
+  gains: list[Creation]  # the same for each k of LADDER, denied at that k too
   reach: support.Reach  # of the base, for each k of LADDER
   missing: support_evidence.MissingMass | None  # of the base's texts; None: enumerated
   divergence: Divergence
+  apart: float  # mean |log π/q| over what either side writes, nats per sequence
   spending: Spending
-  log_ratio: float  # the largest log π/q, nats
+  certificate: RatioCertificate | None  # at the nearest β; None: no tilt is nearest
+  unseen: float  # share of prompts without a right sample of the base
   dynamics: list[Dynamics]  # of prompts solved in k samples, for each k of the curves
   twice: list[Dynamics]  # the same of the base sampled twice, up to k = excess_k
   excess: Excess  # the policy over that, at excess_k
@@ -97,13 +95,17 @@ def deniable(samples: int) -> int:
   return max(1, math.ceil(k) - 1)
 
 
+def needed(budget: int) -> int:
+  """Samples of each prompt of which half deny `budget`, if none is right."""
+  return 2 * math.ceil(budget * math.log(support.TAIL) / math.log(1 - DELTA) + 1)
+
+
 def exact(
   policy: np.ndarray,
   base: np.ndarray,
   correct: np.ndarray,
   *,
   length: int = 1,
-  ids: Sequence[Any] | None = None,
   budget: int = REACH,
 ) -> Findings:
   """From probabilities of every output.
@@ -113,65 +115,72 @@ def exact(
   Raises ValueError as the measurements do: for what is no distribution, and where no
   output of any prompt is correct.
   """
-  p, q = np.asarray(policy, np.float64), np.asarray(base, np.float64)
+  p, q = distributions(policy, base)
   right = np.asarray(correct, bool)
-  rates = np.stack([(x * right).sum(-1) for x in (q, p)], -1)
+  # A sum of probabilities may pass 1 by a rounding.
+  rates = np.minimum(np.stack([(x * right).sum(-1) for x in (q, p)], -1), 1)
   with np.errstate(divide='ignore'):
     log_p, log_q, log_rate = np.log(p), np.log(q), np.log(rates[:, 0])
+  ratio = mixture.log_ratio(log_p, log_q)
+  there = (p + q) > 0  # elsewhere no ratio is
+  distance = np.where(there, np.abs(ratio), 0)
 
   def chances(k: np.ndarray) -> list[np.ndarray]:
     return [pass_at_k.exact(rate[:, None], k) for rate in rates.T]
-
-  k, nulls = np.array(LADDER), None
-  if len(p) > 1:
-    power = sharpening.sharpened_exact(q, right, k)
-    over = pass_at_k.compare(chances(k)[1][power.prompts], power.values, k)
-    nulls = Nulls(power, over, None, 1.0, estimate(rates[:, 0]))
 
   def twice(k: int) -> np.ndarray:
     seen = chances(np.array([k]))[0][:, 0]
     return support_dynamics.fates(seen, seen)
 
+  k, nulls = np.array(LADDER), None
+  if len(p) > 1:
+    nulls = nulls_of.exact(q, right, chances(k)[1], k)
   return _findings(
     chances,
     k,
-    lambda log_eps: np.where(log_rate >= log_eps, 1, -1),
-    (rates[:, 0], rates[:, 1]),
+    lambda log_eps: np.where(log_rate >= log_eps, 1, -1)[None],
+    (rates[None, :, 0], rates[None, :, 1]),
     twice,
     excess_k=REACH,
     samples=None,
     left_out=0,
-    ids=list(range(len(p))) if ids is None else ids,
+    ids=list(range(len(p))),
     rates=rates,
     budget=budget,
+    denied=budget,
     reach=support.reach(log_rate, LADDER),
     missing=None,
     divergence=divergence(p, q, np.full(p.shape, length)),
+    apart=float((np.where(there, (p + q) / 2 * distance, 0)).sum(-1).mean()),
     spending=spending(p, q, right),
-    log_ratio=float(mixture.log_ratio(log_p, log_q)[p > 0].max()),
+    log_ratio=np.where(p > 0, ratio, -np.inf),
+    unseen=float((rates[:, 0] == 0).mean()),
     outputs=_outputs(log_q, log_p, right),
     nulls=nulls,
   )
 
 
-def of_table(table: Table, *, budget: int | None = None) -> Findings:
+def of_table(table: Table, *, budget: int = REACH) -> Findings:
   """From samples.
 
-  budget: k of the verdict; None: the largest that half of the samples can deny
+  budget: k of the verdict
 
   Raises ValueError where no prompt has two scored samples of each policy, where none of
   them is right, for log-probs that are missing, and budget < 1.
   """
   half = table.base.rewards.shape[1] // 2
-  known = np.stack(
-    [
-      np.isfinite(side.rewards[:, part]).any(1)
-      for side in (table.base, table.policy)
-      for part in (slice(half), slice(half, None))
-    ]
+  halves = slice(half), slice(half, 2 * half)
+  keep = np.flatnonzero(
+    np.all(
+      [
+        ~np.isnan(side.rewards[:, part]).all(1)
+        for side in (table.base, table.policy)
+        for part in halves
+      ],
+      axis=0,
+    )
   )
-  keep = np.flatnonzero(known.all(0))
-  if not len(keep):
+  if not half or not len(keep):
     raise ValueError(
       'no prompt has two scored samples of each policy, one to decide by and one to rate '
       'by; draw more, with --samples'
@@ -185,34 +194,43 @@ def of_table(table: Table, *, budget: int | None = None) -> Findings:
     )
   base_ratio, ratio = (mixture.log_ratio(x.logp_policy, x.logp_base) for x in sides)
   pool = mixture.pool(ratio, rewards[1], base_ratio, rewards[0])
-  samples = int(min(np.isfinite(x).sum(1).min() for x in rewards))
-  wrote = [_right_texts(sides, part) for part in (slice(None), slice(half))]
-  proof, half_proof = (_log_mass(x) for x in wrote)
-  n, c = pass_at_k.counts(rewards[0][:, :half])
-  scored, right = pass_at_k.counts(rewards[0])
+  counts = [pass_at_k.counts(x) for x in rewards]
+  scored, right = counts[0]
+  samples = int(min(n.min() for n, _ in counts))
+  proof = right_answers.log_mass(right_answers.shown(sides, slice(None)))
 
   def chances(k: np.ndarray) -> list[np.ndarray]:
     return [pass_at_k.estimates(x, k) for x in rewards]
 
+  def status(log_eps: float) -> np.ndarray:
+    return np.stack([decide(log_eps) for decide in folds])
+
+  folds = [_decider(sides, part) for part in halves]
   return _findings(
     chances,
     pass_at_k.ladder(samples),
-    lambda log_eps: support.decide(c, n, log_eps, log_least=half_proof),
-    (_rate(rewards[0][:, half:]), _rate(rewards[1][:, half:])),
+    status,
+    # Each fold is rated by the half that the other decides by.
+    tuple(np.stack([_rate(x[:, part]) for part in halves[::-1]]) for x in rewards),
     lambda k: support_dynamics.twice(right, scored, k),
     excess_k=samples // 2,
     samples=samples,
     left_out=len(table.ids) - len(keep),
     ids=[table.ids[i] for i in keep],
     rates=np.stack([_rate(x) for x in rewards], -1),
-    budget=deniable(half) if budget is None else budget,
+    budget=budget,
+    denied=min(budget, max(LEAST, deniable(half))),
     reach=support.sampled_reach(right, scored, LADDER, log_least=proof),
     missing=support_evidence.missing_mass(sides[0].texts),
     divergence=divergence_from_samples(ratio, sides[1].lengths),
+    apart=float((np.abs(ratio).mean() + np.abs(base_ratio).mean()) / 2),
     spending=spending(pool.policy, pool.base, pool.rewards >= CORRECT),
-    log_ratio=float(max(ratio.max(), base_ratio.max())),
-    outputs=_outputs(*_padded(wrote[0])),
-    nulls=_nulls(*sides) if len(keep) > 1 else None,
+    log_ratio=np.concatenate([ratio, base_ratio], -1),
+    unseen=float((right == 0).mean()),
+    outputs=_outputs(
+      *right_answers.padded(right_answers.shown(sides[:1], slice(None)))
+    ),
+    nulls=nulls_of.of_samples(*sides) if len(keep) > 1 else None,
   )
 
 
@@ -220,34 +238,49 @@ def _findings(
   chances: Callable[[np.ndarray], list[np.ndarray]],
   k: np.ndarray,
   status: Callable[[float], np.ndarray],
-  rated: tuple[np.ndarray, np.ndarray],
+  rated: tuple[np.ndarray, ...],
   twice: Callable[[int], np.ndarray],
   *,
   excess_k: int,
   budget: int,
+  denied: int,
+  spending: Spending,
+  log_ratio: np.ndarray,
   **others: Any,
 ) -> Findings:
   """What both have in common: pass@k is known of every prompt, and what is accessible.
 
-  chances: k → pass@k of base and policy, `[P, K]` each · status: log ε → `[P]`, 1 where a
-  prompt is accessible, −1 not, 0 undecided · rated: `[P]` each, rates that status has not
-  seen · twice: k → fates of the base sampled twice, `[P, 4]`, for k ≤ excess_k
+  chances: k → pass@k of base and policy, `[P, K]` each · status: log ε → `[F, P]`, 1 where
+  p ≥ ε, −1 where not, 0 undecided · rated: `[F, P]` each, rates that status has not seen ·
+  twice: k → fates of the base sampled twice, `[P, 4]`, for k ≤ excess_k
   """
 
-  def creation(at: float, resamples: int) -> Creation:
-    where = status(support.sampling(at, DELTA))
-    return support_dynamics.creation(*rated, where, resamples=resamples)
+  def between(within: float, beyond: float) -> np.ndarray:
+    """Elicited within so many samples, created beyond so many."""
+    inside = status(support.sampling(within, DELTA)) == 1
+    outside = status(support.sampling(beyond, DELTA)) == -1
+    return np.where(inside, 1, np.where(outside, -1, 0))
+
+  def creation(where: np.ndarray, resamples: int = 2000) -> Creation:
+    return support_dynamics.creation(rated[0], rated[1], where, resamples=resamples)
 
   before, after = chances(k)
   fates = [support_dynamics.fates(*x) for x in zip(before.T, after.T, strict=True)]
   seen = support_dynamics.fates(*(x[:, 0] for x in chances(np.array([excess_k]))))
+  where = between(budget, denied)
+  beta = spending.beta
   return Findings(
     base=pass_at_k.curve(before, k),
     policy=pass_at_k.curve(after, k),
     comparison=pass_at_k.compare(after, before, k),
     budget=budget,
-    creation=creation(budget, 2000),
-    gains=[creation(at, 200) for at in LADDER],
+    denied=denied,
+    # Of two folds that differ the undecided: both must say so.
+    status=np.where((where == where[0]).all(0), where[0], 0),
+    creation=creation(where),
+    gains=[creation(between(x, x), 200) for x in LADDER],
+    spending=spending,
+    certificate=ratio_certificate(log_ratio, beta=beta) if 0 < beta < np.inf else None,
     dynamics=[support_dynamics.dynamics(x, resamples=200) for x in fates],
     twice=[
       support_dynamics.dynamics(twice(x), resamples=200)
@@ -260,24 +293,11 @@ def _findings(
   )
 
 
-def _nulls(base: Side, policy: Side) -> Nulls:
-  most = int(np.isfinite(base.rewards).sum(1).min())
-  k = pass_at_k.ladder(min(most, int(np.isfinite(policy.rewards).sum(1).min())))
-  power = sharpening.sharpened(base.rewards, base.logp_base, k)
-  ours = pass_at_k.estimates(policy.rewards[power.prompts], k)
-  few = k[k <= VOTES]
-  # Where nothing reads an answer in a text, texts vote.
-  read = any(x is not None for row in base.parsed for x in row)
-  answers = base.parsed if read else [[x.strip() for x in row] for row in base.texts]
-  votes = majority.estimates(answers, base.rewards, few.tolist())
-  n = min(sharpening.affordable(np.nanmean(policy.lengths), base.lengths), most)
-  return Nulls(
-    power,
-    pass_at_k.compare(ours, power.values, k),
-    pass_at_k.curve(votes, few),
-    n,
-    estimate(sharpening.best_of(base.rewards, n)),
-  )
+def _decider(sides: Sequence[Side], part: slice) -> Callable[[float], np.ndarray]:
+  """log ε → `[P]` of 1, −1 and 0, by these of the samples alone."""
+  n, c = pass_at_k.counts(sides[0].rewards[:, part])
+  proof = right_answers.log_mass(right_answers.shown(sides, part))
+  return lambda log_eps: support.decide(c, n, log_eps, log_least=proof)
 
 
 def _rows(side: Side, keep: np.ndarray) -> Side:
@@ -290,39 +310,6 @@ def _rate(rewards: np.ndarray) -> np.ndarray:
   """`[P]`: share right, of the scored; of none, 0."""
   n, c = pass_at_k.counts(rewards)
   return c / np.maximum(n, 1)
-
-
-def _right_texts(
-  sides: Sequence[Side], samples: slice
-) -> list[dict[str, tuple[float, float]]]:
-  """Of each prompt {right text: its log-prob under base and under policy}."""
-  found: list[dict[str, tuple[float, float]]] = [{} for _ in sides[0].texts]
-  for side in sides:
-    for row, texts in enumerate(side.texts):
-      for at in range(len(texts))[samples]:
-        if side.rewards[row, at] >= CORRECT:
-          pair = float(side.logp_base[row, at]), float(side.logp_policy[row, at])
-          found[row].setdefault(texts[at], pair)
-  return found
-
-
-def _log_mass(wrote: Sequence[Mapping[str, tuple[float, float]]]) -> np.ndarray:
-  """`[P]` nats: what different right texts have together under the base, at the least."""
-  logs = [[pair[0] for pair in texts.values()] for texts in wrote]
-  return np.array([np.logaddexp.reduce(x) if x else -np.inf for x in logs])
-
-
-def _padded(
-  wrote: Sequence[Mapping[str, tuple[float, float]]],
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """`[P, Y]` each: log-probs under base and policy, and which there are."""
-  width = max(map(len, wrote))
-  logs = np.full((2, len(wrote), width), -np.inf)
-  there = np.zeros((len(wrote), width), bool)
-  for row, texts in enumerate(wrote):
-    for place, pair in enumerate(texts.values()):
-      logs[:, row, place], there[row, place] = pair, True
-  return logs[0], logs[1], there
 
 
 def _outputs(before: np.ndarray, after: np.ndarray, counted: np.ndarray) -> Dynamics:

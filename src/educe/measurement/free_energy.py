@@ -92,7 +92,7 @@ class SoftValue(NamedTuple):
   bias: float  # its first order, ≤ 0: what the value has too little
 
 
-class Certificate(NamedTuple):
+class RatioCertificate(NamedTuple):
   log_ratio: np.ndarray  # [P], the largest log π/q of each prompt, nats
   bound: float  # b·(r_max − r_min), nats
   beyond: int  # prompts above it, which are no Gibbs tilt at this β
@@ -233,7 +233,7 @@ def soft_value_from_samples(rewards: np.ndarray, beta: float) -> SoftValue:
 
 def ratio_certificate(
   log_ratio: np.ndarray, *, beta: float, lowest: float = 0.0, highest: float = 1.0
-) -> Certificate:
+) -> RatioCertificate:
   """The largest π/q against the e^{b·(r_max − r_min)} that no Gibbs policy exceeds.
 
   log_ratio: `[P, N]`, nats: of all outputs, or of any samples. One sample above the bound
@@ -250,7 +250,7 @@ def ratio_certificate(
   largest = np.asarray(log_ratio, np.float64).max(-1)
   span, top = highest - lowest, float(largest.max())
   bound = span / beta
-  return Certificate(
+  return RatioCertificate(
     largest, bound, int((largest > bound).sum()), span / top if top > 0 else math.inf
   )
 

@@ -12,16 +12,14 @@ proxy is over-optimised.
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from educe.data.tokenizer import Tokenizer
-from educe.losses.logprobs import score
 from educe.measurement.accuracy import Z
+from educe.measurement.sequence_logp import sequence_logp
 from educe.measurement.win_rate import (
   LengthControlled,
   WinRate,
@@ -31,7 +29,7 @@ from educe.measurement.win_rate import (
 from educe.rollouts.collect import collect
 from educe.rollouts.joining import rows_of, side_by_side
 from educe.rollouts.judges import Judge, rewarded
-from educe.types import Batch, Environment, Model, Params, Rollouts
+from educe.types import Environment, Model, Params, Rollouts
 
 
 class Judged(NamedTuple):
@@ -125,16 +123,12 @@ def evaluate(
   rewards = np.asarray(both.rewards, np.float64).reshape(-1, 2, repeats)
   scores, start_scores = rewards[:, 0], rewards[:, 1]
   own = rows_of(np.arange(0, 2 * len(prompts), 2), repeats)
-  # A static argument, compiled once a run: without what cannot be hashed.
-  hashable = model._replace(axes=None, architecture=None, values=None)
-  parts = []
-  for at in range(0, len(ours.tokens), batch_size):
-    rows = slice(at, at + batch_size)
-    batch = Batch(ours.tokens[rows], ours.mask[rows])
-    parts.append(np.asarray(_logp(hashable, start, batch, temperature)))
+  base = sequence_logp(
+    model, start, ours.tokens, ours.mask, temperature=temperature, batch_size=batch_size
+  )
   # What π says of its own completions, the sampler knows already.
   drawn = (np.asarray(ours.sampler_logp, np.float64) * ours.mask).sum(-1)
-  kl = (drawn - np.concatenate(parts)).reshape(-1, repeats).mean(-1)
+  kl = (drawn - base).reshape(-1, repeats).mean(-1)
   wins, even = win_rate(scores, start_scores), None
   if repeats == 1:
     lengths = (np.asarray(x.mask).sum(-1) for x in (ours, theirs))
@@ -152,13 +146,6 @@ def evaluate(
     length=float(np.mean([row['length'] for row in ours.transcripts])),
     transcripts=[both.transcripts[row] for row in own.tolist()],
   )
-
-
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def _logp(model, params, batch: Batch, temperature: float):
-  """Σ_t log π(y_t) of each row, `[B]` (nats)."""
-  logp = score(model, params, batch, temperature=temperature).logp
-  return jnp.where(batch.mask > 0, logp, 0.0).sum(-1)
 
 
 def _named(name: str, rate: WinRate | LengthControlled) -> dict[str, float]:

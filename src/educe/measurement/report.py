@@ -23,82 +23,23 @@ import numpy as np
 from educe import paths
 from educe.measurement import (
   findings,
+  free_energy,
   page_markup,
+  pass_at_k,
   report_figures,
+  report_words,
+  support,
   transcript_page,
   verdict,
 )
-from educe.measurement.findings import DELTA, LADDER, REACH, Findings
+from educe.measurement.findings import LADDER, REACH, Findings
 from educe.measurement.pass_at_k import Curve
 from educe.measurement.support import Reach
 from educe.measurement.table import Side, Table
+from educe.measurement.transcript_page import text
 
 PAGE, FINDINGS = 'report.html', 'findings.json'
 EXAMPLES, EACH = 5, 2  # prompts of a kind, completions of each side
-
-STYLE = """
-header { position: static; }
-figure { margin: 12px 0 4px; }
-figure img { width: 100%; height: auto; border-radius: 8px; background: #fff; }
-figcaption, .note { color: var(--soft); font-size: 15px; }
-.sentence { font-size: 18px; margin: 10px 0; }
-main h2 { font-size: 19px; color: var(--ink); }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }
-td, th { padding: 3px 10px 3px 0; text-align: right; border-bottom: 1px solid var(--line); }
-td:first-child, th:first-child { text-align: left; }
-.close td { white-space: nowrap; }
-th { color: var(--soft); font-weight: 600; }
-dt { font-weight: 600; margin-top: 8px; }
-dd { margin: 0; color: var(--soft); }
-"""
-
-# What each picture shows, for someone who sees it for the first time.
-CAPTIONS = {
-  'pass_at_k': (
-    'How often at least one of k samples is right, averaged over prompts, with 95 % '
-    'intervals over prompts. If training only re-weighted what the base could do, the '
-    'policy is ahead at small k and never behind at large k. Dashed: the base made surer '
-    'of itself without training. Dotted: its majority vote.'
-  ),
-  'gains': (
-    'The gain in the share of right samples, split by what the base could already do '
-    'when given k samples. Blue: prompts that k samples of the base solve almost surely. '
-    'Orange: prompts that they do not. Grey: the samples at hand cannot tell.'
-  ),
-  'prompts': 'Each point is a prompt. Above the line it was gained, below it was lost.',
-  'support': (
-    'Of the prompts that k samples of the base solve, the share that k samples of the '
-    'policy solve too; and of those that the policy solves, the share that is new. '
-    'Dashed: the same if the base is compared with itself, which is what chance does.'
-  ),
-  'ledger': (
-    'How far the policy went from its base, and for what. Being right more often has a '
-    'least price; giving fewer of the right answers than before, and changes that no '
-    'reward asked for, come on top.'
-  ),
-  'frontier': (
-    'The line is the best that any policy can do at that distance from the base. A '
-    'policy on it has only re-weighted the base by the reward.'
-  ),
-}
-
-GLOSSARY = {
-  'base, policy': 'the model before, and the model after, the training in question',
-  'right': 'a sample to which the verifier gives a reward of 1 or more',
-  'elicited': (
-    'gained on prompts that the base itself solves within the budget of samples: what '
-    'was there was drawn out'
-  ),
-  'created': 'gained on prompts that it does not solve within that budget',
-  'budget': (
-    f'a number of samples k: a prompt is within it if k samples of the base show a right '
-    f'answer with a chance of {DELTA:.0%}'
-  ),
-  'nat': 'a factor of e = 2.718 in probability; KL is the mean number of nats between the '
-  'probabilities that policy and base give to what the policy writes',
-  'interval': '95 %, over prompts: what other prompts of this kind may well have shown',
-}
 
 
 class Report(NamedTuple):
@@ -108,16 +49,18 @@ class Report(NamedTuple):
   picture: pathlib.Path
 
 
-def write(table: Table, folder: pathlib.Path, *, budget: int | None = None) -> Report:
+def write(
+  table: Table, folder: pathlib.Path, *, budget: int = findings.REACH
+) -> Report:
   """Measures the table and writes all of it into `folder`.
 
-  budget: k of the verdict, samples; None: what half of the samples can deny
+  budget: k of the verdict, samples of the base
 
   Raises ValueError as `findings.of_table`.
   """
   found = findings.of_table(table, budget=budget)
   said = verdict.judge(found)
-  title = f'{said.word}: {name(table, "policy")} from {name(table, "base")}'
+  title = f'{_heading(found, said)}: {name(table, "policy")} from {name(table, "base")}'
   picture = report_figures.draw(found, folder, title=title)
   paths.write(
     folder / FINDINGS,
@@ -126,8 +69,8 @@ def write(table: Table, folder: pathlib.Path, *, budget: int | None = None) -> R
   images = {key: (folder / f'{key}.png').read_bytes() for key in report_figures.PANELS}
   page = page_markup.PAGE.substitute(
     name=html.escape(title),
-    title=transcript_page.text(said.word),
-    style=page_markup.STYLE + STYLE,
+    title=text(_heading(found, said)),
+    style=page_markup.STYLE + report_words.STYLE,
     script=page_markup.SCRIPT,
     counts=_facts(table, found),
     legend='',
@@ -135,6 +78,15 @@ def write(table: Table, folder: pathlib.Path, *, budget: int | None = None) -> R
   )
   paths.write(folder / PAGE, page)
   return Report(found, said, folder / PAGE, picture)
+
+
+def _heading(found: Findings, said: verdict.Verdict) -> str:
+  """A word never stands without its budget."""
+  budgets = {
+    'elicitation': f' within {found.budget:,} samples',
+    'creation': f' beyond {found.denied:,} samples',
+  }
+  return said.word + budgets.get(said.word, '')
 
 
 def name(table: Table, side: str) -> str:
@@ -160,54 +112,56 @@ def _facts(table: Table, found: Findings) -> str:
   decoding = header.get('decoding', {})
   environment = header.get('environment') or {}
   facts = [
-    f'policy <b>{_text(name(table, "policy"))}</b>',
-    f'base <b>{_text(name(table, "base"))}</b>',
+    f'policy <b>{text(name(table, "policy"))}</b>',
+    f'base <b>{text(name(table, "base"))}</b>',
     f'<b>{len(found.rates)}</b> prompts × <b>{found.samples}</b> samples of each',
   ]
   if environment:
-    facts.append('on ' + _text(_environment(environment)))
+    facts.append('on ' + text(_environment(environment)))
   if decoding:
     facts.append(
       f'temperature {decoding["temperature"]}, at most {decoding["max_new_tokens"]} tokens'
     )
   if found.left_out:
-    facts.append(f'{found.left_out} prompts left out: never scored')
+    facts.append(f'{found.left_out} prompts left out: too few scored samples')
   return '\n'.join(f'<li>{fact}</li>' for fact in facts)
 
 
 def _environment(section: dict[str, Any]) -> str:
-  parts = [str(section.get('task') or section.get('name'))]
-  parts += [str(section[key]) for key in ('part',) if section.get(key)]
-  return ', '.join(parts)
+  parts = (section.get('task') or section.get('name'), section.get('part'))
+  return ', '.join(str(x) for x in parts if x)
 
 
 def _sections(table: Table, found: Findings, said: verdict.Verdict, images):
-  yield f'<section><p class="sentence">{_text(said.sentence)}</p>'
-  points = ''.join(f'<li>{_text(line)}</li>' for line in said.evidence)
+  yield f'<section><p class="sentence">{text(said.sentence)}</p>'
+  points = ''.join(f'<li>{text(line)}</li>' for line in said.evidence)
   yield f'<ul>{points}</ul></section>'
   for key, (heading, _) in report_figures.PANELS.items():
     data = base64.b64encode(images[key]).decode()
     yield (
-      f'<section><figure><img alt="{_text(heading)}" src="data:image/png;base64,{data}">'
-      f'<figcaption>{_text(CAPTIONS[key])}</figcaption></figure></section>'
+      f'<section><figure><img alt="{text(heading)}" '
+      f'src="data:image/png;base64,{data}">'
+      f'<figcaption>{text(report_words.CAPTIONS[key])}</figcaption></figure></section>'
     )
   yield _numbers(found)
   yield _others(found)
-  gains = found.rates[:, 1] - found.rates[:, 0]
-  order = np.argsort(-gains, kind='stable')
   rows = {row: at for at, row in enumerate(table.ids)}
+  at = np.array([rows[name] for name in found.ids])
+  gains = found.rates[:, 1] - found.rates[:, 0]
+  sure = _apart(table.base.rewards[at], table.policy.rewards[at])
+  order = np.argsort(-gains, kind='stable')
   for heading, chosen in (
-    ('Gained most', [i for i in order if gains[i] > 0]),
-    ('Lost most', [i for i in order[::-1] if gains[i] < 0]),
+    ('Gained most', [i for i in order if sure[i] and gains[i] > 0]),
+    ('Lost most', [i for i in order[::-1] if sure[i] and gains[i] < 0]),
   ):
     yield f'<section><h2>{heading}</h2>'
     if not chosen:
-      yield '<p class="note">no prompt</p>'
+      yield '<p class="note">no prompt beyond what chance may do</p>'
     for index in chosen[:EXAMPLES]:
-      yield _example(table, rows[found.ids[index]], found.rates[index])
+      yield _example(table, int(at[index]), found.rates[index])
     yield '</section>'
   terms = ''.join(
-    f'<dt>{_text(x)}</dt><dd>{_text(y)}</dd>' for x, y in GLOSSARY.items()
+    f'<dt>{text(x)}</dt><dd>{text(y)}</dd>' for x, y in report_words.GLOSSARY.items()
   )
   yield f'<section><h2>Words</h2><dl>{terms}</dl></section>'
 
@@ -244,33 +198,62 @@ def _numbers(found: Findings) -> str:
 def _others(found: Findings) -> str:
   spent, per_token = found.spending, found.divergence.per_token
   rows = [
-    ('KL, mean of log-ratios, nats a sequence', f'{found.divergence.per_sequence}'),
-    ('the same, nats a token', f'{per_token.mean:.4f}'),
-    ('KL to the nearest Gibbs policy, nats', f'{spent.distance}'),
-    ('its temperature β, in rewards', f'{spent.beta:.3g}'),
-    ('E r − β·KL of the policy, and the most there is at that β',
-     f'{spent.objective:.4f} and {spent.soft_value:.4f}'),
-    ('largest probability ratio to the base', f'e^{found.log_ratio:.2f}'),
+    (
+      'KL, mean of log-ratios, nats a sequence',
+      _estimate(found.divergence.per_sequence),
+    ),
+    ('the same, nats a token', _number(per_token.mean)),
+    ('KL to the nearest Gibbs policy, nats', _estimate(spent.distance)),
+  ]
+  if found.certificate is not None:
+    most, own = _number(spent.soft_value), _number(spent.objective)
+    rows += [
+      ('its temperature β, in rewards', _number(spent.beta)),
+      ('E r − β·KL of the policy, of the most there is at that β', f'{own} of {most}'),
+      ('largest ratio of probabilities', f'{found.certificate}'),
+    ]
+  rows += [
+    ('prompts without a right sample of the base', f'{found.unseen:.1%}'),
     (f'prompts accessible to the base in {REACH:,} samples', _reach(found.reach)),
-    ('right answers kept of those the base shows', f'{found.outputs}'),
-  ]  # fmt: skip
+    (f'right answers of the base, in {REACH:,} samples', f'{found.outputs}'),
+    (f'over the base sampled twice, at k = {found.excess_k:,}', f'{found.excess}'),
+  ]
   if found.missing is not None:
     rows.append(('texts of the base not yet seen', f'{found.missing}'))
   if found.nulls is not None:
     nulls = found.nulls
-    exponent = f'p^{nulls.power.alpha:.3g}'
-    rows.append((f'the base sharpened, {exponent}', _ends(nulls.power.curve)))
-    rows.append(('the policy against that', f'{nulls.over_power}'))
+    worth = nulls.power.effective
+    rows += [
+      (
+        f'the base sharpened, p^{nulls.power.alpha:.3g}, on half of the prompts'
+        + ('' if worth is None else f'; its weights are worth {worth:.0f} samples'),
+        _ends(nulls.power.curve),
+      ),
+      ('the policy against that', f'{nulls.over_power}'),
+    ]
     if nulls.majority is not None:
       rows.append(('majority vote of the base', _ends(nulls.majority)))
     rows.append(
       (
-        f'best of {nulls.n:.2g} samples of the base by the verifier, as many tokens as one '
-        'of the policy',
-        f'{nulls.best_of}',
+        f'best of {nulls.n:.2g} of the base by the verifier: tokens of one of the policy',
+        _estimate(nulls.best_of),
       )
     )
+    worth_k = found.base.k[found.base.rate >= found.policy.rate[0]]
+    least = f'{worth_k[0]:,}' if len(worth_k) else f'over {found.base.k[-1]:,}'
+    rows.append(
+      ('samples of the base, by the verifier, that one of it is worth', least)
+    )
   return f'<section><h2>More numbers</h2>{_grid(("", ""), rows)}</section>'
+
+
+def _apart(base: np.ndarray, policy: np.ndarray) -> np.ndarray:
+  """`[P]`: whether the intervals of the two rates have nothing in common."""
+  ends = [
+    support.clopper_pearson(c, n) for n, c in map(pass_at_k.counts, (base, policy))
+  ]
+  (low, high), (ours_low, ours_high) = ends
+  return (ours_low > high) | (ours_high < low)
 
 
 def _example(table: Table, at: int, rates: np.ndarray) -> str:
@@ -309,8 +292,8 @@ def _completion(table: Table, at: int, by: str, side: Side, n: int) -> dict[str,
 
 
 def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  lines = [''.join(f'<td>{_text(cell)}</td>' for cell in row) for row in rows]
-  top = ''.join(f'<th>{_text(cell)}</th>' for cell in head)
+  lines = [''.join(f'<td>{text(cell)}</td>' for cell in row) for row in rows]
+  top = ''.join(f'<th>{text(cell)}</th>' for cell in head)
   body = ''.join(f'<tr>{line}</tr>' for line in lines)
   return f'<div class="wide"><table><tr>{top}</tr>{body}</table></div>'
 
@@ -323,6 +306,14 @@ def _reach(reach: Reach) -> str:
   )
 
 
+def _number(x: float) -> str:
+  return f'{x:.4g}' if math.isfinite(x) else '∞'
+
+
+def _estimate(x: free_energy.Estimate) -> str:
+  return f'{x}' if math.isfinite(x.mean) else '∞: it writes what its base never does'
+
+
 def _ends(curve: Curve) -> str:
   return ', '.join(
     f'{curve.rate[at]:.1%} ({curve.low[at]:.1%} to {curve.high[at]:.1%}) at k = '
@@ -333,7 +324,3 @@ def _ends(curve: Curve) -> str:
 
 def _ratio(x) -> str:
   return '–' if math.isnan(x.value) else f'{x.value:.2f} ({x.low:.2f} to {x.high:.2f})'
-
-
-def _text(value: Any) -> str:
-  return transcript_page.text(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import pathlib
 from collections.abc import Callable, Sequence
@@ -9,11 +10,20 @@ from typing import Any
 
 import numpy as np
 
+from educe.measurement.accuracy import Z
 from educe.measurement.curves import AXIS, BLUE, GRID, INK, ORANGE
 from educe.measurement.findings import LADDER, Findings
 
-GREY, PALE = '#78909c', '#9cc4ee'
+GREY = '#78909c'
 Painter = Callable[[Any, Findings], None]
+
+
+def check() -> None:
+  """Raises ValueError where no picture can be drawn."""
+  if importlib.util.find_spec('matplotlib') is None:
+    raise ValueError(
+      'a report needs the package matplotlib; `pip install matplotlib` brings it'
+    )
 
 
 def draw(found: Findings, folder: pathlib.Path, *, title: str = '') -> pathlib.Path:
@@ -63,7 +73,7 @@ def _pass_at_k(axes, found: Findings) -> None:
     axes.fill_between(curve.k, curve.low, curve.high, color=colour, alpha=0.15, lw=0)
   if found.nulls is not None:
     power = found.nulls.power
-    label = f'base sharpened, p^{power.alpha:.3g}'
+    label = f'base sharpened, p^{power.alpha:.3g}, half of the prompts'
     axes.plot(power.curve.k, power.curve.rate, color=GREY, lw=1.5, ls='--', label=label)
     if (votes := found.nulls.majority) is not None:
       axes.plot(
@@ -81,7 +91,7 @@ def _pass_at_k(axes, found: Findings) -> None:
 def _gains(axes, found: Findings) -> None:
   """Shares may pass 1 where other prompts lost: cut, for they are stacked."""
   shares = np.array(
-    [[x.elicited.value, x.undecided, x.share.value] for x in found.gains]
+    [[x.elicited.value, x.undecided, x.created.value] for x in found.gains]
   )
   if np.isnan(shares).all():
     axes.text(0.5, 0.5, 'no gain to share out', ha='center', transform=axes.transAxes)
@@ -90,14 +100,13 @@ def _gains(axes, found: Findings) -> None:
     stacked = stacked / np.maximum(stacked.sum(0), 1e-12)
     names = ('elicited', 'undecided', 'created')
     axes.stackplot(LADDER, stacked, colors=(BLUE, GRID, ORANGE), labels=names, lw=0)
-    axes.axvline(found.budget, color=INK, lw=1, ls='--')
-    axes.annotate(
-      f' verdict: k = {found.budget:,} ',
-      (found.budget, 0.94),
-      color=INK,
-      size=10,
-      bbox=dict(fc='white', ec='none', alpha=0.9, pad=1),
-    )
+    for at, high, name in (
+      (found.denied, 0.94, 'created beyond'),
+      (found.budget, 0.86, 'elicited within'),
+    ):
+      axes.axvline(at, color=INK, lw=1, ls='--')
+      box = dict(fc='white', ec='none', alpha=0.9, pad=1)
+      axes.annotate(f' {name} {at:,} ', (at, high), color=INK, size=9, bbox=box)
   _budgets(axes, LADDER)
   axes.set_ylim(0, 1)
   _percent(axes.yaxis)
@@ -121,22 +130,29 @@ def _ledger(axes, found: Findings) -> None:
 
 
 def _line(name: str, term) -> str:
-  error = '' if math.isnan(term.error) else f' ± {1.96 * term.error:.3f}'
+  if not math.isfinite(term.mean):
+    return f'{name}: ∞'
+  error = '' if math.isnan(term.error) else f' ± {Z * term.error:.3f}'
   return f'{name}: {abs(term.mean):.3f}{error}'
 
 
 def _frontier(axes, found: Findings) -> None:
   spent = found.spending
   run = spent.efficiency
-  kl = run.kl if math.isfinite(run.kl) else spent.frontier[-1, 0]
-  most = 1.3 * max(kl, 0.1)
+  far = not math.isfinite(run.kl)
+  most = 1.3 * max(spent.frontier[-1, 0] if far else run.kl, 0.1)
   axes.plot(*spent.frontier.T, color=GREY, lw=2, label='most reward a KL can buy')
   axes.plot(
     *spent.best_of.T, 'o', ms=4, color=ORANGE, label='best of 2, 4, 8 … of base'
   )
   axes.plot([0], [run.start], 's', ms=6, color=GREY, label='base')
-  label = f'policy: {run.eta.mean:.0%} of what could be bought'
-  axes.plot([kl], [run.reward], 'D', ms=8, color=BLUE, label=label)
+  if far:  # it writes what its base never does: off every scale
+    axes.plot(
+      [0.97 * most], [run.reward], '>', ms=9, color=BLUE, label='policy: KL = ∞'
+    )
+  else:
+    label = f'policy: {run.eta.mean:.0%} of what could be bought'
+    axes.plot([run.kl], [run.reward], 'D', ms=8, color=BLUE, label=label)
   axes.set_xlim(-0.03 * most, most)
   axes.set_ylim(0, 1.03)
   axes.set_xlabel('KL to the base, nats per sequence', color=INK, size=10)
@@ -146,12 +162,13 @@ def _frontier(axes, found: Findings) -> None:
 
 def _prompts(axes, found: Findings) -> None:
   base, policy = found.rates.T
-  out = np.isin(np.arange(len(base)), found.creation.prompts)
   axes.plot([0, 1], [0, 1], color=AXIS, lw=1)
-  for where, colour, name in (
-    (~out, BLUE, 'accessible to the base, or undecided'),
-    (out, ORANGE, f'not, in {found.budget:,} samples, and gained'),
+  for status, colour, name in (
+    (1, BLUE, f'within {found.budget:,} samples of the base'),
+    (0, GREY, 'undecided'),
+    (-1, ORANGE, f'beyond {found.denied:,} samples of the base'),
   ):
+    where = found.status == status
     axes.plot(
       base[where], policy[where], 'o', ms=5, alpha=0.6, color=colour, label=name
     )

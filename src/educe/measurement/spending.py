@@ -14,7 +14,13 @@ import numpy as np
 
 from educe.environments import tabular
 from educe.measurement import best_of_n, frontier
-from educe.measurement.free_energy import Estimate, estimate, ledger, nearest_gibbs
+from educe.measurement.free_energy import (
+  Estimate,
+  distributions,
+  estimate,
+  ledger,
+  nearest_gibbs,
+)
 
 TILTS = np.geomspace(1e-3, 1e3, 200)  # b along the frontier, per unit of reward
 CHOICES = 2 ** np.arange(1, 11)  # n of best-of-n
@@ -35,38 +41,41 @@ class Spending(NamedTuple):
   frontier: np.ndarray  # [B, 2] KL and reward of Gibbs policies
   best_of: np.ndarray  # [N, 2] the same of the best of 1, 2, 4 …
 
-  def __str__(self) -> str:
-    terms = ', '.join(
-      f'{x.mean:.3f} {n}' for n, x in zip(self._fields, self[:4], strict=False)
-    )
-    return f'KL (nats): {terms}; {self.efficiency}'
-
 
 def spending(policy: np.ndarray, base: np.ndarray, right: np.ndarray) -> Spending:
   """All of it. policy, base, right: `[P, Y]`.
 
   Raises ValueError as `free_energy.ledger` does.
   """
-  p, q = np.asarray(policy, np.float64), np.asarray(base, np.float64)
-  reward = np.asarray(right, np.float64)
-  terms = ledger(p, q, right).estimates()
-  beta, distance = nearest_gibbs(p, q, reward)
-  # At β of 0 and ∞ the two agree, and differ from no tilt.
-  soft = objective = float('nan')
+  p, q = distributions(policy, base)
+  book = ledger(p, q, right)
+  # A tilt, and best-of-n, see no more of an output than whether it is right.
+  ours, theirs = (_right_or_wrong(x, right) for x in (p, q))
+  reward = np.broadcast_to([1.0, 0.0], ours.shape)
+  beta, price = nearest_gibbs(ours, theirs, reward)
+  soft = objective = float('nan')  # at β of 0 and ∞ they are not defined
   if 0 < beta < np.inf:
-    soft = -float(tabular.free_energy(q, reward, beta).mean())
-    objective = float(tabular.objective(p, q, reward, beta).mean())
+    soft = -float(tabular.free_energy(theirs, reward, beta).mean())
+    objective = float((ours[:, 0] - beta * book.total).mean())
 
   def place(other: np.ndarray) -> tuple[float, float]:
-    return tabular.kl(other, q).mean(), (other * reward).sum(-1).mean()
+    return tabular.kl(other, theirs).mean(), other[:, 0].mean()
 
+  tilts = [tabular.gibbs(theirs, b * reward, 1.0) for b in TILTS]
+  chosen = [best_of_n.policy(theirs, reward, int(n)) for n in CHOICES]
   return Spending(
-    **terms,
-    efficiency=frontier.efficiency(p, q, reward),
+    **book.estimates(),
+    efficiency=frontier.efficiency(p, q, np.asarray(right, np.float64)),
     beta=beta,
-    distance=estimate(distance),
+    distance=estimate(price + book.collapse + book.drift),
     soft_value=soft,
     objective=objective,
-    frontier=np.array([place(tabular.gibbs(q, b * reward, 1.0)) for b in TILTS]),
-    best_of=np.array([place(best_of_n.policy(q, reward, int(n))) for n in CHOICES]),
+    frontier=np.array([place(x) for x in tilts]),
+    best_of=np.array([place(x) for x in chosen]),
   )
+
+
+def _right_or_wrong(p: np.ndarray, right: np.ndarray) -> np.ndarray:
+  """`[P, 2]`."""
+  mass = np.minimum((p * np.asarray(right, np.float64)).sum(-1), 1)
+  return np.stack([mass, 1 - mass], -1)

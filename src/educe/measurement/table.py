@@ -17,7 +17,8 @@ batch size, and processes share the blocks among themselves. A file is whole or 
 
 from __future__ import annotations
 
-import functools
+import collections
+import hashlib
 import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,16 +32,17 @@ from jaxtyping import Float
 
 from educe import paths
 from educe.data.tokenizer import Tokenizer
-from educe.losses.logprobs import score
+from educe.measurement.sequence_logp import sequence_logp
 from educe.progress import say
 from educe.rollouts import transcripts
 from educe.rollouts.collect import Verifier, collect
-from educe.types import Batch, Environment, Model, Params, Rollouts
+from educe.types import Environment, Model, Params
 
 SIDES = ('base', 'policy')
 BLOCK = 16  # prompts of one file
 ROUNDS = 4  # times batch_size samples are drawn, scored and written together
 HEADER = 'header.json'
+COLUMNS = {'reward', 'logp_base', 'logp_policy', 'length', 'completion', 'outcome'}
 
 
 class Side(NamedTuple):
@@ -85,7 +87,11 @@ def draw(
   header: names what the table is of, plain values; the decoding is added to it
   samples: N; a table that has more keeps them
 
-  Raises ValueError for numbers that cannot be, and for a folder that holds another table.
+  A table is of two models as they were: of other weights, though under the same name, it
+  is another. Where they lie may change.
+
+  Raises ValueError for numbers that cannot be, prompts of one id, and for a folder that
+  holds another table.
   """
   if samples < 1 or batch_size < 1 or max_new_tokens < 1:
     raise ValueError(
@@ -94,8 +100,15 @@ def draw(
   if not 0 < temperature < float('inf'):
     raise ValueError(f'{temperature=} must be above 0: log-probs are of what is drawn')
   decoding = dict(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-  _keep_header(folder, {**header, 'decoding': decoding})
   records = [{'id': i, **record} for i, record in enumerate(environment.prompts)]
+  twice = [x for x, n in collections.Counter(r['id'] for r in records).items() if n > 1]
+  if twice:
+    raise ValueError(
+      f'the environment has {len(twice)} ids of several prompts, such as {twice[0]!r}; a '
+      'sample is known by the id of its prompt: give each its own, or none'
+    )
+  weights = {side: fingerprint(models[side][1]) for side in SIDES}
+  _keep_header(folder, {**header, 'decoding': decoding, 'weights': weights})
   blocks = [records[at : at + BLOCK] for at in range(0, len(records), BLOCK)]
   group = max(1, ROUNDS * batch_size // len(blocks[0]))
   parts = [
@@ -124,7 +137,13 @@ def draw(
       verifier=verifier,
     )
     logp = {
-      name: sequence_logp(*models[name], drawn, temperature, batch_size)
+      name: sequence_logp(
+        *models[name],
+        drawn.tokens,
+        drawn.mask,
+        temperature=temperature,
+        batch_size=batch_size,
+      )
       for name in SIDES
     }
     rows = [
@@ -141,33 +160,21 @@ def draw(
   bar.close()
 
 
-def sequence_logp(
-  model: Model, params: Params, rollouts: Rollouts, temperature: float, batch_size: int
-) -> Float[np.ndarray, 'B']:
-  """Σ_t log π(y_t) of each completion (nats), at the temperature it was drawn at.
-
-  Samples that are equal are scored once: short answers often are.
-  """
-  # A static argument, compiled once: without what cannot be hashed, or is not asked.
-  model = model._replace(axes=None, architecture=None, values=None)
-  rows = np.concatenate([rollouts.tokens, rollouts.mask], -1)
-  _, first, back = np.unique(rows, axis=0, return_index=True, return_inverse=True)
-  parts = []
-  for at in range(0, len(first), batch_size):
-    chosen = first[at : at + batch_size]
-    # Few shapes, few programs: what is left over is filled up to a power of two.
-    missing = (1 << (len(chosen) - 1).bit_length()) - len(chosen)
-    chosen = np.pad(chosen, (0, missing), 'edge')
-    batch = Batch(rollouts.tokens[chosen], rollouts.mask[chosen])
-    logp = np.asarray(_logp(model, params, batch, temperature), np.float64)
-    parts.append(logp[: len(chosen) - missing])
-  return np.concatenate(parts)[back.ravel()]
+def fingerprint(params: Params) -> str:
+  """Changes when a bit of the params does; the same on any number of devices."""
+  digest = hashlib.blake2b(digest_size=8)
+  for total in jax.tree.leaves(jax.tree.map(_bits, params)):
+    digest.update(np.asarray(total).tobytes())
+  return digest.hexdigest()
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def _logp(model, params, batch: Batch, temperature: float):
-  logp = score(model, params, batch, temperature=temperature).logp
-  return jnp.where(batch.mask > 0, logp, 0.0).sum(-1)
+@jax.jit
+def _bits(x: jax.Array) -> jax.Array:
+  """Σ_i (2i+1)·bits(x_i), mod 2³²: whole numbers add up alike in any order."""
+  same = jnp.dtype(f'uint{8 * x.dtype.itemsize}')
+  bits = jax.lax.bitcast_convert_type(x, same).ravel()
+  odd = 2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1
+  return (bits.astype(jnp.uint32) * odd).sum(dtype=jnp.uint32)
 
 
 def load(folder: pathlib.Path, samples: int | None = None) -> Table:
@@ -237,7 +244,7 @@ def _keep_header(folder: pathlib.Path, header: dict[str, Any]) -> None:
       paths.write(folder / HEADER, json.dumps(header, indent=2) + '\n')
     return
   old = read_header(folder)
-  for key in sorted(old.keys() | header.keys()):
+  for key in sorted((old.keys() | header.keys()) - set(SIDES)):  # paths may change
     if old.get(key) != header.get(key):
       raise ValueError(
         f'{folder} holds a table of {key}={old.get(key)!r}, and this one is of '
@@ -268,9 +275,21 @@ def _runs(numbers: Sequence[int], size: int) -> Iterator[list[int]]:
 
 def _read(folder: pathlib.Path) -> dict[tuple[Any, int], dict[str, Any]]:
   """{(prompt's id, sample): row}, in the order of the prompts."""
-  files = sorted(folder.glob('*.jsonl'))
-  rows = [row for file in files for row in transcripts.load(file)]
-  return {(row['id'], row['sample']): row for row in rows}
+  rows: dict[tuple[Any, int], dict[str, Any]] = {}
+  for file in sorted(folder.glob('*.jsonl')):
+    first, last = map(int, file.stem.split('-')[1:])
+    try:
+      found = transcripts.load(file)
+      keys = [(row['id'], row['sample']) for row in found]
+      whole = not len(found) % (last + 1 - first) and all(
+        row.keys() >= COLUMNS for row in found
+      )
+    except (ValueError, KeyError):
+      whole = False
+    if not whole:
+      raise ValueError(f'{file} is damaged: delete it and run measure again')
+    rows.update(zip(keys, found, strict=True))
+  return rows
 
 
 def _count(rows: Mapping[tuple[Any, int], Any], name: Any) -> int:

@@ -1,33 +1,37 @@
 """What a run did, in a word, and the sentences that stand behind it.
 
-  no change                 it wrote what its base writes: KL < UNMOVED nats a sequence
-  elicitation               it is right more often, and over half of that gain comes from
-                            prompts that were accessible to the base
-  creation                  … from prompts that were not
-  elicitation and creation  each gave a share of the gain above MATERIAL
+  no change                 it writes what its base writes: the log-probs of what either of
+                            them writes differ by less than UNMOVED nats on average
+  elicitation               it is right more often, and over half of that gain is elicited
+  creation                  … is created
+  elicitation and creation  each is a share of the gain above MATERIAL
   undecided                 it is right more often, and the samples cannot tell from where
   no gain                   it writes something else, and is not right more often
   loss                      it is right less often
 
-Every share, and the gain, is held against the end of its 95 % interval that speaks against
-the word. Beside the word, `lost` says whether it can no longer write right answers of the
-base: fewer than 1 − MATERIAL of them kept, of those that REACH samples of the base show;
-or of prompts, more lost than the same policy sampled twice would seem to lose.
+(findings.py says what is elicited: gained where `budget` samples of the base show a right
+answer almost surely; and created: gained where `denied` of them do not, and nothing shows
+that `budget` would.) Every share, and the gain, is held against the end of its 95 %
+interval that speaks against the word. Beside the word, `lost` says whether it can no longer
+write right answers of the base: fewer than 1 − MATERIAL are kept, of those that REACH
+samples of the base show; or of prompts, more are lost than the base sampled twice would
+seem to lose.
 
-A word is relative to its budget: with k samples more of the base, what was out of reach
-may be within it. The thresholds are this project's own.
+A word is relative to its budget: with more samples of the base, what was out of reach may
+be within it. The thresholds are this project's own.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from educe.measurement import free_energy
-from educe.measurement.findings import DELTA, LADDER, REACH, Findings
+from educe.measurement.findings import DELTA, REACH, Findings, deniable, needed
 from educe.measurement.support_dynamics import Estimate
 
-UNMOVED = 1e-3  # nats per sequence: no event's probability differs by over 2.3 points
+UNMOVED = 1e-3  # nats per sequence, mean over prompts
 MATERIAL = 0.05  # a share that is worth a word
 
 WORDS = (
@@ -54,17 +58,18 @@ class Verdict(NamedTuple):
 def judge(found: Findings) -> Verdict:
   """The verdict on `findings.of_table(…)` or `findings.exact(…)`."""
   word, lost = _word(found), _lost(found)
-  return Verdict(word, lost, _sentence(found, word), tuple(_evidence(found, lost)))
+  return Verdict(
+    word, lost, _sentence(found, word), tuple(_evidence(found, word, lost))
+  )
 
 
 def _word(found: Findings) -> str:
-  made, drawn = found.creation.share, found.creation.elicited
-  low, high = found.comparison.low[0], found.comparison.high[0]
-  if found.divergence.per_sequence.high < UNMOVED:
+  made, drawn = found.creation.created, found.creation.elicited
+  if found.apart < UNMOVED:
     return 'no change'
-  if high < 0:
+  if found.comparison.high[0] < 0:
     return 'loss'
-  if not low > 0:
+  if not found.comparison.low[0] > 0:
     return 'no gain'
   if made.low > MATERIAL and drawn.low > MATERIAL:
     return 'elicitation and creation'
@@ -87,24 +92,25 @@ def _sentence(found: Findings, word: str) -> str:
   )
   start = f'{word.capitalize()}: '
   if word == 'no change':
-    kl = found.divergence.per_sequence
-    return f'{start}it writes what its base writes (KL {kl.mean:.1e} nats). {rates}'
-  if word in ('no gain', 'loss') or math.isnan(creation.share.value):
+    return (
+      f'{start}it writes what its base writes (their log-probs are {found.apart:.1e} nats '
+      f'apart). {rates}'
+    )
+  if word in ('no gain', 'loss') or math.isnan(creation.created.value):
     return start + rates
   return (
     f'{start}{rates} Of the gain {_share(creation.elicited)} is elicited, from prompts '
     f'that {found.budget:,} samples of the base solve with a chance of {DELTA:.0%}; '
-    f'{_share(creation.share)} is created, from prompts that they do not'
+    f'{_share(creation.created)} is created, from prompts that {found.denied:,} do not'
     + (f'; {creation.undecided:.0%} undecided.' if creation.undecided else '.')
   )
 
 
-def _evidence(found: Findings, lost: bool):
-  wide = found.gains[LADDER.index(REACH)]
-  if found.budget != REACH and not math.isnan(found.creation.share.value):
+def _evidence(found: Findings, word: str, lost: bool) -> Iterator[str]:
+  if found.samples is not None and found.denied < found.budget:
     yield (
-      f'Of {REACH:,} samples instead, {_share(wide.elicited)} would be elicited, '
-      f'{_share(wide.share)} created and {wide.undecided:.0%} undecided.'
+      f'{found.samples} samples of each prompt deny {deniable(found.samples // 2)} and no '
+      f'more: to deny {found.budget:,}, draw {needed(found.budget):,}.'
     )
   spent = found.spending
   yield (
@@ -113,35 +119,42 @@ def _evidence(found: Findings, lost: bool):
     f'of the right answers, {_nats(spent.drift)} for what no reward asked for.'
   )
   eta = spent.efficiency.eta
-  if not math.isnan(eta.mean):
+  if word not in ('no change', 'no gain', 'loss') and math.isfinite(spent.total.mean):
     yield f'It bought {eta.mean:.0%} of the reward that so much KL can buy.'
-  crossing, k = found.comparison.crossing, int(found.base.k[-1])
-  if crossing is not None:
-    yield (
-      f'The pass@k curves cross at k = {crossing:.3g}, in {found.comparison.crossed:.0%} '
-      'of resamples; no tilt of the base by this reward could.'
-    )
-  else:
-    yield f'The pass@k curves do not cross up to k = {k:,}.'
+  yield _crossing(found)
   kept = found.outputs
   if kept.preserved + kept.lost:
     yield (
-      f'Of {kept.preserved + kept.lost:.0f} right answers that {REACH:,} samples of the '
-      f'base show it keeps {_share(kept.srr)}'
+      f'Of {kept.preserved + kept.lost:.0f} right answers that the base showed, and would '
+      f'show again in {REACH:,} samples, the policy keeps {_share(kept.srr)}'
       + (': support was lost.' if lost else '.')
     )
+  else:
+    yield f'No single right answer of the base is likely enough for {REACH:,} samples.'
   noise = found.excess.srr
   if not math.isnan(noise.value):
     yield (
-      f'Of prompts that {found.excess_k:,} samples of the base solve it solves '
-      f'{_points(*noise)} more than the base sampled a second time.'
+      f'Of the prompts that {found.excess_k:,} samples of the base solve, what it keeps '
+      f'differs by {_points(*noise)} from the base sampled a second time.'
     )
   if found.nulls is not None:
-    over = found.nulls.over_power
+    over, power = found.nulls.over_power, found.nulls.power
+    worth = '' if power.effective is None else f', worth {power.effective:.0f} samples'
     yield (
-      f'Of the base merely sharpened (p^{found.nulls.power.alpha:.3g}) it is ahead by '
-      f'{_points(over.difference[0], over.low[0], over.high[0])} at k = 1.'
+      f'Over the base merely sharpened (p^{power.alpha:.3g}{worth}) its lead at k = 1 is '
+      f'{_points(over.difference[0], over.low[0], over.high[0])}.'
     )
+
+
+def _crossing(found: Findings) -> str:
+  """A tilt never crosses its base, but chance does."""
+  gap, k = found.comparison, int(found.base.k[-1])
+  if gap.crossing is None:
+    return f'The pass@k curves do not cross up to k = {k:,}.'
+  at = f'The pass@k curves cross at k = {gap.crossing:.3g}, '
+  if gap.high[-1] < 0 < gap.low[0]:
+    return at + 'which no tilt of the base by this reward could make them do.'
+  return at + 'as chance makes them: one end or the other is no sure lead.'
 
 
 def _points(value: float, low: float, high: float) -> str:
