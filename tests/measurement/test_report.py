@@ -10,7 +10,7 @@ import pytest
 
 from educe.measurement import findings, report, report_figures, table, verdict
 
-SAMPLES = 8
+SAMPLES = 16
 
 
 def side(right, rng, texts):
@@ -39,8 +39,8 @@ def written(tmp_path_factory):
     ['one', 'two', 'three'],
     ['first', 'second', chat],
     ['a', 'b', 'c'],
-    side([0.1, 0.5, 0.9], rng, '<script>alert(1)</script>'),
-    side([0.9, 0.5, 0.2], rng, 'ours'),
+    side([0.0, 0.3, 0.6], rng, '<script>alert(1)</script>'),
+    side([1.0, 0.7, 0.0], rng, 'ours'),
   )
   folder = tmp_path_factory.mktemp('report') / 'new' / 'folder'
   return data, report.write(data, folder, budget=3)
@@ -88,6 +88,51 @@ def test_it_holds_the_verdict_the_numbers_and_both_sides_of_examples(written):
   assert 'at most 16 tokens' in text
 
 
+def cells(page):
+  """{first cell of a row: the others}."""
+  rows = re.findall(r'<tr>(.*?)</tr>', page)
+  split = [re.findall(r'<td>(.*?)</td>', row) for row in rows]
+  return {
+    html.unescape(row[0]): [html.unescape(x) for x in row[1:]] for row in split if row
+  }
+
+
+def test_every_number_stands_in_its_own_column(written):
+  found = written[1].findings
+  rows = cells(written[1].page.read_text())
+  moved, gap, chance = found.dynamics[1], found.comparison, found.twice[1]
+
+  def ratio(x):
+    return f'{x.value:.2f} ({x.low:.2f} to {x.high:.2f})'
+
+  assert rows['2'] == [
+    f'{found.base.rate[1]:.1%}',
+    f'{found.policy.rate[1]:.1%}',
+    f'{100 * gap.difference[1]:+.1f} ({100 * gap.low[1]:+.1f} to {100 * gap.high[1]:+.1f})',
+    ratio(moved.srr),
+    ratio(moved.ndr),
+    ratio(moved.nscr),
+    ratio(chance.srr),
+  ]
+  spent = found.spending
+  assert rows['E r − β·KL of the policy, of the most there is at that β'] == [
+    f'{spent.objective:.4g} of {spent.soft_value:.4g}'
+  ]
+  assert rows['KL, mean of log-ratios, nats a sequence'] == [
+    f'{found.divergence.per_sequence}'
+  ]
+  assert rows['largest ratio of probabilities'] == [f'{found.certificate}']
+  page = written[1].page.read_text()
+  up, down = found.dynamics[0].up, found.dynamics[0].down
+  assert f'{up} prompts went up and {down} down' in page
+
+
+def test_only_prompts_that_moved_beyond_chance_are_shown():
+  base = np.array([[1] * 8 + [0] * 8, [1] * 16, [0] * 16], float)
+  policy = np.array([[1] * 10 + [0] * 6, [0] * 16, [1] * 16], float)
+  assert report._apart(base, policy).tolist() == [False, True, True]
+
+
 def test_prompts_that_moved_most_come_first(written):
   _, got = written
   text = got.page.read_text()
@@ -118,7 +163,7 @@ def test_a_prompt_shows_a_right_and_a_wrong_sample_where_there_are_both(written)
   data, _ = written
   for samples in (data.base, data.policy):
     for at in range(3):
-      rewards = samples.rewards[at, report._chosen(samples, at)]
+      rewards = samples.rewards[at, list(report._chosen(samples, at))]
       assert len(rewards) == report.EACH
       assert set(rewards) == set(samples.rewards[at])
 
