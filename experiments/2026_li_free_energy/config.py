@@ -34,7 +34,7 @@ def in_loss(estimator):
   return dict(kl_coef=BETA, kl_estimator=estimator, kl_gradient='naive')
 
 
-# name → what it changes. `beta` and `rounds` a step are for the reader and run.py.
+# name → what it changes. `per_round`: updates of a round of rollouts.
 ARMS = {
   'sft': dict(loss=dict(name='sft'), source='verified'),
   'expert_iteration': dict(loss=dict(name='sft')),

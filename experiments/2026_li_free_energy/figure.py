@@ -54,11 +54,11 @@ def tables(axis, results):
     for name, colour in (('first', '#1261c4'), ('half', '#c4410c')):
       for row in np.array(arm[name]):
         axis.plot(start[: len(row)][row > 0], row[row > 0], '.', color=colour, ms=5)
-  p = np.logspace(-6, -0.3, 200)
-  axis.plot(p, 1 / -np.expm1(16 * np.log1p(-p)), color='#222', lw=1)
+  p, group = np.logspace(-6, -0.3, 200), results[0]['group']
+  axis.plot(p, 1 / -np.expm1(group * np.log1p(-p)), color='#222', lw=1)
   axis.plot([], [], '.', color='#1261c4', label='first success')
   axis.plot([], [], '.', color='#c4410c', label='π(C) = ½')
-  axis.plot([], [], color='#222', lw=1, label='1/(1 − (1 − p0)^16)')
+  axis.plot([], [], color='#222', lw=1, label=f'1/(1 − (1 − p0)^{group})')
   axis.set(
     xscale='log',
     yscale='log',

@@ -3,7 +3,7 @@
   python experiments/2026_li_free_energy/judge.py
 
 Thresholds are those that README.md registers. A criterion passes if it does in every seed.
-The last lines are of what no theory determined. Exits 1 on a FAIL.
+Exits 1 on a FAIL. What no theory determined is in summary.py.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ import sys
 
 import numpy as np
 
-from educe.measurement import pass_at_k, support, support_dynamics
-from educe.measurement.intervals import bootstrap
+from educe.measurement import pass_at_k, support
 
 HERE = pathlib.Path(__file__).resolve().parent
 KS = 2 ** np.arange(21)
@@ -41,13 +40,13 @@ def load(folder: pathlib.Path = HERE / 'results') -> list[dict]:
 def judge(results: list[dict]) -> dict[str, tuple[bool, str]]:
   """{criterion: (whether it passed, what was seen)}."""
   return {
-    'base: cross-entropy within .01 nats of p_data': base(results),
-    '(a) tabular, exact: the predicted fixed point': fixed_points(results),
-    '(b) tabular: no prompt loses, at any k': monotone(results),
-    '(c) first success after 1/(1 − (1 − p0)^G) visits': first_success(results),
-    '(d) log10 p0 tells log visits to π(C) = ½': halves(results),
-    'not falsified: what p0 hides stays hidden in a table': hidden(results),
-    'not falsified: no transformer arm is an exact tilt': interferes(results),
+    'base': base(results),
+    'fixed_points': fixed_points(results),
+    'monotone': monotone(results),
+    'first_success': first_success(results),
+    'halves': halves(results),
+    'hidden': hidden(results),
+    'interferes': interferes(results),
   }
 
 
@@ -91,29 +90,15 @@ def monotone(results):
     change = pass_at_k.exact(end[:, None], KS) - pass_at_k.exact(start[:, None], KS)
     if change.min() < worst:
       worst, who = change.min(), name
-    least = min(least, min(nscr for _, _, nscr in curve(start, end)))
-  said = (
-    f'largest loss of pass@k {max(0.0, -worst):.1e} ({who}); least NSCR {least:+.3f}'
-  )
+    least = min(least, min(net(start, end)))
+  said = f'largest loss of pass@k {max(-worst, 0):.1e} ({who}); least net gain {least}'
   return bool(worst >= -LOST and least >= 0), said
 
 
-def curve(start, end):
-  """(SRR, NDR, NSCR) of prompts at each of KS; NaN, where nothing is accessible, is 0."""
-  out = []
-  for k in KS:
-    eps = support.sampling(float(k))
-    with np.errstate(divide='ignore'):
-      table = support_dynamics.fates(np.log(start) >= eps, np.log(end) >= eps)
-    kept, gained, lost, _ = table.sum(0)
-    out.append(
-      (
-        kept / (kept + lost) if kept + lost else 1.0,
-        gained / (kept + gained) if kept + gained else 0.0,
-        (gained - lost) / (kept + gained + lost) if kept + gained + lost else 0.0,
-      )
-    )
-  return out
+def net(start, end) -> list[int]:
+  """Prompts gained less prompts lost, accessible at ε(k) for each of KS: NSCR's sign."""
+  eps = np.exp([support.sampling(float(k)) for k in KS])[:, None]
+  return ((end >= eps).sum(1) - (start >= eps).sum(1)).tolist()
 
 
 def first_success(results):
@@ -197,80 +182,11 @@ def interferes(results):
   return not tilts, said
 
 
-def sharing(results, arm: str = 'rloo', part: str = 'train') -> str:
-  """Creation by sharing: mean π(C) where p0 < ε_train, transformer less table."""
-  gaps, there, index = [], 0, []
-  for r in results:
-    start, end = (np.array(x['solved']) for x in (r['base'], r['arms'][arm]))
-    eps = support.training(r['group'], r['rounds'])
-    rows = (np.log(start) < eps) & (np.array(r['train']) == (part == 'train'))
-    table = start  # of a prompt that is never drawn a table says what it said
-    if part == 'train':
-      table = np.mean([x['solved'] for x in r['sampled']['rloo']['early']], 0)
-    gaps.append((end - table)[rows])
-    there += rows.sum()
-    mask = np.array(r['train']) == (part == 'train')
-    both = start[mask], np.clip(end[mask], 0, 1)
-    index.append(support_dynamics.creation(*both, np.log(start[mask]) >= eps).created)
-  if not there:
-    return 'no prompt begins below ε_train'
-  joined = np.concatenate(gaps)
-  low, high = bootstrap(lambda x: np.array([x.mean()]), joined, resamples=2000, seed=0)
-  said = ', '.join(str(x) for x in index)
-  return (
-    f'{joined.mean():+.4f} (95 % {float(low[0]):+.4f} to {float(high[0]):+.4f}; median '
-    f'{np.median(joined):+.1e}; {there} prompts); creation index by seed {said}'
-  )
-
-
-def ends(results) -> list[str]:
-  """A line for each transformer arm: means over seeds, train | held out."""
-  lines = []
-  for name in results[0]['arms']:
-    arms = [r['arms'][name] for r in results if name in r['arms']]
-    last = {p: [arm['curve'][-1][p] for arm in arms] for p in ('train', 'heldout')}
-
-    def mean(what, last=last):
-      return ' | '.join(
-        f'{np.nanmean([np.nan if x[what] is None else x[what] for x in last[p]]):.3f}'
-        for p in last
-      )
-
-    lost = np.mean(
-      [
-        (pass_at_k.exact(np.array(arm['solved'])[:, None], KS)
-         - pass_at_k.exact(np.array(r['base']['solved'])[:, None], KS)).min(-1) < -LOST
-        for r, arm in zip(results, arms, strict=True)
-      ]
-    )  # fmt: skip
-    terms = '; '.join(
-      f'{what} {mean(what)}'
-      for what in ('reward', 'total', 'price', 'collapse', 'drift', 'eta')
-    )
-    gibbs = (
-      f'; TV to Gibbs {mean("gibbs")}, to k3 {mean("k3")}' if arms[0]['beta'] else ''
-    )
-    ratio = max(max(arm['log_ratio']) for arm in arms)
-    lines.append(
-      f'{name} (β={arms[0]["beta"]}): {terms}{gibbs}; {lost:.0%} of prompts lose; '
-      f'largest π/p0 e^{ratio:.1f}'
-    )
-  return lines
-
-
 def main() -> int:
-  results = load()
-  print(f'{len(results)} seeds: {", ".join(str(r["seed"]) for r in results)}')
-  print(
-    'E0: judged by pytest tests/measurement/test_identities.py and the fixed points'
-  )
-  verdicts = judge(results)
-  for name, (ok, said) in verdicts.items():
-    print(f'{"PASS" if ok else "FAIL"}  {name}: {said}')
-  print(f'creation by sharing, trained prompts: {sharing(results)}')
-  print(f'creation by sharing, held-out prompts: {sharing(results, part="heldout")}')
-  print('\n'.join(ends(results)))
-  return int(not all(ok for ok, _ in verdicts.values()))
+  verdicts = judge(load())
+  for name, (good, said) in verdicts.items():
+    print(f'{"PASS" if good else "FAIL"}  {name:14} {said}')
+  return int(not all(good for good, _ in verdicts.values()))
 
 
 if __name__ == '__main__':
