@@ -285,6 +285,12 @@ def test_of_a_run_it_is_read_from_what_the_run_logged(tmp_path):
   np.testing.assert_allclose(got.codelength, mdl, rtol=1e-12)
   np.testing.assert_allclose(got.excess, mdl - 60 * 0.25 / math.log(2), rtol=1e-12)
   np.testing.assert_allclose(got.per_token, got.excess / 60, rtol=1e-12)
+  fell = [{**row, 'learning_rate': 1e-3 / max(row['step'], 1)} for row in rows]
+  log.write_text(''.join(json.dumps(row) + '\n' for row in fell))
+  with pytest.raises(
+    ValueError, match=r'the learning rate fell from 0\.001 to 0\.000333'
+  ):
+    description_length.of_run(tmp_path, 0.25)
   for missing in (rows[:2] + rows[3:], rows[:1]):
     log.write_text(''.join(json.dumps(row) + '\n' for row in missing))
     with pytest.raises(ValueError, match='needs all of a run of SFT'):

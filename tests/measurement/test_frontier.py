@@ -142,10 +142,10 @@ def test_the_best_is_what_the_best_division_of_the_kl_buys():
 
 def test_the_best_of_n_of_right_and_wrong_is_a_tilt_and_of_grades_almost():
   for n in (2, 4, 64):
-    got = frontier.best_of_n_efficiency(BASE, RIGHT, n)
+    got = frontier.efficiency(best_of_n.policy(BASE, RIGHT, n), BASE, RIGHT)
     np.testing.assert_allclose(got.within.mean, 1, rtol=1e-9)
     assert got.eta.mean < 1
-    got = frontier.best_of_n_efficiency(BASE, GRADED, n)
+    got = frontier.efficiency(best_of_n.policy(BASE, GRADED, n), BASE, GRADED)
     assert 0.9 < got.within.mean < 1
     kl = tabular.kl(best_of_n.policy(BASE, GRADED, n), BASE).mean()
     np.testing.assert_allclose(got.kl, kl)

@@ -35,7 +35,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from educe.training import metrics
 
@@ -168,22 +167,28 @@ def course(
   )
 
 
-def of_run(run_dir: str | os.PathLike, test_nll: ArrayLike) -> DescriptionLength:
+def of_run(run_dir: str | os.PathLike, test_nll: float) -> DescriptionLength:
   """EDL of a run of SFT, from the losses that it logged before each update.
 
-  test_nll: nats per label token on held-out texts, after training; `[M]`, of each text,
-    or one number
+  test_nll: nats per label token on held-out texts, after training
 
-  Label tokens are the examples here. The run must not be longer than its first epoch, and
-  its learning rate constant: neither is seen in what it logged.
+  Label tokens are the examples here. That the run is no longer than its first epoch is not
+  seen in what it logged.
 
-  Raises ValueError for a run that logged no `nll`, or not at every step.
+  Raises ValueError for a run that logged no `nll`, or not at every step, and for one whose
+  learning rate fell.
   """
   path = pathlib.Path(run_dir) / 'metrics.jsonl'
   rows = {row['step']: row for row in metrics.read(path) if 'nll' in row}
   if sorted(rows) != list(range(1, len(rows) + 1)) or not rows:
     raise ValueError(
       f'{path}: {len(rows)} steps have nll; description length needs all of a run of SFT'
+    )
+  rates = [row['learning_rate'] for row in rows.values() if 'learning_rate' in row]
+  if rates and rates[-1] < max(rates):
+    raise ValueError(
+      f'{path}: the learning rate fell from {max(rates):.3g} to {rates[-1]:.3g}; a '
+      'description length needs a constant one (optimizer.schedule)'
     )
   losses, tokens = np.array(
     [(rows[i]['nll'], rows[i]['num_tokens']) for i in sorted(rows)]

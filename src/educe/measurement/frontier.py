@@ -27,7 +27,6 @@ from typing import NamedTuple
 import numpy as np
 
 from educe.environments import tabular
-from educe.measurement import best_of_n
 from educe.measurement.free_energy import (
   STRONGEST,
   WEAKEST,
@@ -99,11 +98,6 @@ def efficiency(policy: np.ndarray, base: np.ndarray, reward: np.ndarray) -> Effi
     ratio_estimate(gain, bought),
     ratio_estimate(gain, _gain(few, unit, kl)[0]),
   )
-
-
-def best_of_n_efficiency(base: np.ndarray, reward: np.ndarray, n: int) -> Efficiency:
-  """Where the best of n, chosen by the reward itself, stands on the frontier."""
-  return efficiency(best_of_n.policy(base, reward, n), base, reward)
 
 
 def _gain(
