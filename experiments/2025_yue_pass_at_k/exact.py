@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
@@ -50,7 +51,7 @@ def right_logp(
   traces = [[*tokenizer.encode(record['answer']), stop] for record in records]
   mask = [[0] * len(x) + [1] * len(y) for x, y in zip(prompts, traces, strict=True)]
   tokens = [[*x, *y] for x, y in zip(prompts, traces, strict=True)]
-  rows = np.array(tokens, np.int32), np.array(mask, np.float32)
+  rows = jnp.asarray(tokens), jnp.asarray(mask, jnp.float32)
   return sequence_logp(
     model, params, *rows, temperature=temperature, batch_size=len(records)
   )

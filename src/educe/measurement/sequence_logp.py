@@ -7,7 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from educe.losses.logprobs import score
 from educe.types import Batch, Model, Params
@@ -16,8 +16,8 @@ from educe.types import Batch, Model, Params
 def sequence_logp(
   model: Model,
   params: Params,
-  tokens: Int[np.ndarray, 'B T'],
-  mask: Float[np.ndarray, 'B T'],
+  tokens: Int[Array, 'B T'],
+  mask: Float[Array, 'B T'],
   *,
   temperature: float = 1.0,
   batch_size: int = 64,
@@ -28,7 +28,8 @@ def sequence_logp(
   """
   # A static argument, compiled once: without what cannot be hashed, or is not asked.
   model = model._replace(axes=None, architecture=None, values=None)
-  both = np.concatenate([tokens, mask], -1)
+  said, there = np.asarray(tokens), np.asarray(mask)
+  both = np.concatenate([said, there], -1)
   _, first, back = np.unique(both, axis=0, return_index=True, return_inverse=True)
   parts = []
   for at in range(0, len(first), batch_size):
@@ -36,7 +37,7 @@ def sequence_logp(
     # Few shapes, few programs: what is left over is filled up to a power of two.
     missing = (1 << (len(rows) - 1).bit_length()) - len(rows)
     filled = np.pad(rows, (0, missing), 'edge')
-    batch = Batch(tokens[filled], mask[filled])
+    batch = Batch(jnp.asarray(said[filled]), jnp.asarray(there[filled]))
     logp = np.asarray(_logp(model, params, batch, temperature), np.float64)
     parts.append(logp[: len(rows)])
   return np.concatenate(parts)[back.ravel()]
