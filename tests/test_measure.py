@@ -81,6 +81,12 @@ def test_everything_may_be_said(runs, tmp_path):
     (['--policy={runs}/base'], '--base is missing: {runs}/base started from random'),
     (['--policy={runs}/more', '--base={bytes}'], 'have different tokenizers'),
     (['--policy={runs}/more', '--environment.depth=2'], '--environment does not name'),
+    (['--policy={runs}/mroe'], '--policy={runs}/mroe: no such file'),
+    (['--policy={runs}'], '--policy={runs} holds the runs base, more; name one'),
+    (
+      ['--policy={runs}/more', '--base={runs}/bsae'],
+      '--base={runs}/bsae: no such file',
+    ),
     (['--policy={runs}/more', '--depth=2'], "unknown argument '--depth=2'"),
     (['--policy={runs}/more', '--size=9'], '--size=9: the environment has 8 prompts'),
     (['--policy={runs}/more', '--environment=chian'], "did you mean 'chain'?"),

@@ -84,7 +84,7 @@ def measure(
   )
   models, words = {}, {}
   for side, path in (('base', base), ('policy', policy)):
-    model, params, words[side] = open_policy(path)
+    model, params, words[side] = open_policy(path, flag=f'--{side}')
     models[side] = model, params
   if words['base'].definition != words['policy'].definition:
     raise ValueError(
@@ -118,7 +118,7 @@ def measure(
 
 def _config_of(policy: str) -> dict[str, Any] | None:
   """Of a run; None of any other policy."""
-  if loader_of(policy) is not None:
+  if loader_of(policy, '--policy') is not None:
     return None
   return read_config(paths.resolve(policy) / 'config.json')
 

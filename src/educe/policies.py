@@ -51,10 +51,13 @@ def _run(path: str) -> pathlib.Path:
   return where
 
 
-def open_policy(path: str, tokenizer: str | None = None):
+def open_policy(path: str, tokenizer: str | None = None, flag: str = '--model'):
   """(model, params, tokenizer) from a .gguf file, a Hugging Face folder, a llama2c .bin
-  (which needs `tokenizer`), or a run folder (its newest checkpoint)."""
-  loader = loader_of(path)
+  (which needs `tokenizer`), or a run folder (its newest checkpoint).
+
+  flag: what errors call the path
+  """
+  loader = loader_of(path, flag)
   if loader is None:
     model, params, config = _of_run(paths.resolve(path))
     words = tokenizers.load(path=tokenizer or config['tokenizer']['path'])
@@ -73,24 +76,24 @@ def _of_run(where: pathlib.Path) -> tuple[Model, Params, dict[str, Any]]:
   return model, checkpoint.saved_params(where / 'checkpoints', params), config
 
 
-def loader_of(path: str) -> Any:
+def loader_of(path: str, flag: str = '--model') -> Any:
   """The module that reads a model file or folder; None for a run folder."""
   try:
     where = paths.resolve(path)
   except FileNotFoundError as error:
-    raise ValueError(f'--model={error}') from None
+    raise ValueError(f'{flag}={error}') from None
   if (where / 'checkpoints').is_dir():
     return None
   if inside := sorted(x.parent.name for x in where.glob('*/checkpoints')):
     raise ValueError(
-      f'--model={path} holds the runs {", ".join(inside)}; name one, as '
-      f'--model={path}/{inside[-1]}'
+      f'{flag}={path} holds the runs {", ".join(inside)}; name one, as '
+      f'{flag}={path}/{inside[-1]}'
     )
   if where.is_dir():
     return safetensors
   if where.suffix not in LOADERS:
     raise ValueError(
-      f'--model={path}: not a {", ".join(LOADERS)}, a model folder or a run'
+      f'{flag}={path}: not a {", ".join(LOADERS)}, a model folder or a run'
     )
   return LOADERS[where.suffix]
 

@@ -314,10 +314,10 @@ def test_a_state_of_other_rollouts_is_refused(name, value):
 
 def test_rounds_that_teach_nothing_are_said_after_a_while_not_at_once(capsys):
   r = fake(Oracle(lambda i, row, call: 0.25))
-  for number in range(1, 2 * rounds.PATIENCE + 1):
+  for number in range(1, 4 * rounds.PATIENCE + 1):
     r.next(None, 0)
     warned = 'all rewards are equal' in capsys.readouterr().err
-    assert warned == (number % rounds.PATIENCE == 0)
+    assert warned == (number in [rounds.PATIENCE * n for n in (1, 2, 4)])
 
 
 @pytest.mark.parametrize('equal', [False, True])

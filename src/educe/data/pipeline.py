@@ -78,7 +78,7 @@ def make(
   seed: of the order of records (each epoch has its own order) and of packed rows
   epochs: times through the data; None is for ever. With several processes it must be
     None: they would run out at different steps, for they drop different records
-  workers: processes that tokenise; 0 does it in a thread of this one
+  workers: processes that tokenise; 0 does it here, while the step before runs
   overlong: 'drop' or 'truncate' what exceeds max_length; `.counts()` tells how many. Of a
     document the end is cut off; of preferences see `preference_rows.fit`
   max_prompt_length: tokens of a prompt's end that truncated preferences keep; None is half

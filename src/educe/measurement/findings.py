@@ -47,6 +47,7 @@ from educe.measurement.free_energy import (
   divergence_from_samples,
   ratio_certificate,
 )
+from educe.measurement.intervals import TAIL
 from educe.measurement.nulls import Nulls
 from educe.measurement.pass_at_k import CORRECT, Comparison, Curve
 from educe.measurement.spending import Spending, spending
@@ -56,7 +57,6 @@ from educe.measurement.table import Side, Table
 LADDER = tuple(2**i for i in range(21))  # budgets k, samples
 REACH = 1024  # samples: the budget, unless one is given
 LEAST = 23  # samples: ε(k) ≤ 1/8, so that no basin is ever denied
-DELTA = 0.95  # chance that k samples show it
 
 
 class Findings(NamedTuple):
@@ -91,13 +91,13 @@ class Findings(NamedTuple):
 
 def deniable(samples: int) -> int:
   """The largest k that `samples` without a right one deny, at least 1."""
-  k = samples * math.log(1 - DELTA) / math.log(support.TAIL)
+  k = samples * math.log(1 - support.DELTA) / math.log(TAIL)
   return max(1, math.ceil(k) - 1)
 
 
 def needed(budget: int) -> int:
   """Samples of each prompt of which half deny `budget`, if none is right."""
-  return 2 * math.ceil(budget * math.log(support.TAIL) / math.log(1 - DELTA) + 1)
+  return 2 * math.ceil(budget * math.log(TAIL) / math.log(1 - support.DELTA) + 1)
 
 
 def exact(
@@ -257,8 +257,8 @@ def _findings(
 
   def between(within: float, beyond: float) -> np.ndarray:
     """Elicited within so many samples, created beyond so many."""
-    inside = status(support.sampling(within, DELTA)) == 1
-    outside = status(support.sampling(beyond, DELTA)) == -1
+    inside = status(support.sampling(within)) == 1
+    outside = status(support.sampling(beyond)) == -1
     return np.where(inside, 1, np.where(outside, -1, 0))
 
   def creation(where: np.ndarray, resamples: int = 2000) -> Creation:
@@ -314,6 +314,6 @@ def _rate(rewards: np.ndarray) -> np.ndarray:
 
 def _outputs(before: np.ndarray, after: np.ndarray, counted: np.ndarray) -> Dynamics:
   """Of single right answers, from their log-probs."""
-  log_eps = support.sampling(REACH, DELTA)
+  log_eps = support.sampling(REACH)
   fates = support_dynamics.fates(before >= log_eps, after >= log_eps, counted)
   return support_dynamics.dynamics(fates)

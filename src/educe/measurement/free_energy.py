@@ -27,6 +27,7 @@ NumPy, float64.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -198,12 +199,21 @@ def nearest_gibbs(
   if earned >= most.mean() - 1e-12:
     best = np.where((r == most[:, None]) & (q > 0), q, 0)
     return 0.0, tabular.kl(p, best / best.sum(-1, keepdims=True))
-  low, high = WEAKEST, STRONGEST
-  for _ in range(200):  # halvings of log b; a float64 has no more than about 60 of use
-    middle = math.sqrt(low * high)
-    under = (tilt(middle) * r).sum(-1).mean() < earned
-    low, high = (middle, high) if under else (low, middle)
-  return 1 / high, tabular.kl(p, tilt(high))
+  b = float(strength(lambda b: (tilt(b) * r).sum(-1).mean(), earned))
+  return 1 / b, tabular.kl(p, tilt(b))
+
+
+def strength(rising: Callable, target: np.ndarray | float) -> np.ndarray:
+  """b with rising(b) = target, of the target's shape, by halving log b.
+
+  rising: of b = 1/β, what only rises with it: a tilt's KL, its mean reward
+  """
+  low, high = (np.full(np.shape(target), math.log(x)) for x in (WEAKEST, STRONGEST))
+  for _ in range(70):  # 62 in log b: then the next float64
+    middle = (low + high) / 2
+    under = rising(np.exp(middle)) < target
+    low, high = np.where(under, middle, low), np.where(under, high, middle)
+  return np.exp(high)
 
 
 def soft_value_from_samples(rewards: np.ndarray, beta: float) -> SoftValue:

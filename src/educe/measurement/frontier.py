@@ -20,19 +20,16 @@ Gao et al., 2022, arXiv:2210.10760. NumPy, float64; KL in nats per sequence.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
 from educe.environments import tabular
 from educe.measurement.free_energy import (
-  STRONGEST,
-  WEAKEST,
   Estimate,
   distributions,
   ratio_estimate,
+  strength,
 )
 
 
@@ -84,7 +81,7 @@ def efficiency(policy: np.ndarray, base: np.ndarray, reward: np.ndarray) -> Effi
   most = np.zeros_like(gain)
   bought = most
   if (total := kl.mean()) > 0:
-    b = _strength(lambda b: tabular.kl(_tilt(few, unit, b), few).mean(), total)
+    b = strength(lambda b: tabular.kl(_tilt(few, unit, b), few).mean(), total)
     tilted = _tilt(few, unit, b)
     most = bought = ((tilted - few) * unit).sum(-1)
     if total < _most(few, unit).mean():  # else KL is left over, and buys nothing
@@ -104,7 +101,7 @@ def _gain(
   base: np.ndarray, unit: np.ndarray, kl: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
   """(R*(KL) − R0, b), `[P]` each, in the unit of _scaled."""
-  b = _strength(lambda b: tabular.kl(_tilt(base, unit, b), base), kl)
+  b = strength(lambda b: tabular.kl(_tilt(base, unit, b), base), kl)
   gain = ((_tilt(base, unit, b) - base) * unit).sum(-1)
   return np.where(kl > 0, gain, 0), b
 
@@ -117,16 +114,6 @@ def _most(base: np.ndarray, unit: np.ndarray) -> np.ndarray:
   """−log q(best), `[P]`: the KL at which only the best is left."""
   there = np.where(base > 0, unit, -np.inf)
   return -np.log(np.where(there == there.max(-1, keepdims=True), base, 0).sum(-1))
-
-
-def _strength(kl_at: Callable[[np.ndarray], np.ndarray], kl: np.ndarray) -> np.ndarray:
-  """b with kl_at(b) = kl, by halving log b: the KL only rises with it."""
-  low, high = (np.full(np.shape(kl), math.log(x)) for x in (WEAKEST, STRONGEST))
-  for _ in range(70):  # 62 in log b: then the next float64
-    middle = (low + high) / 2
-    under = kl_at(np.exp(middle)) < kl
-    low, high = np.where(under, middle, low), np.where(under, high, middle)
-  return np.exp(high)
 
 
 def _scaled(

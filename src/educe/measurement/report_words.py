@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from educe.measurement.findings import DELTA
+from educe.measurement.support import DELTA
 
 STYLE = """
 header { position: static; }

@@ -42,10 +42,11 @@ from numpy.typing import ArrayLike
 from scipy import special
 
 from educe.measurement.accuracy import wilson
+from educe.measurement.intervals import TAIL
 
 BASIN = math.log(1 / 8)
 REGIMES = ('basin', 'tail', 'barrier', 'singular')
-TAIL = 0.025  # of a two-sided 95 % interval, each side
+DELTA = 0.95  # chance that k samples show it
 
 
 class Reach(NamedTuple):
@@ -67,7 +68,7 @@ class Reach(NamedTuple):
     )
 
 
-def sampling(k: float, delta: float = 0.95) -> float:
+def sampling(k: float, delta: float = DELTA) -> float:
   """log ε(k, δ), nats: ε = 1 − (1−δ)^(1/k), seen in k samples with a chance of δ.
 
   Raises ValueError unless k ≥ 1 and 0 < δ < 1.
@@ -133,7 +134,7 @@ def regimes(
   *,
   k: float,
   eps_step: float,
-  delta: float = 0.95,
+  delta: float = DELTA,
 ) -> np.ndarray:
   """Which of REGIMES each behaviour is in, `[…]` of str.
 
@@ -156,7 +157,7 @@ def regimes(
   return np.select(np.broadcast_arrays(*cases), REGIMES[:3], REGIMES[3])
 
 
-def reach(log_p: np.ndarray, ks: Sequence[float], *, delta: float = 0.95) -> Reach:
+def reach(log_p: np.ndarray, ks: Sequence[float], *, delta: float = DELTA) -> Reach:
   """The share of prompts accessible in k samples, for each k; p is known.
 
   log_p: `[P]`, log p0(b|x). The interval is over prompts like these.
@@ -173,7 +174,7 @@ def sampled_reach(
   ks: Sequence[float],
   *,
   log_least: ArrayLike = -math.inf,
-  delta: float = 0.95,
+  delta: float = DELTA,
 ) -> Reach:
   """The same where p is known from samples, and perhaps from log-probs, as in `decide`.
 

@@ -120,7 +120,9 @@ def draw(
   if not parts:
     say(f'{folder} has its {samples} samples of each prompt already')
   total = sum(len(blocks[block]) * len(numbers) for _, block, numbers in parts)
-  bar = tqdm.tqdm(total=total, desc='drawing', unit='sample', leave=False)
+  bar = tqdm.tqdm(
+    total=total, desc='drawing', unit='sample', leave=False, disable=not parts
+  )
   for side, block, numbers in parts:
     key = jax.random.fold_in(jax.random.key(seed), SIDES.index(side))
     drawn = collect(

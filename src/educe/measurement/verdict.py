@@ -28,7 +28,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from educe.measurement import free_energy
-from educe.measurement.findings import DELTA, REACH, Findings, deniable, needed
+from educe.measurement.findings import REACH, Findings, deniable, needed
+from educe.measurement.support import DELTA
 from educe.measurement.support_dynamics import Estimate
 
 UNMOVED = 1e-3  # nats per sequence, mean over prompts

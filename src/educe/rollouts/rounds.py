@@ -306,7 +306,8 @@ class Rounds:
     }
     for name, (seen, warning) in signs.items():
       self._dull[name] = self._dull[name] + 1 if seen else 0
-      if self._dull[name] and self._dull[name] % PATIENCE == 0:
+      times, rest = divmod(self._dull[name], PATIENCE)
+      if not rest and times.bit_count() == 1:  # 1, 2, 4, …: said, and not droned
         say(f'warning: for {self._dull[name]} rounds {warning}')
 
   def get_state(self) -> dict[str, Any]:

@@ -1,0 +1,236 @@
+"""One seed of the Gibbs audit: a world, a base, every arm, all of it measured exactly.
+
+  python experiments/2026_li_free_energy/run.py --seed=0     # → results/seed0.json
+  python experiments/2026_li_free_energy/run.py --seed=0 --debug --to=debug.json
+
+The seed is the world's number, the base's and the arms'. Runs lie in --runs, and a stopped
+one goes on. What is written is for judge.py and figure.py: of every arm its curve, and of
+its end π(C) of each prompt, π of each correct output and the three terms of the KL.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import sys
+import time
+
+import numpy as np
+
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path[:0] = [
+  str(HERE.parents[1]),
+  str(HERE),
+]  # config.py is named by its import path
+
+import config as audit  # noqa: E402
+import tables  # noqa: E402
+
+from educe import config as config_lib  # noqa: E402
+from educe import stages  # noqa: E402
+from educe.data import tokenizer as tokenizers  # noqa: E402
+from educe.environments import language, tabular  # noqa: E402
+from educe.measurement import enumeration, free_energy, frontier  # noqa: E402
+from educe.policies import read_config  # noqa: E402
+from educe.progress import say  # noqa: E402
+from educe.training import checkpoint  # noqa: E402
+
+# name → how a tabular arm is sampled. `early` is as many visits as an arm has.
+SAMPLED = {
+  'rloo': dict(visits=6000, early=audit.ROUNDS, rate=16.0, copies=2),
+  'grpo': dict(
+    visits=1000, early=audit.ROUNDS, rate=4.0, copies=2, advantage='group_relative'
+  ),
+  'rloo_k1_reward': dict(
+    visits=1000, early=audit.ROUNDS, rate=4.0, copies=2, beta=audit.BETA
+  ),
+}
+
+
+def main(argv=None) -> None:
+  parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+  parser.add_argument('--seed', type=int, required=True)
+  parser.add_argument('--to', type=pathlib.Path)
+  parser.add_argument('--runs', type=pathlib.Path)
+  parser.add_argument('--arms', default=','.join(audit.ARMS))
+  parser.add_argument('--debug', action='store_true', help='a few steps of everything')
+  asked = parser.parse_args(argv)
+  to = asked.to or HERE / 'results' / f'seed{asked.seed}.json'
+  runs = asked.runs or pathlib.Path('runs', HERE.name, f'seed{asked.seed}')
+  result = audited(asked.seed, runs, asked.arms.split(','), debug=asked.debug)
+  to.parent.mkdir(parents=True, exist_ok=True)
+  to.write_text(json.dumps(rounded(result), separators=(',', ':')) + '\n')
+  say(f'{to}: {to.stat().st_size / 1e3:.0f} kB, {result["seconds"] / 60:.1f} min')
+
+
+def audited(seed: int, runs: pathlib.Path, arms: list[str], *, debug: bool) -> dict:
+  began = time.perf_counter()
+  world = language.describe(world=seed)
+  correct = world.correct
+  trained = {row['prompt'] for row in language.make(part='train', world=seed).prompts}
+  train = np.array([prompt in trained for prompt in world.prompts])
+  seconds = {}
+  for arm in arms:
+    at = time.perf_counter()
+    word = f'{arm},debug' if debug else arm
+    argv = [
+      f'--config={HERE / "config.py"}:{word}',
+      f'--config.base.seed={seed}',
+      f'--config.{arm}.seed={seed}',
+    ]
+    # Of a base that has learned nothing no sample is verified.
+    if debug:
+      learn = dict(steps=100, save_every=100)
+      argv += [f'--config.base.{key}={value}' for key, value in learn.items()]
+      argv += ['--config.base.data.batch_size=128']
+    stages.run_all(argv, runs, sweep=False)
+    folder = runs / arm
+    if not folder.is_dir() or steps_of(folder)[-1:] != [steps_asked(folder)]:
+      raise SystemExit(f'{folder} was stopped; the same command goes on from there')
+    seconds[arm] = time.perf_counter() - at
+  enumerated = reader(runs / 'base', world)
+  p0, outside = enumerated(runs / 'base')
+  entropy = -(world.p_data * log(world.p_data)).sum(-1)
+  result = {
+    'seed': seed,
+    'debug': debug,
+    'group': audit.GROUP,
+    'rounds': audit.ROUNDS,
+    'regimes': world.regimes,
+    'train': train.tolist(),
+    'base': {
+      'data_entropy': entropy.mean(),  # nats an output
+      'data_kl': tabular.kl(world.p_data, p0).mean(),  # cross-entropy − entropy
+      'outside': outside,
+      **solved(p0, correct),
+    },
+    'arms': {},
+  }
+  for arm in arms:
+    say(f'measuring {arm}')
+    beta, curve = audit.BETAS.get(arm, 0.0), []
+    for step in steps_of(runs / arm):
+      policy, outside = enumerated(runs / arm, step)
+      row = numbers(policy, p0, correct, train, beta)
+      curve.append({'step': step, 'outside': outside, **row})
+    result['arms'][arm] = {
+      'beta': beta,
+      'seconds': seconds[arm],
+      'curve': curve,
+      **ending(policy, p0, correct, beta),
+    }
+  result |= tabular_arms(p0, correct, seed, debug=debug)
+  return result | {'seconds': time.perf_counter() - began}
+
+
+def tabular_arms(p0, correct, seed: int, *, debug: bool) -> dict:
+  exact, drawn = [], {}
+  few = 5 if debug else len(p0)
+  say('tabular arms, exact')
+  for fixed in tables.exact(p0[:few], correct[:few], audit.BETA):
+    apart = tabular.total_variation(fixed.reached, fixed.predicted)
+    moved = tabular.total_variation(p0[:few], fixed.predicted)
+    row = {'name': fixed.name, 'tv': apart, 'moved': moved}
+    exact.append(row | solved(fixed.reached, correct[:few]))
+  for name, how in SAMPLED.items():
+    say(f'tabular arms, sampled: {name}')
+    how = how | (dict(visits=8, early=4) if debug else {})
+    out = tables.sampled(p0, correct, group=audit.GROUP, seed=seed, **how)
+    drawn[name] = {
+      **how,
+      'first': out.first,
+      'half': out.half,
+      'early': [solved(policy, correct) for policy in out.early],
+      'final': [solved(policy, correct) for policy in out.final],
+    }
+  return {'exact': exact, 'sampled': drawn}
+
+
+def reader(run: pathlib.Path, world):
+  """enumerate(run, step) -> (π `[64, 4096]` among the outputs, the most that a prompt had
+  outside of them), of runs of this model: one program for all."""
+  config = read_config(run / 'config.json')
+  words = tokenizers.load(path=config['tokenizer']['path'])
+  model, like = config_lib.call('model', config['model'])
+  ids = np.array([words.encode(prompt) for prompt in world.prompts])
+  symbols = np.array(words.encode(language.SYMBOLS))
+
+  def enumerated(run: pathlib.Path, step: int | None = None):
+    params = checkpoint.saved_params(run / 'checkpoints', like, step)
+    logp = enumeration.sequence_logp(model, params, ids, symbols, language.LENGTH)
+    total = np.exp(logp).sum(-1, keepdims=True)
+    return np.exp(logp) / total, float((1 - total).max())
+
+  return enumerated
+
+
+def steps_asked(run: pathlib.Path) -> int:
+  return read_config(run / 'config.json')['steps']
+
+
+def steps_of(run: pathlib.Path) -> list[int]:
+  return sorted(
+    int(x.name) for x in (run / 'checkpoints').iterdir() if x.name.isdigit()
+  )
+
+
+def numbers(policy, p0, correct, train, beta: float) -> dict:
+  """Means over prompts, of the trained and the held-out ones."""
+  book = free_energy.ledger(policy, p0, correct)
+  out = {}
+  for part, rows in (('train', train), ('heldout', ~train)):
+    where = policy[rows], p0[rows], correct[rows]
+    out[part] = {
+      'reward': (where[0] * where[2]).sum(-1).mean(),
+      'entropy': -(where[0] * log(where[0])).sum(-1).mean(),
+      'eta': frontier.efficiency(*where).eta.mean,
+      **{name: getattr(book, name)[rows].mean() for name in book._fields},
+    }
+    for name, target in fixed_points(*where[1:], beta).items():
+      out[part][name] = tabular.total_variation(where[0], target).mean()
+  return out
+
+
+def ending(policy, p0, correct, beta: float) -> dict:
+  """What is kept of each prompt."""
+  out = solved(policy, correct)
+  book = free_energy.ledger(policy, p0, correct)._asdict()
+  for name, target in fixed_points(p0, correct, beta).items():
+    out[name] = tabular.total_variation(policy, target)
+    out[f'kl_{name}'] = tabular.kl(policy, target)
+  return out | {'ledger': book, 'log_ratio': log(policy / p0).max(-1)}
+
+
+def fixed_points(p0, correct, beta: float) -> dict:
+  if not beta:
+    return {}
+  reward = correct.astype(np.float64)
+  return {
+    'gibbs': tabular.gibbs(p0, reward, beta),
+    'k3': tabular.k3_fixed_point(p0, reward, beta),
+  }
+
+
+def solved(policy, correct) -> dict:
+  """π(C) of each prompt, and π of each correct output, prompt after prompt."""
+  return {'solved': (policy * correct).sum(-1), 'right': policy[correct]}
+
+
+def log(p):
+  return np.log(np.maximum(p, np.finfo(np.float64).tiny))
+
+
+def rounded(value):
+  """Plain JSON of six digits."""
+  if isinstance(value, dict):
+    return {name: rounded(x) for name, x in value.items()}
+  if isinstance(value, np.ndarray | list | tuple):
+    return [rounded(x) for x in value]
+  if isinstance(value, float | np.floating):
+    return float(f'{value:.6g}') if np.isfinite(value) else None
+  return value.item() if isinstance(value, np.generic) else value
+
+
+if __name__ == '__main__':
+  main()
