@@ -96,7 +96,7 @@ def frontier(axis, results):
         )
   axis.set(
     xlim=(-0.1, 6),
-    ylim=(0.1, 0.6),
+    ylim=(0, 0.6),
     xlabel='KL(π‖p0), nats an output',
     ylabel='mean π(C), trained prompts',
     title='Transformer arms: reward bought with KL',

@@ -26,15 +26,22 @@ DECADES = 3  # (c) that must be judged
 PEARSON = 0.9  # (d)
 UNREACHABLE = 1 / 100  # of ε_train; what begins below it should not be solved
 ROUTINELY = 0.05  # of such prompts
-EXACT = 0.02  # TV to Gibbs at which a transformer arm counts as one
+EXACT = 0.02  # TV to Gibbs that is near enough, though a table were nearer
+SEEDS = 3
 
 
 def load(folder: pathlib.Path = HERE / 'results') -> list[dict]:
-  """Raises ValueError without results."""
+  """Raises ValueError for fewer than SEEDS seeds, and for results of --debug."""
   files = sorted(folder.glob('seed*.json'))
-  if not files:
-    raise ValueError(f'{folder}: no seed*.json; run run.py --seed=0 first')
-  return [json.loads(file.read_text()) for file in files]
+  results = [json.loads(file.read_text()) for file in files]
+  for file, result in zip(files, results, strict=True):
+    if result['debug']:
+      raise ValueError(f'{file} is of --debug, a few steps: run its seed without')
+  if len(results) < SEEDS:
+    raise ValueError(
+      f'{folder} has {len(results)} of {SEEDS} seeds; run.py --seed=… writes one'
+    )
+  return results
 
 
 def judge(results: list[dict]) -> dict[str, tuple[bool, str]]:
@@ -51,7 +58,7 @@ def judge(results: list[dict]) -> dict[str, tuple[bool, str]]:
 
 
 def base(results):
-  gaps = [r['base']['data_kl'] for r in results]
+  gaps = [np.mean(r['base']['data_kl']) for r in results]
   entropy = np.mean([r['base']['data_entropy'] for r in results])
   said = ', '.join(f'{x:.3f}' for x in gaps)
   return max(gaps) <= 0.01, f'{said} nats an output above {entropy:.2f}'
@@ -158,34 +165,47 @@ def halves(results):
 
 
 def hidden(results):
-  below = solved = 0
+  """Of copies of prompts, in every sampled table, early and at its end.
+
+  Expected of them: the chance of a single success at p0 in all visits.
+  """
+  below = solved = expected = 0
   for r in results:
-    arm = r['sampled']['rloo']
-    for time, visits in (('early', r['rounds']), ('final', arm['visits'])):
-      for end in arm[time]:
-        start = np.array(r['base']['solved'])[: len(end['solved'])]
-        far = start < UNREACHABLE * np.exp(support.training(r['group'], visits))
-        below += far.sum()
-        solved += (np.array(end['solved'])[far] > 0.5).sum()
-  said = f'{solved} of {below} with p0 < ε_train/100 reached π(C) > ½'
-  return bool(solved <= ROUTINELY * below), said if below else 'no such prompt'
+    for arm in r['sampled'].values():
+      for time, visits in (('early', r['rounds']), ('final', arm['visits'])):
+        for end in arm[time]:
+          start = np.array(r['base']['solved'])[: len(end['solved'])]
+          far = start < UNREACHABLE * np.exp(support.training(r['group'], visits))
+          below += far.sum()
+          solved += (np.array(end['solved'])[far] > 0.5).sum()
+          expected -= np.expm1(r['group'] * visits * np.log1p(-start[far])).sum()
+  said = (
+    f'{solved} of {below} with p0 < ε_train/100 reached π(C) > ½; a success was to be '
+    f'expected of {expected:.1f}'
+  )
+  return bool(below > 0 and solved <= ROUTINELY * below), said
 
 
 def interferes(results):
-  """An exact tilt is near Gibbs and lowers no prompt's pass@k."""
+  """A transformer that were an exact tilt would be as near to Gibbs on its prompts as a
+  table after as many visits, and would take nothing from any prompt, trained or not."""
   tilts, near = [], []
   for r in results:
-    start = np.array(r['base']['solved'])
+    start, train = np.array(r['base']['solved']), np.array(r['train'])
+    copies = [end['gibbs'] for end in r['sampled']['rloo_k1_reward']['early']]
+    table = np.mean(copies, 0)[train].mean()
     for name, arm in r['arms'].items():
       if arm['beta']:
-        end = np.array(arm['solved'])
-        apart = np.mean(arm['gibbs'])
-        lost = -gains(start, end)
-        near.append((apart, (lost.max(-1) > LOST).mean(), name))
-        if apart <= EXACT and lost.max() <= LOST:
+        apart = np.array(arm['gibbs'])[train].mean()
+        lost = -gains(start, np.array(arm['solved'])).min(-1)
+        near.append((apart, table, (lost > LOST).mean(), name))
+        if apart <= max(EXACT, table) and lost.max() <= LOST:
           tilts.append(name)
-  apart, losers, name = min(near)
-  said = f'nearest {name}, TV {apart:.3f} to Gibbs, {losers:.0%} of prompts lose'
+  apart, table, losers, name = min(near)
+  said = (
+    f'nearest {name}, TV {apart:.3f} to Gibbs (a table after as many visits {table:.3f}), '
+    f'{losers:.0%} of prompts lose'
+  )
   return not tilts, said
 
 

@@ -4,8 +4,10 @@
   python experiments/2026_li_free_energy/run.py --seed=0 --debug --to=debug.json
 
 The seed is the world's number, the base's and the arms'. Runs lie in --runs, and a stopped
-one goes on. What is written is for judge.py and figure.py: of every arm its curve, and of
-its end π(C) of each prompt, π of each correct output and the three terms of the KL.
+one goes on. What is written is for judge.py, summary.py and figure.py.
+
+The outcomes of a prompt are its 4,096 outputs and, last, anything else: what a policy
+writes that is none of them, whatever it is, is one outcome without a reward.
 """
 
 from __future__ import annotations
@@ -67,12 +69,10 @@ def main(argv=None) -> None:
 def audited(seed: int, runs: pathlib.Path, arms: list[str], *, debug: bool) -> dict:
   began = time.perf_counter()
   world = language.describe(world=seed)
-  correct = world.correct
+  p_data, correct = (and_else(x) for x in (world.p_data, world.correct))
   trained = {row['prompt'] for row in language.make(part='train', world=seed).prompts}
   train = np.array([prompt in trained for prompt in world.prompts])
-  seconds = {}
   for arm in arms:
-    at = time.perf_counter()
     word = f'{arm},debug' if debug else arm
     argv = [
       f'--config={HERE / "config.py"}:{word}',
@@ -88,10 +88,9 @@ def audited(seed: int, runs: pathlib.Path, arms: list[str], *, debug: bool) -> d
     folder = runs / arm
     if not folder.is_dir() or steps_of(folder)[-1:] != [steps_asked(folder)]:
       raise SystemExit(f'{folder} was stopped; the same command goes on from there')
-    seconds[arm] = time.perf_counter() - at
   enumerated = reader(runs / 'base', world)
-  p0, outside = enumerated(runs / 'base')
-  entropy = -(world.p_data * log(world.p_data)).sum(-1)
+  p0 = enumerated(runs / 'base')
+  entropy = -(p_data * log(p_data)).sum(-1)
   result = {
     'seed': seed,
     'debug': debug,
@@ -101,9 +100,8 @@ def audited(seed: int, runs: pathlib.Path, arms: list[str], *, debug: bool) -> d
     'train': train.tolist(),
     'base': {
       'data_entropy': entropy.mean(),  # nats an output
-      'data_kl': tabular.kl(world.p_data, p0).mean(),  # cross-entropy − entropy
-      'outside': outside,
-      **solved(p0, correct),
+      'data_kl': tabular.kl(p_data, p0),  # cross-entropy − entropy
+      **ending(p0, correct),
     },
     'arms': {},
   }
@@ -111,14 +109,14 @@ def audited(seed: int, runs: pathlib.Path, arms: list[str], *, debug: bool) -> d
     say(f'measuring {arm}')
     beta, curve = audit.BETAS.get(arm, 0.0), []
     for step in steps_of(runs / arm):
-      policy, outside = enumerated(runs / arm, step)
-      row = numbers(policy, p0, correct, train, beta)
-      curve.append({'step': step, 'outside': outside, **row})
+      policy = enumerated(runs / arm, step)
+      curve.append({'step': step, **numbers(policy, p0, correct, train, beta)})
     result['arms'][arm] = {
       'beta': beta,
-      'seconds': seconds[arm],
       'curve': curve,
-      **ending(policy, p0, correct, beta),
+      'log_ratio': log(policy / p0).max(-1),
+      **ending(policy, correct),
+      **to_fixed_points(policy, p0, correct, beta),
     }
   result |= tabular_arms(p0, correct, seed, debug=debug)
   return result | {'seconds': time.perf_counter() - began}
@@ -132,24 +130,23 @@ def tabular_arms(p0, correct, seed: int, *, debug: bool) -> dict:
     apart = tabular.total_variation(fixed.reached, fixed.predicted)
     moved = tabular.total_variation(p0[:few], fixed.predicted)
     row = {'name': fixed.name, 'tv': apart, 'moved': moved}
-    exact.append(row | solved(fixed.reached, correct[:few]))
+    exact.append(row | ending(fixed.reached, correct[:few]))
   for name, how in SAMPLED.items():
     say(f'tabular arms, sampled: {name}')
     how = how | (dict(visits=8, early=4) if debug else {})
     out = tables.sampled(p0, correct, group=audit.GROUP, seed=seed, **how)
-    drawn[name] = {
-      **how,
-      'first': out.first,
-      'half': out.half,
-      'early': [solved(policy, correct) for policy in out.early],
-      'final': [solved(policy, correct) for policy in out.final],
-    }
+    beta = how.get('beta', 0.0)
+    drawn[name] = {**how, 'first': out.first, 'half': out.half}
+    for time_, policies in (('early', out.early), ('final', out.final)):
+      drawn[name][time_] = [
+        ending(policy, correct) | to_fixed_points(policy, p0, correct, beta)
+        for policy in policies
+      ]
   return {'exact': exact, 'sampled': drawn}
 
 
 def reader(run: pathlib.Path, world):
-  """enumerate(run, step) -> (π `[64, 4096]` among the outputs, the most that a prompt had
-  outside of them), of runs of this model: one program for all."""
+  """enumerate(run, step) -> π `[64, 4097]`, of runs of this model: one program for all."""
   config = read_config(run / 'config.json')
   words = tokenizers.load(path=config['tokenizer']['path'])
   model, like = config_lib.call('model', config['model'])
@@ -158,11 +155,14 @@ def reader(run: pathlib.Path, world):
 
   def enumerated(run: pathlib.Path, step: int | None = None):
     params = checkpoint.saved_params(run / 'checkpoints', like, step)
-    logp = enumeration.sequence_logp(model, params, ids, symbols, language.LENGTH)
-    total = np.exp(logp).sum(-1, keepdims=True)
-    return np.exp(logp) / total, float((1 - total).max())
+    return enumeration.distribution(model, params, ids, symbols, language.LENGTH)
 
   return enumerated
+
+
+def and_else(outputs):
+  """`[P, 4096]` and a last column, 0: of the corpus and of C, anything else is no part."""
+  return np.pad(outputs, ((0, 0), (0, 1)))
 
 
 def steps_asked(run: pathlib.Path) -> int:
@@ -176,48 +176,47 @@ def steps_of(run: pathlib.Path) -> list[int]:
 
 
 def numbers(policy, p0, correct, train, beta: float) -> dict:
-  """Means over prompts, of the trained and the held-out ones."""
+  """Means over prompts, of the trained and the held-out ones.
+
+  policy, p0, correct: `[P, Y]`, anything else last · train: `[P]` bool
+  """
   book = free_energy.ledger(policy, p0, correct)
+  apart = to_fixed_points(policy, p0, correct, beta)
   out = {}
   for part, rows in (('train', train), ('heldout', ~train)):
     where = policy[rows], p0[rows], correct[rows]
     out[part] = {
       'reward': (where[0] * where[2]).sum(-1).mean(),
-      'entropy': -(where[0] * log(where[0])).sum(-1).mean(),
+      'outside': where[0][:, -1].mean(),
       'eta': frontier.efficiency(*where).eta.mean,
       **{name: getattr(book, name)[rows].mean() for name in book._fields},
+      **{name: x[rows].mean() for name, x in apart.items()},
     }
-    for name, target in fixed_points(*where[1:], beta).items():
-      out[part][name] = tabular.total_variation(where[0], target).mean()
   return out
 
 
-def ending(policy, p0, correct, beta: float) -> dict:
-  """What is kept of each prompt."""
-  out = solved(policy, correct)
-  book = free_energy.ledger(policy, p0, correct)._asdict()
-  for name, target in fixed_points(p0, correct, beta).items():
-    out[name] = tabular.total_variation(policy, target)
-    out[f'kl_{name}'] = tabular.kl(policy, target)
-  return out | {'ledger': book, 'log_ratio': log(policy / p0).max(-1)}
+def ending(policy, correct) -> dict:
+  """Of each prompt π(C) and π of anything else; π of each correct output, in a row."""
+  return {
+    'solved': (policy * correct).sum(-1),
+    'outside': policy[:, -1],
+    'right': policy[correct],
+  }
 
 
-def fixed_points(p0, correct, beta: float) -> dict:
+def to_fixed_points(policy, p0, correct, beta: float) -> dict:
+  """TV `[P]` to Gibbs at β and to β·p0/(λ − r); nothing where β is 0."""
   if not beta:
     return {}
   reward = correct.astype(np.float64)
   return {
-    'gibbs': tabular.gibbs(p0, reward, beta),
-    'k3': tabular.k3_fixed_point(p0, reward, beta),
+    'gibbs': tabular.total_variation(policy, tabular.gibbs(p0, reward, beta)),
+    'k3': tabular.total_variation(policy, tabular.k3_fixed_point(p0, reward, beta)),
   }
 
 
-def solved(policy, correct) -> dict:
-  """π(C) of each prompt, and π of each correct output, prompt after prompt."""
-  return {'solved': (policy * correct).sum(-1), 'right': policy[correct]}
-
-
 def log(p):
+  """Of 0 the least that float64 has."""
   return np.log(np.maximum(p, np.finfo(np.float64).tiny))
 
 

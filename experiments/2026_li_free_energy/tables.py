@@ -1,4 +1,4 @@
-"""Tabular arms: a logit for every output of every prompt, so that nothing is shared.
+"""Tabular arms: a logit for every outcome of every prompt, so that nothing is shared.
 
 They start at p0, the transformer's own, and go through the same loss functions.
 
@@ -54,12 +54,15 @@ def exact(p0: np.ndarray, correct: np.ndarray, beta: float) -> list[Fixed]:
   reward = correct.astype(np.float64)
   gibbs = tabular.gibbs(p0, reward, beta)
   k3 = tabular.k3_fixed_point(p0, reward, beta)
-  among = p0 * correct / (p0 * correct).sum(-1, keepdims=True)
+
+  def verified(policy):
+    """What expert iteration imitates: the correct ones of a policy's own samples."""
+    return policy * correct / (policy * correct).sum(-1, keepdims=True)
+
+  among = verified(p0)
   # P(y ≻ y') of a partner drawn evenly, up to what is the same for all y.
   preferred = tabular.gibbs(p0, (BRADLEY_TERRY - 0.5) * reward, beta)
   climb = functools.partial(ascended, p0, reward)
-  second = imitated(p0, among)  # expert iteration: imitate, look again, imitate
-  again = second * correct / (second * correct).sum(-1, keepdims=True)
   ipo = functools.partial(preferring, p0, correct, variant='ipo', beta=beta)
   return [
     Fixed('k1 in the reward', gibbs, climb(in_reward=beta)),
@@ -73,8 +76,8 @@ def exact(p0: np.ndarray, correct: np.ndarray, beta: float) -> list[Fixed]:
     Fixed('no KL', among, climb()),
     Fixed('DPO, Bradley–Terry', gibbs, preferring(p0, correct, beta=beta)),
     Fixed('IPO', preferred, ipo()),
-    Fixed('SFT on verified', among, second),
-    Fixed('expert iteration', among, imitated(second, again)),
+    Fixed('SFT on verified', among, imitated(p0, lambda _: among)),
+    Fixed('expert iteration', among, imitated(p0, verified)),
   ]
 
 
@@ -103,22 +106,24 @@ def ascended(p0, reward, *, in_reward=0.0, steps=400, rate=0.25, **setting):
     return descended(step, log_p0, steps)
 
 
-def imitated(start, target, *, steps=200, rate=0.5):
-  """π `[P, Y]` of maximum likelihood on samples of `target`, by sft.loss."""
+def imitated(p0, target, *, steps=200, rate=0.5):
+  """π `[P, Y]` after so many steps of maximum likelihood on samples of target(π), by
+  sft.loss. target: of the π `[P, Y]` that is being trained, looked at before every step"""
   with jax.enable_x64():
-    goal = jnp.asarray(target)
 
-    def loss(theta):
+    def loss(theta, goal):
       tokens = jnp.zeros((theta.size, 2), jnp.int32)
       return sft.loss(
         told(jax.nn.log_softmax(theta)), Batch(tokens, after_blank(goal))
       )[0].value * len(theta)
 
     def step(theta, _):
-      scale = jnp.maximum(jax.nn.softmax(theta), goal)
-      return theta - rate * jax.grad(loss)(theta) / scale, None
+      policy = jax.nn.softmax(theta)
+      goal = jnp.asarray(target(policy))
+      slope = jax.grad(loss)(theta, goal)
+      return theta - rate * slope / jnp.maximum(policy, goal), None
 
-    return descended(step, jnp.log(start), steps)
+    return descended(step, jnp.log(p0), steps)
 
 
 def preferring(p0, correct, *, steps=60, **setting):
@@ -163,7 +168,8 @@ def sampled(
 ) -> Sampled:
   """Groups drawn from the table, and the plain gradient of grpo.loss, visit by visit.
 
-  p0, correct: `[P, Y]` · beta: of k1 in the reward · rate: of the logits of a prompt
+  p0, correct: `[P, Y]` · early: at most `visits` · beta: of k1 in the reward · rate: of the
+  logits of a prompt
   """
   prompts = np.tile(np.arange(len(p0)), copies)
   right = correct[prompts]
@@ -172,9 +178,10 @@ def sampled(
   key, rows = jax.random.key(seed), np.repeat(np.arange(len(prompts)), group)
   assign = getattr(advantages, advantage)
   members = jnp.asarray(right)
-  early_policy, first, half = None, np.zeros(len(prompts)), np.zeros(len(prompts))
+  first, half = np.zeros(len(prompts)), np.zeros(len(prompts))
   for visit in range(1, visits + 1):
-    drawn, logp = draw(theta, jax.random.fold_in(key, visit), group)
+    with jax.enable_x64():
+      drawn, logp = draw(theta, jax.random.fold_in(key, visit), group)
     taken = np.asarray(drawn).ravel()
     wins = right[rows, taken]
     shaped = wins - beta * (np.asarray(logp).ravel() - log_p0[prompts[rows], taken])
@@ -187,7 +194,7 @@ def sampled(
       early_policy = policy(theta)
   shape = (copies, *p0.shape)
   return Sampled(
-    (policy(theta) if early_policy is None else early_policy).reshape(shape),
+    early_policy.reshape(shape),
     policy(theta).reshape(shape),
     first.reshape(copies, -1).astype(int),
     half.reshape(copies, -1).astype(int),
@@ -196,18 +203,22 @@ def sampled(
 
 @functools.partial(jax.jit, static_argnames='group')
 def draw(theta, key, group):
-  """Outputs and their log-probs, `[B, G]`, by the inverse of the distribution."""
-  log_pi = jax.nn.log_softmax(theta)
+  """Outcomes and their log-probs, `[B, G]`, by the inverse of the distribution.
+
+  In float64: a float32 uniform has steps of 1e-7, and chances of 1e-6 are waited for.
+  theta: `[B, Y]`
+  """
+  log_pi = jax.nn.log_softmax(theta.astype(jnp.float64))
   upto = jnp.cumsum(jnp.exp(log_pi), -1)
-  height = jax.random.uniform(key, (len(theta), group)) * upto[:, -1:]
+  height = jax.random.uniform(key, (len(theta), group), upto.dtype) * upto[:, -1:]
   taken = jax.vmap(functools.partial(jnp.searchsorted, side='right'))(upto, height)
-  taken = jnp.minimum(taken, theta.shape[-1] - 1)
+  taken = jnp.minimum(taken, theta.shape[-1] - 1).astype(jnp.int32)
   return taken, jnp.take_along_axis(log_pi, taken, -1)
 
 
 @jax.jit
 def update(theta, drawn, gains, members, rate):
-  """(the next logits, π(C) `[B]` after it)."""
+  """(the next logits `[B, Y]`, π(C) `[B]` after it). drawn, gains: `[B, G]`"""
 
   def loss(theta):
     logp = jnp.take_along_axis(jax.nn.log_softmax(theta), drawn, -1)

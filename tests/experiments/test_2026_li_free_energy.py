@@ -89,8 +89,10 @@ def test_the_plain_gradient_is_that_of_the_expected_reward(of):
   logits = np.log(P0) + 0.1 * tabular.policy_gradient(P0, CORRECT * 1.0)
   want = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
   moved = tabular.total_variation(want, P0)
-  # The share of 20,000 draws that are right is off by less than 1 %.
-  assert (tabular.total_variation(out.final[0], want) < 0.05 * moved + 1e-6).all()
+  right = (P0 * CORRECT).sum(-1)
+  noise = np.sqrt((1 - right) / right / how['group'])  # of the share that is right
+  assert (tabular.total_variation(out.final[0], want) < 4 * noise * moved + 1e-6).all()
+  assert noise.max() < 0.05
 
 
 def test_a_tilt_is_measured_as_one(of):
@@ -107,11 +109,12 @@ def test_a_tilt_is_measured_as_one(of):
     assert row['k3'] > 0.01
     assert row['eta'] == pytest.approx(1, abs=1e-6)
     assert row['total'] == pytest.approx(tabular.kl(tilt, P0)[at].mean())
-  end = run.ending(tilt, P0, CORRECT, BETA)
+    assert row['outside'] == pytest.approx(tilt[at, -1].mean())
+  end = run.ending(tilt, CORRECT)
   right = (P0 * CORRECT).sum(-1)
   # Every correct output gains the one factor e^{1/β}/Z.
   scale = np.exp(1 / BETA) / (1 - right + right * np.exp(1 / BETA))
-  np.testing.assert_allclose(end['log_ratio'], np.log(scale))
+  np.testing.assert_allclose(end['solved'], right * scale)
   np.testing.assert_allclose(end['right'], (P0 * scale[:, None])[CORRECT])
   collapsed = np.where((P0 * CORRECT).max(-1, keepdims=True) == P0, 1.0, 1e-9)
   collapsed = (collapsed / collapsed.sum(-1, keepdims=True) + P0) / 2
@@ -129,16 +132,16 @@ def test_json_has_six_digits_and_no_nan(of):
 def planted(seed=0):
   """What an audit would say in which all of the theory holds."""
   rng = np.random.default_rng(seed)
-  start = np.logspace(-5, -0.6, 60)
+  start = np.logspace(-5.2, -0.6, 60)
   tilted = start * 100 / (1 + 99 * start)
   chance = 1 - (1 - start) ** 16
   first = rng.geometric(chance, size=(4, 60))
   first = np.where(first > 6000, 0, first)
   half = np.round(2 / start / 16).astype(int) + 1
   half = np.where(half > 6000, 0, half)
-  table = {'solved': tilted.tolist()}
+  table = {'solved': tilted.tolist(), 'right': tilted.tolist()}
   row = dict(reward=0.9, total=1.0, price=0.8, collapse=0.1, drift=0.1, eta=0.7)
-  row |= dict(gibbs=0.2, k3=0.3)
+  row |= dict(gibbs=0.2, k3=0.3, outside=0.1)
   end = np.where(np.arange(60) % 7 == 0, start / 10, tilted)
   arm = dict(beta=0.2, solved=end.tolist(), gibbs=[0.2] * 60, log_ratio=[5.0] * 60)
   arm['curve'] = [{'train': row, 'heldout': dict(row)}]
@@ -147,7 +150,13 @@ def planted(seed=0):
     'group': 16,
     'rounds': 200,
     'train': [True] * 45 + [False] * 15,
-    'base': dict(solved=start.tolist(), data_kl=0.004, data_entropy=7.0),
+    'base': dict(
+      solved=start.tolist(),
+      right=start.tolist(),
+      outside=[0.001] * 60,
+      data_kl=[0.004] * 60,
+      data_entropy=7.0,
+    ),
     'arms': {'rloo': arm},
     'exact': [dict(name='k1', tv=[1e-6] * 60, moved=[0.3] * 60, **table)],
     'sampled': {
@@ -157,7 +166,12 @@ def planted(seed=0):
         half=np.broadcast_to(half, (4, 60)).tolist(),
         early=[{'solved': start.tolist()}] * 4,
         final=[table] * 4,
-      )
+      ),
+      'rloo_k1_reward': dict(
+        visits=1000,
+        early=[{'solved': start.tolist(), 'gibbs': [0.09] * 60}] * 2,
+        final=[table] * 2,
+      ),
     },
   }
 
@@ -179,7 +193,7 @@ def change(results, *path, to):
 @pytest.mark.parametrize(
   ('criterion', 'path', 'to'),
   [
-    ('base', ('base', 'data_kl'), lambda x: 0.011),
+    ('base', ('base', 'data_kl'), lambda x: [0.011] * len(x)),
     ('fixed_points', ('exact', 0, 'tv'), lambda x: [*x[1:], 0.02]),
     # Small, and yet most of the way to a fixed point that is near.
     ('fixed_points', ('exact', 0, 'moved'), lambda x: [*x[1:], 4e-5]),
@@ -210,43 +224,84 @@ def test_one_number_in_one_seed_fails(of, criterion, path, to):
 def test_what_would_falsify_the_theory_is_seen(of):
   judge, results = of['judge'], [planted(0)]
   results[0]['base']['solved'][0] = 1e-9
+  assert judge.hidden(results)[0]
+  results[0]['base']['solved'][:2] = [1e-3, 1e-3]
+  passed, said = judge.hidden(results)
+  assert not passed  # of nobody nothing is seen
+  assert said.startswith('0 of 0')
+  results[0]['base']['solved'][0] = 1e-9
   results[0]['exact'][0]['solved'][0] = 1.0
   for time in ('early', 'final'):
     results[0]['sampled']['rloo'][time] = [{'solved': [1.0] * 60}] * 4
   assert not judge.hidden(results)[0]
-  results = [planted(0)]
+
+
+def test_an_arm_that_is_an_exact_tilt_of_what_it_was_trained_on_is_seen(of):
+  """Prompts that were never rewarded stay as they were: far from Gibbs, and no matter."""
+  judge, results = of['judge'], [planted(0)]
   arm, start = results[0]['arms']['rloo'], results[0]['base']['solved']
-  arm['gibbs'] = [0.01] * 60
+  train = np.array(results[0]['train'])
+  arm['gibbs'] = np.where(train, 0.01, 0.6).tolist()
   assert judge.interferes(results)[0]  # near, but prompts lose
-  arm['solved'] = start
+  arm['solved'] = np.where(train, np.minimum(1, 2 * np.array(start)), start).tolist()
   assert not judge.interferes(results)[0]
+  arm['gibbs'] = np.where(train, 0.08, 0.6).tolist()  # a table is no nearer
+  assert not judge.interferes(results)[0]
+  arm['gibbs'] = np.where(train, 0.1, 0.6).tolist()
+  assert judge.interferes(results)[0]
 
 
 def test_what_sharing_adds_is_told_of_prompts_that_no_table_finds(of):
-  sharing, results = of['summary'].sharing, [planted(0)]
+  results = [planted(0)]
   start = np.array(results[0]['base']['solved'])
   below = start < 1 - 0.05 ** (1 / 3200)
   end = np.where(below, start + 0.25, start)
+  end[1] = 0.75
   results[0]['arms']['rloo']['solved'] = end.tolist()
-  said = sharing(results)
-  assert said.startswith('+0.2500')
+  said = of['summary'].sharing(results)
+  rise = 0.25 + (0.5 - start[1]) / below[:45].sum()
+  assert said.startswith(f'{rise:+.4f}')
   assert f'{below[:45].sum()} prompts' in said
-  assert sharing(results, part='heldout') == 'no prompt begins below ε_train'
+  header, rule, arm, *tables = of['summary'].reached(results).splitlines()
+  assert header.count('|') == rule.count('|') == arm.count('|') == tables[0].count('|')
+  count = below[:45].sum()
+  assert arm.split(' | ')[1:4] == [f'{rise:+.4f}', f'{count} of {count}', '1']
+  assert '+0.0000 | 0 of 104 | 0' in tables[0].replace(f'{4 * count}', '104')
+  results[0]['base']['solved'] = [0.5] * 60
+  assert of['summary'].sharing(results) == 'no trained prompt begins below ε_train'
 
 
 def test_the_table_of_the_arms_has_means_over_seeds_and_who_lost(of):
   results = [planted(0), planted(1)]
   results[1]['arms']['rloo']['curve'][-1]['train']['reward'] = 0.7
-  header, rule, row = of['summary'].ends(results).splitlines()
-  assert header.count('|') == rule.count('|') == row.count('|')
+  lines = of['summary'].ends(results).splitlines()
+  header, _, base, row = lines
+  assert len({line.count('|') for line in lines}) == 1
   cells = dict(zip(header.split(' | '), row.split(' | '), strict=True))
   assert cells['reward'] == '0.80'  # of 0.9 and 0.7
   assert cells['never trained'] == '0.90'
-  assert cells['lose'] == '15%'  # 9 of 60
+  assert cells['lose'] == cells['halved'] == '16%'  # 7 of 45
+  assert cells['of never trained'] == '13%'  # 2 of 15
   assert cells['TV to Gibbs'] == '0.20'
+  assert 1e4 < float(cells['k*'].replace(',', '')) < 1e6
+  start = np.array(results[0]['base']['solved'])
+  assert f'| {start[:45].mean():.2f} | {start[45:].mean():.2f} | 0.00 |' in base
+  for r in results:
+    r['arms']['rloo']['solved'] = (start * 100 / (1 + 99 * start)).tolist()
+  row = of['summary'].ends(results).splitlines()[-1]
+  cells = dict(zip(header.split(' | '), row.split(' | '), strict=True))
+  assert (cells['lose'], cells['halved'], cells['k*']) == ('0%', '0%', 'none')
+
+
+def test_outputs_are_counted_one_by_one(of):
+  results = [planted(0)]
+  results[0]['sampled']['rloo']['final'] = [{'right': [0.9, *[0.0] * 59]}]
+  assert of['summary'].outputs(results) == (
+    'rloo -59 to -59, rloo_k1_reward 0 to 0, of 60 to 60'
+  )
 
 
 def test_what_nobody_reached_has_no_correlation(of):
   results = [planted(0)]
   change(results[0], 'sampled', 'rloo', 'half', to=lambda x: (0 * np.array(x)).tolist())
-  assert of['judge'].halves(results) == (False, 'seed 0: 0 prompts reached ½, of 48')
+  assert of['judge'].halves(results) == (False, 'seed 0: 0 prompts reached ½, of 47')

@@ -9,7 +9,7 @@ import pytest
 import toy
 
 from educe.losses.logprobs import score
-from educe.measurement.enumeration import sequence_logp
+from educe.measurement.enumeration import distribution, sequence_logp
 from educe.models import policy, presets
 from educe.types import Batch
 
@@ -52,6 +52,31 @@ def test_all_symbols_together_are_certain():
   model, params = toy.model(vocabulary=8)
   logp = sequence_logp(model, params, PROMPTS, np.arange(8), 3)
   np.testing.assert_allclose(np.exp(logp).sum(-1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize('batch_size', [1, 100])
+def test_anything_else_is_what_the_other_tokens_have(batch_size):
+  """Spelled with every token, the outputs that hold one that is no symbol."""
+  model, params = toy.model(vocabulary=8, softcap=3.0)
+  p = distribution(model, params, PROMPTS, SYMBOLS, 3, batch_size=batch_size)
+  assert p.shape == (3, 28)
+  every = np.exp(sequence_logp(model, params, PROMPTS, np.arange(8), 3))
+  outputs = np.array(list(itertools.product(range(8), repeat=3)))
+  inside = np.isin(outputs, SYMBOLS).all(-1)
+  np.testing.assert_allclose(p[:, :-1], every[:, inside], rtol=1e-5)
+  np.testing.assert_allclose(p[:, -1], every[:, ~inside].sum(-1), rtol=1e-5)
+  np.testing.assert_allclose(p.sum(-1), 1, atol=1e-12)
+
+
+def test_anything_else_can_be_very_little_or_nothing():
+  """1 − Σ would be the rounding of float32."""
+  model, params = toy.model(vocabulary=8, scale=12.0)
+  order = np.argsort(sequence_logp(model, params, PROMPTS[:1], np.arange(8), 1)[0])
+  p = distribution(model, params, PROMPTS[:1], order[1:], 1)
+  least = np.exp(sequence_logp(model, params, PROMPTS[:1], order[:1], 1))
+  assert 0 < least[0, 0] < 1e-9
+  np.testing.assert_allclose(p[0, -1], least[0, 0], rtol=1e-5)
+  assert (distribution(model, params, PROMPTS, np.arange(8), 2)[:, -1] == 0).all()
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ the same keys and values, each S times, so that every prefix is read once, and
   log π(y|x) = Σ_l log π(y_l | x, y_1 … y_{l−1})
 
 so that what a sampler only estimates is known (environments/language.py: 4,096 outputs).
+What holds a token that is no symbol is no output, and is counted as one event.
 """
 
 from __future__ import annotations
@@ -40,6 +41,36 @@ def sequence_logp(
   Raises ValueError for a length or batch_size below 1 and a temperature that is not
   positive.
   """
+  return _enumerated(model, params, prompts, symbols, length, temperature, batch_size)[
+    0
+  ]
+
+
+def distribution(
+  model: Model,
+  params: Params,
+  prompts: Int[np.ndarray, 'P T'],
+  symbols: np.ndarray,
+  length: int,
+  *,
+  temperature: float = 1.0,
+  batch_size: int = 2048,
+) -> Float[np.ndarray, 'P Y+1']:
+  """π(y|x) of all Y outputs and, last, of anything else; rows sum to 1.
+
+  Arguments and errors are those of `sequence_logp`. The last is a sum over the prefixes
+  after which a token that is no symbol comes, and no difference from 1: it is as exact at
+  1e-9 as at ½.
+  """
+  logp, other = _enumerated(
+    model, params, prompts, symbols, length, temperature, batch_size
+  )
+  p = np.column_stack([np.exp(logp), other])
+  return p / p.sum(-1, keepdims=True)  # of float32 log-probs: 1 within 1e-6
+
+
+def _enumerated(model, params, prompts, symbols, length, temperature, batch_size):
+  """(log π of all outputs `[P, Y]`, π of anything else `[P]`)."""
   if length < 1 or batch_size < 1 or not temperature > 0:
     raise ValueError(
       f'enumeration: {length=} and {batch_size=} must be at least 1, {temperature=} above 0'
@@ -48,30 +79,35 @@ def sequence_logp(
   size = max(1, batch_size // len(symbols) ** (length - 1))  # prompts side by side
   full = np.pad(prompts, ((0, -len(prompts) % size), (0, 0)))  # one shape, one program
   hashable = model._replace(axes=None, architecture=None, values=None)
-  out = []
+  out, others = [], []
   for at in range(0, len(full), size):
-    logp = np.zeros((size, 1))
-    for steps in _steps(
+    logp, other = np.zeros((size, 1)), np.zeros(size)
+    for steps, rest in _steps(
       hashable, length, temperature, params, jnp.asarray(symbols), full[at : at + size]
     ):
+      other += np.exp(logp + np.asarray(rest, np.float64).reshape(size, -1)).sum(-1)
       longer = np.asarray(steps, np.float64).reshape(size, -1, len(symbols))
       logp = (logp[..., None] + longer).reshape(size, -1)
     out.append(logp)
-  return np.concatenate(out)[: len(prompts)]
+    others.append(other)
+  return np.concatenate(out)[: len(prompts)], np.concatenate(others)[: len(prompts)]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _steps(
   model: Model, length: int, temperature: float, params: Params, symbols, rows
 ):
-  """Of each place l, `[B·S^l, S]`: log-probs of each symbol after each prefix."""
+  """Of each place l, after each prefix: log-probs of each symbol, `[B·S^l, S]`, and of
+  all other tokens together, `[B·S^l]`."""
   read = rows.shape[1]
   cache = model.init_cache(len(rows), read + length - 1)
   positions = jnp.broadcast_to(jnp.arange(read), rows.shape)
   out, slot = [], 0
   for place in range(length):
     states, cache = model.decode(params, cache, rows, positions, slot)
-    out.append(_log_probs(model, params, states[:, -1], temperature)[:, symbols])
+    logp = _log_probs(model, params, states[:, -1], temperature)
+    rest = jax.nn.logsumexp(logp.at[:, symbols].set(-jnp.inf), -1)
+    out.append((logp[:, symbols], rest))
     count, slot = len(rows), read + place
     rows = jnp.tile(symbols, count)[:, None]
     positions = jnp.full(rows.shape, slot)
