@@ -14,7 +14,6 @@ os.environ['XLA_FLAGS'] = (
 import jax
 import jaxtyping
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 # jaxtyping's annotations are promises; here they are kept.
 jaxtyping.install_import_hook(['educe.kernels', 'educe.losses'], 'beartype.beartype')
@@ -37,19 +36,18 @@ def mesh_of():
   return make
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session', autouse=True)
 def compile_once(tmp_path_factory):
-  """Whole runs compile the same programs again and again: they share a cache."""
-  names = ('jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs')
-  before = [getattr(jax.config, name) for name in names]
-  cache = str(tmp_path_factory.mktemp('cache'))
-  for name, value in zip(names, (cache, 0), strict=True):
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()
+  """The same programs come again in test after test: what was compiled is kept on disk."""
+  jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.mktemp('cache')))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def forget_programs():
+  """A compiled program is some ten memory maps, of which Linux gives a process 65,530."""
   yield
-  for name, value in zip(names, before, strict=True):
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()
+  jax.clear_caches()
 
 
 @pytest.fixture

@@ -69,7 +69,7 @@ def test_a_recipe_binds_and_its_optimizer_is_real(path, recipe):
 @pytest.mark.parametrize(
   ('path', 'recipe'), RUN, ids=[f'{path.stem}:{recipe}' for path, recipe in RUN]
 )
-def test_a_recipe_takes_its_debug_steps(path, recipe, tmp_path, capsys, compile_once):
+def test_a_recipe_takes_its_debug_steps(path, recipe, tmp_path, capsys):
   values = recipes.load([f'--config={path}:{recipe},debug'])
   for stage in stages(values):
     source = stage.get('source', stage.get('environment', {}).get('source', {}))

@@ -36,11 +36,9 @@ def get_config():
   return ml_collections.ConfigDict(dict(stages=('base', 'more'), base=base, more=more))
 """
 
-pytestmark = pytest.mark.usefixtures('compile_once')
-
 
 @pytest.fixture(scope='module')
-def runs(compile_once, tmp_path_factory):
+def runs(tmp_path_factory):
   folder = tmp_path_factory.mktemp('measure')
   (folder / 'config.py').write_text(CONFIG)
   flags = [f'--config={folder}/config.py', f'--run_dir={folder}/run']

@@ -57,9 +57,6 @@ def get_config():
 """
 
 
-pytestmark = pytest.mark.usefixtures('compile_once')
-
-
 @pytest.fixture(scope='module')
 def config(tmp_path_factory):
   path = tmp_path_factory.mktemp('config') / 'config.py'
@@ -81,7 +78,7 @@ def params_of(folder):
 
 
 @pytest.fixture(scope='module')
-def both(config, compile_once, tmp_path_factory):
+def both(config, tmp_path_factory):
   """The folder of a sequence that ran to its end."""
   folder = tmp_path_factory.mktemp('both')
   assert go(config, folder) == 0
@@ -296,7 +293,7 @@ def test_one_step_off_runs_on_a_mesh(alone, tmp_path):
 
 
 @pytest.fixture(scope='module')
-def ppo(config, compile_once, tmp_path_factory):
+def ppo(config, tmp_path_factory):
   """(a config: SFT, then PPO with a critic; the folder of its run)."""
   folder = tmp_path_factory.mktemp('ppo')
   text = pathlib.Path(config.partition('=')[2]).read_text()

@@ -288,7 +288,6 @@ def read(folder):
   return [r for r in rows if 'loss' in r], [r for r in rows if 'accuracy' in r]
 
 
-@pytest.mark.usefixtures('compile_once')
 def test_a_run_learns_its_pairs_stops_and_goes_on(config, tmp_path, capsys):
   def go(folder, *flags):
     return cli.main(['train', config, f'--run_dir={tmp_path / folder}', *flags])
@@ -337,7 +336,6 @@ def test_how_the_reference_follows_reaches_the_step(config, tmp_path, monkeypatc
   assert (options['reference_every'], options['reference_alpha']) == (3, 0.6)
 
 
-@pytest.mark.usefixtures('compile_once')
 def test_a_runs_reference_follows_at_the_pace_that_it_was_told(config, tmp_path):
   """Copied at every step, policy and reference are one, and the loss stays ln 2; moved
   by a millionth of the way, it all but stays where it was, and the loss falls."""
@@ -352,7 +350,6 @@ def test_a_runs_reference_follows_at_the_pace_that_it_was_told(config, tmp_path)
   assert losses['1e-6'][-1] < np.log(2) - 0.01
 
 
-@pytest.mark.usefixtures('compile_once')
 def test_what_a_run_refuses(config, tmp_path, capsys):
   def refused(*flags):
     assert cli.main(['train', config, f'--run_dir={tmp_path / "r"}', *flags]) == 1

@@ -66,8 +66,6 @@ def get_config():
 """
 )
 
-pytestmark = pytest.mark.usefixtures('compile_once')
-
 
 def train(folder, config, name='run'):
   (folder / 'config.py').write_text(config)

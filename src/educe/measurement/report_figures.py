@@ -80,8 +80,7 @@ def _pass_at_k(axes, found: Findings) -> None:
         votes.k, votes.rate, color=ORANGE, lw=1.5, ls=':', label='base, majority'
       )
   if (at := found.comparison.crossing) is not None:
-    axes.axvline(at, color=ORANGE, lw=1)
-    axes.annotate(f' k* = {at:.3g}', (at, 0.02), color=ORANGE, size=10)
+    axes.axvline(at, color=ORANGE, lw=1, label=f'crossing, k* = {at:.3g}')
   _budgets(axes, found.base.k)
   axes.set_ylim(0, 1.03)
   _percent(axes.yaxis)

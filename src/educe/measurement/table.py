@@ -42,7 +42,10 @@ SIDES = ('base', 'policy')
 BLOCK = 16  # prompts of one file
 ROUNDS = 4  # times batch_size samples are drawn, scored and written together
 HEADER = 'header.json'
-COLUMNS = {'reward', 'logp_base', 'logp_policy', 'length', 'completion', 'outcome'}
+COLUMNS = {
+  *('id', 'sample', 'prompt', 'answer', 'completion', 'parsed', 'outcome', 'stopped'),
+  *('reward', 'length', 'logp_base', 'logp_policy'),
+}
 
 
 class Side(NamedTuple):
@@ -282,14 +285,15 @@ def _read(folder: pathlib.Path) -> dict[tuple[Any, int], dict[str, Any]]:
     first, last = map(int, file.stem.split('-')[1:])
     try:
       found = transcripts.load(file)
-      keys = [(row['id'], row['sample']) for row in found]
-      whole = not len(found) % (last + 1 - first) and all(
-        row.keys() >= COLUMNS for row in found
-      )
-    except (ValueError, KeyError):
-      whole = False
-    if not whole:
-      raise ValueError(f'{file} is damaged: delete it and run measure again')
+      if lost := {name for row in found for name in COLUMNS - row.keys()}:
+        raise ValueError(f'rows without {", ".join(sorted(lost))}')
+      if len(found) % (last + 1 - first):
+        raise ValueError(f'cut off after {len(found)} rows')
+    except ValueError as error:
+      raise ValueError(
+        f'{file} is damaged ({error}): delete it and run measure again'
+      ) from None
+    keys = [(row['id'], row['sample']) for row in found]
     rows.update(zip(keys, found, strict=True))
   return rows
 
