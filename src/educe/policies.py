@@ -56,6 +56,9 @@ def open_policy(path: str, tokenizer: str | None = None, flag: str = '--model'):
   (which needs `tokenizer`), or a run folder (its newest checkpoint).
 
   flag: what errors call the path
+
+  Raises ValueError for what is none of these, a .bin without a tokenizer and a tokenizer
+  too large for the model; CheckpointError for a run without a checkpoint.
   """
   loader = loader_of(path, flag)
   if loader is None:
@@ -77,7 +80,10 @@ def _of_run(where: pathlib.Path) -> tuple[Model, Params, dict[str, Any]]:
 
 
 def loader_of(path: str, flag: str = '--model') -> Any:
-  """The module that reads a model file or folder; None for a run folder."""
+  """The module that reads a model file or folder; None for a run folder.
+
+  Raises ValueError for a path that is not there, or is none of these.
+  """
   try:
     where = paths.resolve(path)
   except FileNotFoundError as error:

@@ -206,7 +206,10 @@ def nearest_gibbs(
 def strength(rising: Callable, target: np.ndarray | float) -> np.ndarray:
   """b with rising(b) = target, of the target's shape, by halving log b.
 
-  rising: of b = 1/β, what only rises with it: a tilt's KL, its mean reward
+  rising: of an array of b = 1/β, place by place, what only rises with it: a tilt's KL, its
+    mean reward
+
+  A target that no b between WEAKEST and STRONGEST reaches has the nearer of the two.
   """
   low, high = (np.full(np.shape(target), math.log(x)) for x in (WEAKEST, STRONGEST))
   for _ in range(70):  # 62 in log b: then the next float64

@@ -30,6 +30,9 @@ REMAT = {
   'full': jax.checkpoint_policies.nothing_saveable,
   'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+# A loop over two layers costs a third of a small model's step; so few compile as fast
+# without one. Recomputed layers keep it, or XLA would merge what is to be recomputed.
+SHALLOW = 4
 # Finite, so that a row of masked scores has a softmax; float32's lowest would overflow
 # when two of them are added.
 MASKED = -1e30
@@ -261,6 +264,7 @@ class Transformer(nn.Module):
     x, _ = nn.scan(
       block,
       length=a.layers,
+      unroll=a.layers if a.layers <= SHALLOW and block is Block else 1,
       variable_axes={'params': 0},
       split_rngs={'params': True},
       in_axes=nn.broadcast,
