@@ -41,9 +41,10 @@ def sequence_logp(
   Raises ValueError for a length or batch_size below 1 and a temperature that is not
   positive.
   """
-  return _enumerated(model, params, prompts, symbols, length, temperature, batch_size)[
-    0
-  ]
+  logp, _ = _enumerated(
+    model, params, prompts, symbols, length, temperature, batch_size
+  )
+  return logp
 
 
 def distribution(
