@@ -1,7 +1,5 @@
 """Rows: every document once, whole, numbered, and never predicted by another."""
 
-import functools
-
 import grain
 import numpy as np
 import pytest
@@ -33,7 +31,8 @@ def packed_rows(lengths, bins=4, seed=0):
 
 
 def test_padding_by_hand():
-  row = packing.pad(without_fate(fit(document(3, 5), 5)), max_length=6, pad_id=PAD)
+  documents = [without_fate(fit(document(n, i), i)) for n, i in ((6, 4), (3, 5))]
+  rows = packing.pad(documents, max_length=6, pad_id=PAD)
   expected = dict(
     tokens=[500, 501, 502, PAD, PAD, PAD],
     mask=[0, 1, 1, 0, 0, 0],
@@ -42,9 +41,11 @@ def test_padding_by_hand():
     ids=[5, 5, 5, -1, -1, -1],
   )
   for name, values in expected.items():
-    np.testing.assert_array_equal(row[name], values, err_msg=name)
-    assert row[name].dtype == (np.float32 if name == 'mask' else np.int32)
-  assert set(row) == set(expected)
+    np.testing.assert_array_equal(rows[name][1], values, err_msg=name)
+    assert rows[name].dtype == (np.float32 if name == 'mask' else np.int32)
+  assert set(rows) == set(expected)
+  np.testing.assert_array_equal(rows['tokens'][0], documents[0]['tokens'])
+  np.testing.assert_array_equal(rows['positions'][0], np.arange(6))
 
 
 def test_packing_by_hand():
@@ -132,9 +133,8 @@ def test_overlong_documents():
 
 @pytest.mark.parametrize('rows', [1, 3, 4])
 def test_fill_rows(rows):
-  pad = functools.partial(packing.pad, max_length=T, pad_id=PAD)
-  some = [pad(without_fate(fit(document(5, i), i))) for i in range(rows)]
-  batch = {name: np.stack([row[name] for row in some]) for name in some[0]}
+  some = [without_fate(fit(document(5, i), i)) for i in range(rows)]
+  batch = packing.pad(some, max_length=T, pad_id=PAD)
   full = packing.fill_rows(batch, batch_size=4, pad_id=PAD)
   for name, values in full.items():
     assert values.shape == (4, T)

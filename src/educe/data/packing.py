@@ -10,6 +10,7 @@ predicts the first of the next, whoever shifts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import grain
@@ -43,22 +44,25 @@ def fit(
 
 
 def pad(
-  document: dict[str, np.ndarray], *, max_length: int, pad_id: int
+  documents: Sequence[dict[str, np.ndarray]], *, max_length: int, pad_id: int
 ) -> dict[str, np.ndarray]:
-  """One document a row."""
-  length = len(document['tokens'])
+  """A document a row, `[B, T]`."""
+  lengths = np.array([len(document['tokens']) for document in documents])
+  places = np.arange(max_length, dtype=np.int32)
+  inside = places < lengths[:, None]
 
-  def fill(values: np.ndarray, value: int) -> np.ndarray:
-    row = np.full(max_length, value, values.dtype)  # np.pad takes ten times as long
-    row[:length] = values
-    return row
+  def fill(name: str, value: int) -> np.ndarray:
+    joined = np.concatenate([document[name] for document in documents])
+    rows = np.full(inside.shape, value, joined.dtype)
+    rows[inside] = joined  # row by row, as they were joined
+    return rows
 
   return dict(
-    tokens=fill(document['tokens'], pad_id),
-    mask=fill(document['mask'], 0),
-    segments=fill(np.ones(length, np.int32), 0),
-    positions=fill(np.arange(length, dtype=np.int32), 0),
-    ids=fill(document['ids'], -1),
+    tokens=fill('tokens', pad_id),
+    mask=fill('mask', 0),
+    segments=inside.astype(np.int32),
+    positions=np.where(inside, places, 0),
+    ids=fill('ids', -1),
   )
 
 

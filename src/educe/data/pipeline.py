@@ -115,8 +115,9 @@ def make(
     limit=-(-len(source) // process_count),
     hint=f'max_length={max_length}, overlong={overlong!r}',
   )
-  rows = _rows(read, records, packing, max_length, tokenizer.pad_id, seed)
-  batches = rows.batch(batch_size, drop_remainder=drop_remainder)
+  shape = dict(max_length=max_length, pad_id=tokenizer.pad_id)
+  rows, together = _rows(read, records, packing, shape, seed)
+  batches = rows.batch(batch_size, drop_remainder=drop_remainder, batch_fn=together)
   fill = functools.partial(_fill_rows, batch_size=batch_size, pad_id=tokenizer.pad_id)
   if not drop_remainder:
     batches = batches.map(functools.partial(fill, records=records))
@@ -146,13 +147,13 @@ def make(
 
 
 # `packing` is a keyword of make(): the module is used through these.
-def _rows(read, records, packed, max_length, pad_id, seed):
+def _rows(read, records, packed, shape, seed):
+  """(what a batch has B of, what makes them one; None: their arrays are stacked)."""
   if packed:
-    return packing.pack(
-      read, max_length=max_length, pad_id=pad_id, bins=_BINS, seed=seed
-    )
-  pad = packing.pad if records == 'documents' else preference_rows.pad
-  return read.map(functools.partial(pad, max_length=max_length, pad_id=pad_id))
+    return packing.pack(read, bins=_BINS, seed=seed, **shape), None
+  if records == 'documents':
+    return read, functools.partial(packing.pad, **shape)
+  return read.map(functools.partial(preference_rows.pad, **shape)), None
 
 
 def _fill_rows(batch, records, batch_size, pad_id):

@@ -6,6 +6,7 @@ documents that were dropped stay in the stream until they are counted here.
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import signal
@@ -98,18 +99,26 @@ def in_order(start, *, count, encode, order) -> grain.MapDataset:
   # Indices, not records, so that a token still knows its record after the shuffle.
   indices = grain.MapDataset.range(count).seed(seed)
   if shuffle:
-    indices = indices.shuffle()
-  share = indices.repeat(epochs)[process_index::process_count]
-  return share[start:].map(encode)
+    indices = indices.shuffle()  # anew each epoch: its index goes on beyond `count`
+  first = process_index + start * process_count
+  end = sys.maxsize if epochs is None else epochs * count
+  share = grain.MapDataset.range(first, end, process_count)
+  return share.map(functools.partial(_document, indices, encode))
+
+
+def _document(indices: grain.MapDataset, encode, position: int):
+  return encode(indices[position])
 
 
 def _read(documents: grain.MapDataset, workers: int):
-  if workers and not flags.FLAGS.is_parsed():
+  if not workers:
+    # While the step before runs on the device. A thread that read ahead would take twice
+    # the time, and Grain's iterators without one half of it again.
+    return (documents[index] for index in range(len(documents)))
+  if not flags.FLAGS.is_parsed():
     # Grain reads its own flags; a program without absl's command line never parses any.
     flags.FLAGS.mark_as_parsed()
-  # Workers are asynchronous by themselves; without them records are read while the step
-  # before runs on the device. A thread that read ahead would take twice the time.
-  stream = documents.to_iter_dataset(
+  stream = documents.to_iter_dataset(  # workers are asynchronous by themselves
     grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
   )
   # Documents are a few kB: a pipe beats a shared-memory segment each, and nothing is
