@@ -95,8 +95,8 @@ def frontier(axis, results):
           label=name if index == 0 else None,
         )
   axis.set(
-    xlim=(-0.1, 6),
-    ylim=(0, 0.6),
+    xlim=(-0.1, 8.5),
+    ylim=(0, 0.7),
     xlabel='KL(π‖p0), nats an output',
     ylabel='mean π(C), trained prompts',
     title='Transformer arms: reward bought with KL',
