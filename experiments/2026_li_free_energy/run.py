@@ -137,8 +137,8 @@ def tabular_arms(p0, correct, seed: int, *, debug: bool) -> dict:
     out = tables.sampled(p0, correct, group=audit.GROUP, seed=seed, **how)
     beta = how.get('beta', 0.0)
     drawn[name] = {**how, 'first': out.first, 'half': out.half}
-    for time_, policies in (('early', out.early), ('final', out.final)):
-      drawn[name][time_] = [
+    for when, policies in (('early', out.early), ('final', out.final)):
+      drawn[name][when] = [
         ending(policy, correct) | to_fixed_points(policy, p0, correct, beta)
         for policy in policies
       ]
