@@ -18,6 +18,7 @@ import pathlib
 import sys
 import time
 
+import jax
 import numpy as np
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -68,6 +69,9 @@ def main(argv=None) -> None:
 
 def audited(seed: int, runs: pathlib.Path, arms: list[str], *, debug: bool) -> dict:
   began = time.perf_counter()
+  # Arms share most of their programs: half a minute of each arm was compiling.
+  jax.config.update('jax_compilation_cache_dir', str(runs / 'compiled'))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
   world = language.describe(world=seed)
   p_data, correct = (and_else(x) for x in (world.p_data, world.correct))
   trained = {row['prompt'] for row in language.make(part='train', world=seed).prompts}

@@ -129,17 +129,27 @@ def write(
 ) -> None:
   """rollouts/<round>.jsonl: every completion with its reward, its advantage, its tokens
   and, where the policy scored them again (`seen`), log π_old − the sampler's log-prob."""
-  rows = []
-  difference = None if seen is None else seen - np.asarray(batch.sampler_logp)
-  for row, transcript in enumerate(current.rollouts.transcripts):
-    at = np.flatnonzero(np.asarray(current.rollouts.mask)[row])
-    advantages = np.asarray(batch.advantages)[row, at]
-    extra: dict[str, Any] = {
-      'advantage': float(advantages.mean()) if len(at) else 0.0,
-      'tokens': [tokenizer.decode([t]) for t in np.asarray(batch.tokens)[row, at]],
-      'advantages': [round(float(x), 5) for x in advantages],
+  said = np.asarray(current.rollouts.mask) > 0
+  starts = np.cumsum(said.sum(-1))[:-1]
+
+  def by_row(x):
+    """What stands where a completion is: a list a row."""
+    return [part.tolist() for part in np.split(np.asarray(x)[said], starts)]
+
+  tokens, advantages = by_row(batch.tokens), by_row(batch.advantages)
+  texts = {token: tokenizer.decode([token]) for token in set().union(*tokens)}
+  rows = [
+    {
+      **transcript,
+      'advantage': sum(values) / max(len(values), 1),
+      'tokens': [texts[token] for token in ids],
+      'advantages': [round(value, 5) for value in values],
     }
-    if difference is not None:
-      extra['log_ratio'] = [round(float(x), 6) for x in difference[row, at]]
-    rows.append({**transcript, **extra})
+    for transcript, ids, values in zip(
+      current.rollouts.transcripts, tokens, advantages, strict=True
+    )
+  ]
+  if seen is not None:
+    for row, ratios in zip(rows, by_row(seen - batch.sampler_logp), strict=True):
+      row['log_ratio'] = [round(value, 6) for value in ratios]
   transcripts.save_round(run_dir, current.number, step, rows)

@@ -286,14 +286,14 @@ def _check_bos(tokenizer, ids) -> None:
     )
 
 
-def _encoded(ids: Sequence[int], mask: np.ndarray) -> Encoded:
-  mask = np.asarray(mask, np.float32)
-  mask[:1] = 0  # nothing comes before the first token to predict it from
-  if not mask.any():
+def _encoded(ids: Sequence[int], mask: Sequence[float] | np.ndarray) -> Encoded:
+  trained = np.array(mask, np.float32)
+  trained[:1] = 0  # nothing comes before the first token to predict it from
+  if not np.count_nonzero(trained):
     raise ValueError(
       'record is all prompt: no token would be trained on; give it a completion'
     )
-  return Encoded(np.asarray(ids, np.int32), mask)
+  return Encoded(np.array(ids, np.int32), trained)
 
 
 def encode_prompt(
@@ -329,15 +329,16 @@ def _bos(tokenizer) -> list[int]:
 def _encode_text(tokenizer, prompt: str, completion: str) -> Encoded:
   """prompt + completion + EOS, trained from the completion's first character."""
   ids, offsets = tokenizer.encode_with_offsets(prompt + completion)
+  start = len(prompt) or -1
   # (A space that the vocabulary puts before the text has no characters of its own.)
-  mask = [float(not prompt or end > len(prompt)) for _, end in offsets]
-  ids = _bos(tokenizer) + ids
-  mask = [0.0] * (len(ids) - len(mask)) + mask
+  mask = [end > start for _, end in offsets]
+  if tokenizer.add_bos:
+    ids, mask = _bos(tokenizer) + ids, [False, *mask]
   _check_bos(tokenizer, ids)
   if ids and ids[-1] not in tokenizer.eos_ids:  # not twice, if the data wrote it
     ids.append(tokenizer.eos_ids[0])
-    mask.append(1.0)
-  return _encoded(ids, np.array(mask))
+    mask.append(True)
+  return _encoded(ids, mask)
 
 
 def encode_record(
@@ -352,12 +353,12 @@ def encode_record(
 
   Raises ValueError naming the columns if they are none of these.
   """
-  columns = {name for name, value in record.items() if value is not None}
-  tools = record.get('tools')
-  if 'messages' in columns:
-    return encode_conversation(tokenizer, record['messages'], tools=tools)
-  if {'prompt', 'completion'} <= columns:
-    prompt, completion = record['prompt'], record['completion']
+  said, prompt, completion, text, tools = (
+    record.get(name) for name in ('messages', 'prompt', 'completion', 'text', 'tools')
+  )
+  if said is not None:
+    return encode_conversation(tokenizer, said, tools=tools)
+  if prompt is not None and completion is not None:
     if isinstance(prompt, str) and isinstance(completion, str):
       if not completion:
         raise ValueError('completion is empty: the record is all prompt')
@@ -368,10 +369,11 @@ def encode_record(
         f'(got {type(prompt).__name__} and {type(completion).__name__})'
       )
     return _encode_chat_completion(tokenizer, prompt, completion, tools)
-  if 'text' in columns:
-    if not isinstance(record['text'], str) or not record['text']:
-      raise ValueError(f'text: expected a non-empty string, got {record["text"]!r}')
-    return _encode_text(tokenizer, '', record['text'])
+  if text is not None:
+    if not isinstance(text, str) or not text:
+      raise ValueError(f'text: expected a non-empty string, got {text!r}')
+    return _encode_text(tokenizer, '', text)
+  columns = {name for name, value in record.items() if value is not None}
   raise ValueError(
     f'record has columns {sorted(columns)}; expected {ACCEPTED}. Rename yours with '
     "columns=dict(prompt='question', completion='answer') or the like"

@@ -39,7 +39,7 @@ def fit(
       fate = TRUNCATED if mask.any() else MASKED
   if fate in (OVERLONG, MASKED):
     tokens, mask = tokens[:0], mask[:0]
-  ids = np.full(len(tokens), record, np.int32)
+  ids = np.array([record] * len(tokens), np.int32)
   return dict(tokens=tokens, mask=mask, ids=ids, fate=fate)
 
 

@@ -12,12 +12,18 @@ import os
 import signal
 import sys
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import grain
 from absl import flags
 
 from educe.data import packing
+
+
+class Documents(NamedTuple):
+  places: range  # in the global order, across epochs
+  document: Callable[[int], dict[str, Any]]  # the one at a place
 
 
 class Records(grain.IterDataset):
@@ -93,7 +99,7 @@ class RecordsIterator(grain.DatasetIterator):
     return 'Records'
 
 
-def in_order(start, *, count, encode, order) -> grain.MapDataset:
+def in_order(start, *, count, encode, order) -> Documents:
   """This process's documents from its `start`-th on; nothing is read yet."""
   shuffle, seed, epochs, process_index, process_count = order
   # Indices, not records, so that a token still knows its record after the shuffle.
@@ -102,23 +108,25 @@ def in_order(start, *, count, encode, order) -> grain.MapDataset:
     indices = indices.shuffle()  # anew each epoch: its index goes on beyond `count`
   first = process_index + start * process_count
   end = sys.maxsize if epochs is None else epochs * count
-  share = grain.MapDataset.range(first, end, process_count)
-  return share.map(functools.partial(_document, indices, encode))
+  document = functools.partial(_document, indices, encode)
+  return Documents(range(first, end, process_count), document)
 
 
 def _document(indices: grain.MapDataset, encode, position: int):
   return encode(indices[position])
 
 
-def _read(documents: grain.MapDataset, workers: int):
+def _read(documents: Documents, workers: int):
+  places, document = documents
   if not workers:
     # While the step before runs on the device. A thread that read ahead would take twice
-    # the time, and Grain's iterators without one half of it again.
-    return (documents[index] for index in range(len(documents)))
+    # the time, and Grain's pipelines half of it again.
+    return (document(place) for place in places)
   if not flags.FLAGS.is_parsed():
     # Grain reads its own flags; a program without absl's command line never parses any.
     flags.FLAGS.mark_as_parsed()
-  stream = documents.to_iter_dataset(  # workers are asynchronous by themselves
+  stream = grain.MapDataset.range(places.start, places.stop, places.step).map(document)
+  stream = stream.to_iter_dataset(  # workers are asynchronous by themselves
     grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
   )
   # Documents are a few kB: a pipe beats a shared-memory segment each, and nothing is

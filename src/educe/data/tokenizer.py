@@ -83,10 +83,8 @@ class Tokenizer:
     continuation: `ids` continue a text. Vocabularies that put a space before the text
       (llama2.c, Llama 2) drop it here only if this is False.
     """
-    ids = [int(i) for i in ids]
-    if skip_special:
-      ids = [i for i in ids if i not in self.special_ids]
-    data = b''.join(map(self.token_bytes, ids))
+    left_out = self.special_ids if skip_special else ()
+    data = b''.join([self.token_bytes(int(i)) for i in ids if i not in left_out])
     if self._dummy_prefix and not continuation:
       data = data.removeprefix(b' ')
     return data.decode('utf-8', errors='replace')

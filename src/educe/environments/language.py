@@ -64,6 +64,7 @@ STEPS_AT_HOLE = (LIKELY, LIKELY, LIKELY, LIKELY, 0.1, 0.05, 0.05, 0.0)
 PREFIXES = sum(len(SYMBOLS) ** length for length in range(LENGTH))
 # [4096, 4]: the symbols of each output.
 OUTPUTS = np.indices((len(SYMBOLS),) * LENGTH).reshape(LENGTH, -1).T
+TEXTS = [''.join(output) for output in itertools.product(SYMBOLS, repeat=LENGTH)]
 HELD_OUT = 4  # every fourth prompt of a regime
 
 
@@ -212,7 +213,7 @@ def text(output: int) -> str:
   """The output of an index 0 … 4095, in alphabetical order: 0 is 'aaaa', 1 'aaab'."""
   if not 0 <= output < COUNT:
     raise ValueError(f'output={output}: must be in 0..{COUNT - 1}')
-  return ''.join(SYMBOLS[symbol] for symbol in OUTPUTS[output])
+  return TEXTS[output]
 
 
 def index(output: str) -> int:

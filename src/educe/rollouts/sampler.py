@@ -86,6 +86,7 @@ def sample(
   out = _blank(len(prompts), max_new_tokens)
   row_of = np.full(rows, -1)  # whose slot it is; −1: free
   began = np.zeros(rows, int)  # the step at which it entered
+  places = np.arange(max_new_tokens)
   waiting = list(range(len(prompts)))[::-1]  # the next one last
   ends = np.asarray(eos_ids, np.int32), None if stop is None else jax.device_put(stop)
   while True:
@@ -102,16 +103,17 @@ def sample(
     )
     host = jax.device_get(slots._replace(cache=None))
     ended = np.flatnonzero((row_of >= 0) & ~host.live)
-    for slot in ended:
-      row, count = row_of[slot], host.drawn[slot]
-      columns = (began[slot] + np.arange(count)) % max_new_tokens
-      out.tokens[row, :count] = host.tokens[slot, columns]
-      out.logp[row, :count] = host.logp[slot, columns]
-      out.kept[row, :count] = host.kept[slot, columns]
-      out.length[row], out.stopped[row] = count, host.stopped[slot]
-    row_of_ended = row_of[ended]
+    rows_ended = row_of[ended]
     row_of[ended] = -1
-    if not np.isfinite(out.logp[row_of_ended]).all():
+    out.length[rows_ended] = host.drawn[ended]
+    out.stopped[rows_ended] = host.stopped[ended]
+    # Its first token is in the column of the step at which it entered.
+    column = (began[ended, None] + places) % max_new_tokens
+    drawn = places < host.drawn[ended, None]
+    for ours, theirs in zip(out[:3], (host.tokens, host.logp, host.kept), strict=True):
+      found = theirs[ended[:, None], column]
+      ours[rows_ended] = np.where(drawn, found, ours[rows_ended])
+    if not np.isfinite(out.logp[rows_ended]).all():
       raise ValueError(
         'the model gives probabilities that are not finite (NaN logits): its weights are '
         'damaged, or overflow in its compute_dtype'

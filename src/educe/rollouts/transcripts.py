@@ -15,8 +15,8 @@ from educe import paths
 def save(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
   """One JSON object a line; the file appears whole or not at all."""
   path = pathlib.Path(path)
-  lines = (json.dumps(row, ensure_ascii=False, default=str) for row in rows)
-  paths.write(path, ''.join(f'{line}\n' for line in lines))
+  line = json.JSONEncoder(ensure_ascii=False, default=str).encode
+  paths.write(path, ''.join(f'{line(row)}\n' for row in rows))
 
 
 def save_round(
