@@ -13,13 +13,19 @@ writes that is none of them, whatever it is, is one outcome without a reward.
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
+import contextlib
+import functools
 import json
+import logging
+import multiprocessing
 import pathlib
 import sys
 import time
 
 import jax
 import numpy as np
+import tqdm
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path[:0] = [
@@ -38,6 +44,8 @@ from educe.measurement import enumeration, free_energy, frontier  # noqa: E402
 from educe.policies import read_config  # noqa: E402
 from educe.progress import say  # noqa: E402
 from educe.training import checkpoint  # noqa: E402
+
+logging.getLogger('absl').setLevel(logging.CRITICAL)  # Orbax, of files it does not need
 
 # name → how a tabular arm is sampled. `early` is as many visits as an arm has.
 SAMPLED = {
@@ -58,40 +66,28 @@ def main(argv=None) -> None:
   parser.add_argument('--runs', type=pathlib.Path)
   parser.add_argument('--arms', default=','.join(audit.ARMS))
   parser.add_argument('--debug', action='store_true', help='a few steps of everything')
+  parser.add_argument(
+    '--workers', type=int, default=2, help='arms trained side by side'
+  )
   asked = parser.parse_args(argv)
   to = asked.to or HERE / 'results' / f'seed{asked.seed}.json'
   runs = asked.runs or pathlib.Path('runs', HERE.name, f'seed{asked.seed}')
-  result = audited(asked.seed, runs, asked.arms.split(','), debug=asked.debug)
+  arms = asked.arms.split(',')
+  result = audited(asked.seed, runs, arms, debug=asked.debug, workers=asked.workers)
   to.parent.mkdir(parents=True, exist_ok=True)
   to.write_text(json.dumps(rounded(result), separators=(',', ':')) + '\n')
   say(f'{to}: {to.stat().st_size / 1e3:.0f} kB, {result["seconds"] / 60:.1f} min')
 
 
-def audited(seed: int, runs: pathlib.Path, arms: list[str], *, debug: bool) -> dict:
+def audited(
+  seed: int, runs: pathlib.Path, arms: list[str], *, debug: bool, workers: int
+) -> dict:
   began = time.perf_counter()
-  # Arms share most of their programs: half a minute of each arm was compiling.
-  jax.config.update('jax_compilation_cache_dir', str(runs / 'compiled'))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
   world = language.describe(world=seed)
   p_data, correct = (and_else(x) for x in (world.p_data, world.correct))
   trained = {row['prompt'] for row in language.make(part='train', world=seed).prompts}
   train = np.array([prompt in trained for prompt in world.prompts])
-  for arm in arms:
-    word = f'{arm},debug' if debug else arm
-    argv = [
-      f'--config={HERE / "config.py"}:{word}',
-      f'--config.base.seed={seed}',
-      f'--config.{arm}.seed={seed}',
-    ]
-    # Of a base that has learned nothing no sample is verified.
-    if debug:
-      learn = dict(steps=100, save_every=100)
-      argv += [f'--config.base.{key}={value}' for key, value in learn.items()]
-      argv += ['--config.base.data.batch_size=128']
-    stages.run_all(argv, runs, sweep=False)
-    folder = runs / arm
-    if not folder.is_dir() or steps_of(folder)[-1:] != [steps_asked(folder)]:
-      raise SystemExit(f'{folder} was stopped; the same command goes on from there')
+  trained_runs(seed, runs, arms, debug=debug, workers=workers)
   enumerated = reader(runs / 'base', world)
   p0 = enumerated(runs / 'base')
   entropy = -(p_data * log(p_data)).sum(-1)
@@ -124,6 +120,50 @@ def audited(seed: int, runs: pathlib.Path, arms: list[str], *, debug: bool) -> d
     }
   result |= tabular_arms(p0, correct, seed, debug=debug)
   return result | {'seconds': time.perf_counter() - began}
+
+
+def trained_runs(
+  seed: int, runs: pathlib.Path, arms: list[str], *, debug: bool, workers: int
+) -> None:
+  """The base, then the arms, `workers` at a time: one keeps hardly more than a core busy.
+
+  What an arm prints is in <runs>/<arm>.txt.
+  """
+  one = functools.partial(trained_run, seed, runs, debug)
+  one('base')
+  spawned = multiprocessing.get_context('spawn')  # a fork of JAX's threads may hang
+  with concurrent.futures.ProcessPoolExecutor(workers, spawned) as pool:
+    asked = {pool.submit(one, arm): arm for arm in arms}
+    bar = tqdm.tqdm(concurrent.futures.as_completed(asked), total=len(arms), unit='arm')
+    for done in bar:
+      if error := done.exception():
+        pool.shutdown(cancel_futures=True)
+        name = asked[done]
+        raise SystemExit(f'{name}: {error}; its output is in {runs / name}.txt')
+
+
+def trained_run(seed: int, runs: pathlib.Path, debug: bool, arm: str) -> None:
+  # Arms share most of their programs: half a minute of each was compiling.
+  jax.config.update('jax_compilation_cache_dir', str(runs / 'compiled'))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+  word = f'{arm},debug' if debug else arm
+  argv = [f'--config={HERE / "config.py"}:{word}', f'--config.base.seed={seed}']
+  if arm != 'base':
+    argv += [f'--config.{arm}.seed={seed}']
+  if debug:  # of a base that has learned nothing no sample is verified
+    learn = dict(steps=100, save_every=100)
+    argv += [f'--config.base.{key}={value}' for key, value in learn.items()]
+    argv += ['--config.base.data.batch_size=128']
+  runs.mkdir(parents=True, exist_ok=True)
+  with contextlib.ExitStack() as stack:
+    if arm != 'base':
+      output = stack.enter_context((runs / f'{arm}.txt').open('a'))
+      stack.enter_context(contextlib.redirect_stdout(output))
+      stack.enter_context(contextlib.redirect_stderr(output))
+    stages.run_all(argv, runs, sweep=False)
+  folder = runs / arm
+  if not folder.is_dir() or steps_of(folder)[-1:] != [steps_asked(folder)]:
+    raise RuntimeError(f'{folder} was stopped; the same command goes on from there')
 
 
 def tabular_arms(p0, correct, seed: int, *, debug: bool) -> dict:
