@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
+from jax.lax import stop_gradient as sg
 
 from educe.kernels.divergence import divergence
-from educe.kernels.logprob import logprob
-from educe.types import Batch, Model, Params, Scores
+from educe.kernels.logprob import logprob, one_pass
+from educe.losses.elementwise import elementwise
+from educe.types import Batch, LossFn, Max, Mean, Model, Params, Scores
 
 
 def score(
@@ -21,8 +26,8 @@ def score(
 ) -> Scores:
   """Log-probs and entropies of `batch.tokens` under the policy, `[B, T]`, in nats.
 
-  Aligned to the token they score: logp[b, t] = log p(tokens[b, t] | tokens[b, :t]) and
-  column 0, which nothing predicts, is 0. In a packed row the first token of a document
+  Aligned to the token they score: logp[b, t] = log p(tokens[b, t] | tokens[b, :t]), and 0
+  where batch.mask is 0: nobody asked. In a packed row the first token of a document
   is scored from the document before it; its mask is 0 (data/packing.py).
 
   With a value head, values[b, t] is the value of tokens[b, :t], the state that token t is
@@ -35,38 +40,106 @@ def score(
       how far its next-token distributions are from the policy's.
     beta: of that divergence (kernels/divergence.py); read with a teacher alone.
   """
-  rows, length = batch.tokens.shape
-  said = (batch.tokens, batch.positions, batch.segments)
-
-  def read(model, params):
-    states, aux = model.hidden(params, *said)
-    if aux:
-      raise ValueError(f'score: auxiliary losses {sorted(aux)} have no consumer yet')
-    return states, states[:, :-1].reshape(-1, states.shape[-1]), model.head(params)
-
-  states, flat, head = read(model, params)
+  states, flat, head = _read(model, params, batch)
   scores = logprob(
     flat * jnp.asarray(head.scale, flat.dtype),
     head.matrix,
     batch.tokens[:, 1:].reshape(-1),
+    needed=(batch.mask[:, 1:] > 0).reshape(-1),
     temperature=temperature,
     softcap=head.softcap,
     implementation=implementation,
   )
+  distance = None
+  if teacher is not None:
+    _, *other = _read(*teacher, batch)
+    distance = divergence(flat, head, *other, beta=beta, temperature=temperature)
+  return _aligned(batch, scores, _values(model, params, batch, states), distance)
+
+
+def lose(
+  model: Model, params: Params, batch: Batch, loss: LossFn, *, temperature: float = 1.0
+) -> tuple[Mean, dict[str, Mean | Max]]:
+  """loss(score(…), batch), with the gradient formed while the logits are there.
+
+  Where the loss allows it (elementwise.py), which saves making them again: a quarter of
+  the head's matmuls. Else, and elsewhere, it is what it says.
+  """
+  like = jax.ShapeDtypeStruct(batch.tokens.shape, jnp.float32)
+  scores = Scores(like, like, like if model.values else None, mean_logp=like)
+  if not elementwise(loss, scores, batch):
+    return loss(score(model, params, batch, temperature=temperature), batch)
+  states, flat, head = _read(model, params, batch)
+  scaled = flat * jnp.asarray(head.scale, flat.dtype)
+  values = _values(model, params, batch, states)
+
+  def cotangents(scores):
+    return jax.grad(lambda x: loss(_aligned(batch, x, sg(values)), batch)[0].total)(
+      scores
+    )
+
+  scores, d_hidden, d_matrix = one_pass(
+    sg(scaled),
+    sg(head.matrix),
+    batch.tokens[:, 1:].reshape(-1),
+    cotangents,
+    needed=(batch.mask[:, 1:] > 0).reshape(-1),
+    temperature=temperature,
+    softcap=head.softcap,
+  )
+  mean, metrics = loss(_aligned(batch, scores, values), batch)
+  found = (d_hidden, d_matrix)
+  return mean._replace(total=_given(mean.total, (scaled, head.matrix), found)), metrics
+
+
+def _said(batch: Batch):
+  return batch.tokens, batch.positions, batch.segments
+
+
+def _read(model: Model, params: Params, batch: Batch):
+  """States `[B, T, D]`, those that predict a token `[B·(T−1), D]`, and the head."""
+  states, aux = model.hidden(params, *_said(batch))
+  if aux:
+    raise ValueError(f'score: auxiliary losses {sorted(aux)} have no consumer yet')
+  return states, states[:, :-1].reshape(-1, states.shape[-1]), model.head(params)
+
+
+def _values(model: Model, params: Params, batch: Batch, states):
+  if model.values is None:
+    return None
+  return model.values(params, states, *_said(batch))[:, :-1]
+
+
+def _aligned(batch: Batch, scores: Scores, values, distance=None) -> Scores:
+  """Of the tokens after the first → of all, [B, T]."""
 
   def align(x):
-    return jnp.pad(x.reshape(rows, length - 1), ((0, 0), (1, 0)))
+    if x is None:
+      return None
+    return jnp.pad(x.reshape(len(batch.tokens), -1), ((0, 0), (1, 0)))
 
-  values = distance = None
-  if model.values is not None:
-    values = align(model.values(params, states, *said)[:, :-1])
-  if teacher is not None:
-    _, *other = read(*teacher)
-    distance = align(divergence(flat, head, *other, beta=beta, temperature=temperature))
   return Scores(
     align(scores.logp),
     align(scores.entropy),
-    values,
+    align(values),
     align(scores.mean_logp),
-    distance,
+    align(distance),
   )
+
+
+@jax.custom_vjp
+def _given(total: Any, inputs: Any, gradients: Any) -> Any:
+  """`total`, whose gradient in `inputs` is known: `gradients`."""
+  return total
+
+
+def _given_forward(total, inputs, gradients):
+  return total, gradients
+
+
+def _given_backward(gradients, cotangent):
+  known = jax.tree.map(lambda x: (cotangent * x).astype(x.dtype), gradients)
+  return cotangent, known, jax.tree.map(jnp.zeros_like, gradients)
+
+
+_given.defvjp(_given_forward, _given_backward)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from educe.losses.logprobs import score
+from educe.losses.logprobs import lose
 from educe.models import value_head
 from educe.training.optimizer import Optimizer, wide
 from educe.types import Batch, LossFn, Max, Mean, Model, Params, ScoreFn, TrainState
@@ -68,13 +68,13 @@ def make_step(
   optimizer as they were.
   """
 
-  def plain(params, _, batch):
-    return score(model, params, batch, temperature=temperature)
-
   def step(state, batch):
     def total(params, batch):
-      scores = (scorer or plain)(optimizer.freeze(params), state.reference, batch)
-      mean, metrics = loss(scores, batch)
+      params = optimizer.freeze(params)
+      if scorer is None:
+        mean, metrics = lose(model, params, batch, loss, temperature=temperature)
+      else:
+        mean, metrics = loss(scorer(params, state.reference, batch), batch)
       return mean.total, {'loss': mean, **metrics}
 
     gradient = jax.grad(total, has_aux=True)

@@ -9,13 +9,19 @@ trainable; see `chunked` for how, and `reference` for what.
 
 from __future__ import annotations
 
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from educe.kernels import dispatch
-from educe.kernels.logprob import chunked, reference
+from educe.kernels.logprob import chunked, pallas_tpu, reference, vocabulary
+from educe.kernels.logprob.chunked import one_pass as one_pass
 from educe.types import Scores
 
-IMPLEMENTATIONS = {'reference': reference.logprob, 'chunked': chunked.logprob}
+IMPLEMENTATIONS = {
+  'reference': reference.logprob,
+  'chunked': chunked.logprob,
+  'vocabulary': vocabulary.logprob,
+  'pallas_tpu': pallas_tpu.logprob,
+}
 
 
 def logprob(
@@ -25,6 +31,7 @@ def logprob(
   *,
   temperature: float = 1.0,
   softcap: float | None = None,
+  needed: Bool[Array, 'N'] | None = None,
   implementation: str | None = None,
 ) -> Scores:
   """Scores of `[N]` targets: logp, entropy, and mean_logp = Σ_v log p_v / V (nats).
@@ -35,6 +42,8 @@ def logprob(
     targets: token ids in 0..V-1. An id outside gives logp = NaN, never a wrong number.
     temperature: of the distribution that is scored, τ > 0.
     softcap: bound c of the logits before the temperature (Gemma 2, arXiv:2408.00118).
+    needed: the tokens that are asked for; the scores of others are 0, and cost nothing
+      where the implementation can leave them out. None: all.
     implementation: a name in IMPLEMENTATIONS, or None for this backend's best.
 
   All sums are float32 whatever the dtype of `hidden` and `head`; gradients come back
@@ -45,4 +54,6 @@ def logprob(
   if softcap is not None and not softcap > 0:
     raise ValueError(f'logprob: softcap={softcap} must be > 0, or None for no cap')
   op = dispatch.choose('logprob', IMPLEMENTATIONS, implementation)
-  return op(hidden, head, targets, temperature=temperature, softcap=softcap)
+  return op(
+    hidden, head, targets, temperature=temperature, softcap=softcap, needed=needed
+  )

@@ -1,112 +1,196 @@
-"""Portable XLA: a scan over chunks of tokens, logits recomputed in the backward pass.
+"""Portable XLA: a loop over chunks of tokens; the tokens that nobody needs are left out.
 
-Peak temporaries are a few [C, V] tiles, C ≪ N. Per token and vocabulary entry that is
-2D flops forward and 6D backward (one recompute): 4/3 of the full-logits cost, for a
-memory that no longer grows with N·V.
+Peak temporaries are a few [C, V] tiles, C ≪ N. With F = 2·N·D·V flops and N the tokens
+that are needed, there are two ways to a gradient:
 
-With g, e, m the cotangents of logp, entropy and mean_logp, the gradient of the logits is
+  logprob     one F forward, three backward, where the tiles are made again: the
+              cotangents may depend on every score
+  one_pass    three F in all: the cotangents of a chunk follow from its own scores, and
+              are asked for while its logits are there
 
-  dz_v = g·(1[v = y] − p_v) − e·p_v·(z_v − lse + H) + m·(1/V − p_v)
-
-Derived by hand because autodiff through the scan would save every tile it visits.
+The number of chunks is known on the device alone: masked tokens cost nothing, and
+nothing is compiled anew when there are more of them. The gradients are derived by hand
+(tile.py): autodiff through a loop would save every tile that it visits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from educe.kernels.logprob import tile
 from educe.types import Scores
 
 TILE_BYTES = 64 << 20  # of one float32 [C, V] tile; larger gains nothing on CPU or GPU
-MIN_CHUNKS = 4  # so that two live tiles stay under [N, V], however small that is
+LEAST_ROWS = 256  # a product of fewer walks through W for little
 
 
-def logprob(hidden, head, targets, *, temperature=1.0, softcap=None):
+class Walk(NamedTuple):
+  """The tokens in the order of the chunks."""
+
+  row: Any  # [chunks·C]: which token, N beyond the last that is needed
+  chunks: Any  # to be visited; an array, or a number where all are needed
+  size: int  # C
+
+
+def logprob(hidden, head, targets, *, temperature=1.0, softcap=None, needed=None):
   """See `educe.kernels.logprob.logprob`."""
-  rows, vocab = hidden.shape[0], head.shape[1]
-  chunk = chunk_rows(rows, vocab)
-  padded = -(-rows // chunk) * chunk
-  hidden = jnp.pad(hidden, ((0, padded - rows), (0, 0)))
-  targets = jnp.pad(targets, (0, padded - rows))
-  out = _chunked(temperature, softcap, chunk, hidden, head, targets)
-  return Scores(out[0][:rows], out[1][:rows], mean_logp=out[2][:rows])
+  walk = _walk(len(hidden), head.shape[1], needed)
+  settings = (temperature, softcap, walk.size)
+  out = _chunked(settings, hidden, head, targets, walk.row, walk.chunks)
+  return Scores(out[0], out[1], mean_logp=out[2])
+
+
+def one_pass(
+  hidden,
+  head,
+  targets,
+  cotangents: Callable[[Scores], Scores],
+  *,
+  temperature=1.0,
+  softcap=None,
+  needed=None,
+):
+  """(Scores, dH, dW) of a loss whose cotangents at a token read its own scores alone.
+
+  cotangents: [N] scores → what the loss's total is worth of each, [N]; called of scores
+    of which no more than a few are there yet, the others 0
+  dH `[N, D]` and dW `[D, V]` in the dtypes of hidden and head. Not differentiable itself.
+  """
+  vocab, rows = head.shape[1], len(hidden)
+  walk = _walk(rows, vocab, needed)
+
+  def visit(index, carry):
+    scores, d_hidden, d_head = carry
+    at = jax.lax.dynamic_slice_in_dim(walk.row, index * walk.size, walk.size)
+    h, y = _take(hidden, at), _take(targets, at)
+    z, slope, hit = _tile(temperature, softcap, h, head, y)
+    new, lse = _finished(z, hit, y, vocab)
+    scores = jax.tree.map(lambda x, new: x.at[at].set(new, mode='drop'), scores, new)
+    g, e, c = (_take(x, at) for x in _three(cotangents(scores)))
+    ds = tile.gradient(
+      z,
+      slope,
+      hit,
+      lse[:, None],
+      new.entropy[:, None],
+      [x[:, None] for x in (tile.poisoned(g, y, vocab), e, c)],
+      vocab,
+    )
+    part, d_head = _products(ds, h, head, d_head)
+    return scores, d_hidden.at[at].set(part, mode='drop'), d_head
+
+  zero = jnp.zeros(rows, jnp.float32)
+  start = (
+    Scores(zero, zero, mean_logp=zero),
+    jnp.zeros_like(hidden),
+    jnp.zeros(head.shape, jnp.float32),
+  )
+  scores, d_hidden, d_head = _visited(walk.chunks, visit, start)
+  return scores, d_hidden, d_head.astype(head.dtype)
 
 
 def chunk_rows(rows: int, vocab: int) -> int:
-  """C: the most rows whose tile fits TILE_BYTES, in at least MIN_CHUNKS even chunks."""
+  """C: at most TILE_BYTES a tile, in even chunks, of LEAST_ROWS where there are more."""
   fit = max(TILE_BYTES // (4 * vocab), 1)
-  chunks = max(-(-rows // fit), min(MIN_CHUNKS, rows), 1)
+  chunks = max(-(-rows // fit), rows // LEAST_ROWS, 1)
   return max(-(-rows // chunks), 1)
+
+
+def _walk(rows: int, vocab: int, needed) -> Walk:
+  size = chunk_rows(rows, vocab)
+  chunks = -(-rows // size)
+  if needed is None:
+    return Walk(jnp.arange(chunks * size), chunks, size)
+  (row,) = jnp.nonzero(needed, size=chunks * size, fill_value=rows)
+  return Walk(row, -(-needed.sum() // size), size)
+
+
+def _visited(chunks, visit, carry):
+  """visit(index, carry) of each chunk; a single one needs no loop."""
+  if isinstance(chunks, int) and chunks == 1:
+    return visit(0, carry)
+  return jax.lax.fori_loop(0, chunks, visit, carry)
+
+
+def _take(x, at):
+  return x.at[at].get(mode='fill', fill_value=0)
 
 
 def _tile(temperature, softcap, hidden, head, targets):
   """One tile: z [C, V], its slope dz/ds, and the one-hot of the targets as a mask."""
   s = jnp.einsum('cd,dv->cv', hidden, head, preferred_element_type=jnp.float32)
-  slope = 1.0 / temperature
-  if softcap is not None:
-    t = jnp.tanh(s / softcap)
-    s, slope = softcap * t, (1 - t * t) / temperature
   hit = jax.lax.broadcasted_iota(targets.dtype, s.shape, 1) == targets[:, None]
-  return s / temperature, slope, hit
+  return *tile.squash(s, temperature, softcap), hit
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _chunked(temperature, softcap, chunk, hidden, head, targets):
-  return _forward(temperature, softcap, chunk, hidden, head, targets)[0]
+def _finished(z, hit, targets, vocab):
+  found = tile.Moments(*(x[:, 0] for x in tile.moments(z, hit)))
+  return tile.finish(found, targets, vocab)
 
 
-def _forward(temperature, softcap, chunk, hidden, head, targets):
+def _products(ds, h, head, d_head):
+  """(dH of the chunk, dW with it added). On accelerators in the operands' own dtype."""
+  ds = ds.astype(jnp.result_type(h, head))
+  d_hidden = jnp.einsum('cv,dv->cd', ds, head, preferred_element_type=jnp.float32)
+  d_head += jnp.einsum('cd,cv->dv', h, ds, preferred_element_type=jnp.float32)
+  return d_hidden.astype(h.dtype), d_head
+
+
+def _three(scores: Scores):
+  return scores.logp, scores.entropy, scores.mean_logp
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked(settings, hidden, head, targets, row, chunks):
+  return _forward(settings, hidden, head, targets, row, chunks)[0]
+
+
+def _forward(settings, hidden, head, targets, row, chunks):
+  temperature, softcap, size = settings
+  vocab, rows = head.shape[1], len(hidden)
+
+  def visit(index, out):
+    at = jax.lax.dynamic_slice_in_dim(row, index * size, size)
+    y = _take(targets, at)
+    z, _, hit = _tile(temperature, softcap, _take(hidden, at), head, y)
+    scores, lse = _finished(z, hit, y, vocab)
+    new = (*_three(scores), lse)
+    return tuple(x.at[at].set(n, mode='drop') for x, n in zip(out, new, strict=True))
+
+  blank = (jnp.zeros(rows, jnp.float32),) * 4
+  logp, entropy, mean, lse = _visited(chunks, visit, blank)
+  residuals = (hidden, head, targets, row, chunks, lse, entropy)
+  return (logp, entropy, mean), residuals
+
+
+def _backward(settings, residuals, cotangents):
+  temperature, softcap, size = settings
+  hidden, head, targets, row, chunks, *known = residuals
   vocab = head.shape[1]
+  g, *others = cotangents
+  # A trained target outside the vocabulary poisons the gradient as it did the value.
+  known = (*known, tile.poisoned(g, targets, vocab), *others)
 
-  def tile(_, xs):
-    h, y = xs
-    z, _, hit = _tile(temperature, softcap, h, head, y)
-    top = z.max(-1, keepdims=True)
-    e = jnp.exp(z - top)
-    mass = e.sum(-1)
-    lse = top[:, 0] + jnp.log(mass)
-    # Moments about the maximum, so that large logits cancel before they round.
-    entropy = jnp.log(mass) - (e * (z - top)).sum(-1) / mass
-    # A target outside the vocabulary hits nothing: say NaN instead of −lse.
-    valid = (y >= 0) & (y < vocab)
-    z_y = jnp.where(valid, jnp.where(hit, z, 0).sum(-1), jnp.nan)
-    mean = (z - top).mean(-1) - jnp.log(mass)
-    return None, (z_y - lse, entropy, mean, lse)
-
-  xs = (hidden.reshape(-1, chunk, hidden.shape[1]), targets.reshape(-1, chunk))
-  _, out = jax.lax.scan(tile, None, xs)
-  logp, entropy, mean, lse = (x.reshape(-1) for x in out)
-  return (logp, entropy, mean), (hidden, head, targets, lse, entropy)
-
-
-def _backward(temperature, softcap, chunk, residuals, cotangents):
-  hidden, head, targets, lse, entropy = residuals
-  vocab = head.shape[1]
-
-  def tile(d_head, xs):
-    h, y, lse, entropy, g, e, m = xs
+  def visit(index, carry):
+    d_hidden, d_head = carry
+    at = jax.lax.dynamic_slice_in_dim(row, index * size, size)
+    h, y = _take(hidden, at), _take(targets, at)
     z, slope, hit = _tile(temperature, softcap, h, head, y)
-    # A trained target outside the vocabulary poisons the gradient as it did the value.
-    g = jnp.where((y >= 0) & (y < vocab) | (g == 0), g, jnp.nan)
-    log_p = z - lse[:, None]
-    p = jnp.exp(log_p)
-    dz = jnp.where(hit, g[:, None], 0) + m[:, None] / vocab
-    dz -= p * ((g + m)[:, None] + e[:, None] * (log_p + entropy[:, None]))
-    ds = (dz * slope).astype(jnp.result_type(h, head))
-    d_hidden = jnp.einsum('cv,dv->cd', ds, head, preferred_element_type=jnp.float32)
-    d_head += jnp.einsum('cd,cv->dv', h, ds, preferred_element_type=jnp.float32)
-    return d_head, d_hidden.astype(h.dtype)
+    lse, entropy, *three = (_take(x, at)[:, None] for x in known)
+    ds = tile.gradient(z, slope, hit, lse, entropy, three, vocab)
+    part, d_head = _products(ds, h, head, d_head)
+    return d_hidden.at[at].set(part, mode='drop'), d_head
 
-  rows = (targets, lse, entropy, *cotangents)
-  xs = (hidden, *rows)
-  xs = tuple(x.reshape(-1, chunk, *x.shape[1:]) for x in xs)
-  d_head, d_hidden = jax.lax.scan(tile, jnp.zeros(head.shape, jnp.float32), xs)
-  no_gradient = np.zeros(targets.shape, jax.dtypes.float0)
-  return d_hidden.reshape(hidden.shape), d_head.astype(head.dtype), no_gradient
+  start = jnp.zeros_like(hidden), jnp.zeros(head.shape, jnp.float32)
+  d_hidden, d_head = _visited(chunks, visit, start)
+  none = [np.zeros(np.shape(x), jax.dtypes.float0) for x in (targets, row, chunks)]
+  return d_hidden, d_head.astype(head.dtype), *none
 
 
 _chunked.defvjp(_forward, _backward)

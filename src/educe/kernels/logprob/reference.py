@@ -16,7 +16,7 @@ def logits(hidden, head, *, temperature=1.0, softcap=None):
   return z / temperature
 
 
-def logprob(hidden, head, targets, *, temperature=1.0, softcap=None):
+def logprob(hidden, head, targets, *, temperature=1.0, softcap=None, needed=None):
   """See `educe.kernels.logprob.logprob`."""
   z = logits(hidden, head, temperature=temperature, softcap=softcap)
   log_p = jax.nn.log_softmax(z)
@@ -24,4 +24,8 @@ def logprob(hidden, head, targets, *, temperature=1.0, softcap=None):
     log_p, targets[:, None], axis=-1, mode='fill', fill_value=jnp.nan
   )
   entropy = -(jnp.exp(log_p) * log_p).sum(-1)
-  return Scores(take[:, 0], entropy, mean_logp=log_p.mean(-1))
+  scores = take[:, 0], entropy, log_p.mean(-1)
+  if needed is not None:
+    scores = (jnp.where(needed, x, 0) for x in scores)
+  logp, entropy, mean = scores
+  return Scores(logp, entropy, mean_logp=mean)

@@ -1,0 +1,420 @@
+"""Pallas for TPU: no logit leaves the chip's vector memory.
+
+Forward, a tile of tokens walks through the vocabulary and keeps its `Moments` (tile.py);
+each logit is made once: F = 2·N·D·V flops, N·D·V/rows of W's bytes from HBM. Backward,
+the tiles are made again, once for dH and once for dW, since one grid cannot sum over
+tokens and over the vocabulary at the same time without reading and writing HBM: 4F.
+
+A matrix that does not fit is cut along D as well: products of its pieces add up in a
+float32 tile of logits, and backward the pieces pass a second time.
+
+Everything is float32 but the operands of the matmuls. What lies beyond the edge of N
+or V is garbage, and kept out where it would be summed.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Bool, Float, Int
+
+from educe.kernels.logprob import tile
+from educe.types import Scores
+
+MIB = 1 << 20
+LANES = 128
+
+
+class Tiles(NamedTuple):
+  """What a step of the grid holds of each dimension; vmem: bytes that it may take."""
+
+  rows: int
+  vocab: int
+  width: int
+  vmem: int
+
+
+# By `device_kind`. A core's vector memory is 16 MiB on v4, 128 on v5e and v6e, 64 on v5p
+# and 7x, and part of it is the compiler's. More rows read W less often; backward, a tile
+# of dH or dW and its float32 sum lie there as well.
+CHIPS = {
+  'TPU v4': Tiles(256, 256, 512, 15 * MIB),
+  'TPU v5 lite': Tiles(512, 1024, 4096, 100 * MIB),
+  'TPU v5': Tiles(512, 512, 4096, 56 * MIB),
+  'TPU v6 lite': Tiles(512, 1024, 4096, 100 * MIB),
+  'TPU7x': Tiles(512, 512, 4096, 56 * MIB),
+}
+SMALLEST = CHIPS['TPU v4']
+
+
+class Split(NamedTuple):
+  """How the operands lie on a mesh: tokens over `rows`, the vocabulary over `vocab`."""
+
+  mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
+  rows: tuple[str, ...] = ()
+  vocab: str | None = None
+
+
+class Settings(NamedTuple):
+  temperature: float
+  softcap: float | None
+  tiles: Tiles
+  interpret: bool
+  split: Split | None
+
+
+def logprob(
+  hidden: Float[Array, 'N D'],
+  head: Float[Array, 'D V'],
+  targets: Int[Array, 'N'],
+  *,
+  temperature: float = 1.0,
+  softcap: float | None = None,
+  needed: Bool[Array, 'N'] | None = None,
+  tiles: Tiles | None = None,
+  split: Split | None = None,
+  interpret: bool | None = None,
+) -> Scores:
+  """See `educe.kernels.logprob.logprob`.
+
+  tiles: None: those of this chip, or of the smallest
+  split: of operands on a mesh; None: all of it is here. N and V divide by their axes
+  interpret: run it as plain XLA; None: where there is no TPU
+  """
+  here = jax.devices()[0]
+  if interpret is None:
+    interpret = here.platform != 'tpu'
+  if tiles is None:
+    tiles = CHIPS.get(here.device_kind, SMALLEST)
+  width = hidden.shape[1]
+  step = _divisor(width, tiles.width)
+  if not step:  # no piece of lanes divides D: zeros add nothing to a product
+    step = min(tiles.width, -(-width // LANES) * LANES)
+    more = -width % step
+    hidden = jnp.pad(hidden, ((0, 0), (0, more)))
+    head = jnp.pad(head, ((0, more), (0, 0)))
+  settings = Settings(
+    temperature, softcap, tiles._replace(width=step), interpret, split
+  )
+  scores = _logprob(settings, hidden, head, targets.astype(jnp.int32))
+  if needed is None:
+    return scores
+  return jax.tree.map(lambda x: jnp.where(needed, x, 0), scores)
+
+
+def _divisor(width: int, most: int) -> int | None:
+  """The largest piece of `width`, in whole lanes, of at most `most`."""
+  if width <= most:
+    return width
+  pieces = range(most // LANES * LANES, 0, -LANES)
+  return next((piece for piece in pieces if width % piece == 0), None)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _logprob(settings, hidden, head, targets):
+  return _forward(settings, hidden, head, targets)[0]
+
+
+def _forward(settings, hidden, head, targets):
+  def here(hidden, head, targets):
+    size, axis = head.shape[1], settings.split and settings.split.vocab
+    if axis:
+      targets = targets - jax.lax.axis_index(axis) * size
+    found = _moments(settings, hidden, head, targets)
+    if not axis:
+      return found
+    top = jax.lax.pmax(found.top, axis)
+    found = tile.about(found, top, size)
+    return tile.Moments(top, *jax.lax.psum(found[1:], axis))
+
+  if settings.split:
+    rows, into_rows, into_head = _specs(settings.split)
+    here = _over(settings, here, (into_rows, into_head, rows), rows)
+  found = here(hidden, head, targets)
+  scores, lse = tile.finish(found, targets, head.shape[1])
+  return scores, (hidden, head, targets, lse, scores.entropy)
+
+
+def _backward(settings, residuals, cotangents: Scores):
+  hidden, head, targets, lse, entropy = residuals
+  vocab = head.shape[1]
+  g = tile.poisoned(cotangents.logp, targets, vocab)
+  known = (lse, entropy, g, cotangents.entropy, cotangents.mean_logp)
+
+  def here(hidden, head, targets, *known):
+    split = settings.split
+    if split and split.vocab:
+      targets = targets - jax.lax.axis_index(split.vocab) * head.shape[1]
+    d_hidden, d_head = _gradients(settings, hidden, head, targets, known, vocab)
+    if split and split.vocab:
+      d_hidden = jax.lax.psum(d_hidden, split.vocab)
+    if split and split.rows:
+      d_head = jax.lax.psum(d_head, split.rows)
+    return d_hidden.astype(hidden.dtype), d_head.astype(head.dtype)
+
+  if settings.split:
+    rows, into_rows, into_head = _specs(settings.split)
+    specs = (into_rows, into_head, rows, *(rows for _ in known))
+    here = _over(settings, here, specs, (into_rows, into_head))
+  no_gradient = np.zeros(targets.shape, jax.dtypes.float0)
+  return *here(hidden, head, targets, *known), no_gradient
+
+
+_logprob.defvjp(_forward, _backward)
+
+
+def _specs(split: Split):
+  """Of one number a token, of hidden and of the head."""
+  P = jax.sharding.PartitionSpec
+  rows = split.rows or None
+  return P(rows), P(rows, None), P(None, split.vocab)
+
+
+def _over(settings, function, into, out):
+  # The collectives are written out above, and a kernel's results carry no axis names.
+  return jax.shard_map(
+    function, mesh=settings.split.mesh, in_specs=into, out_specs=out, check_vma=False
+  )
+
+
+# One chip.
+
+
+class Grid(NamedTuple):
+  """How many tiles there are of N, V and D."""
+
+  rows: int
+  vocab: int
+  width: int
+
+
+def _grid(tiles: Tiles, hidden, head) -> tuple[Tiles, Grid]:
+  """Tiles no larger than what they are cut from, and the number of them."""
+  (rows, width), vocab = hidden.shape, head.shape[1]
+  tiles = tiles._replace(
+    rows=min(tiles.rows, -(-rows // 16) * 16),  # 16 rows of bfloat16 are a register
+    vocab=min(tiles.vocab, -(-vocab // LANES) * LANES),
+  )
+  return tiles, Grid(
+    pl.cdiv(rows, tiles.rows), pl.cdiv(vocab, tiles.vocab), width // tiles.width
+  )
+
+
+def _call(settings, kernel, tiles, grid, inputs, outputs, scratch, cost, name):
+  """pallas_call of a grid whose first dimension is sums of its own."""
+  specs, operands = zip(*inputs, strict=True)
+  out_specs, out_shapes = zip(*outputs, strict=True)
+  return pl.pallas_call(
+    kernel,
+    grid=grid,
+    in_specs=specs,
+    out_specs=out_specs,
+    out_shape=out_shapes,
+    scratch_shapes=scratch,
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=('parallel', 'arbitrary', 'arbitrary'),
+      vmem_limit_bytes=tiles.vmem,
+    ),
+    cost_estimate=cost,
+    interpret=settings.interpret,
+    name=name,
+  )(*operands)
+
+
+def _cost(hidden, head, grid: Grid, products: int, reads: int):
+  """products: passes over N·D·V · reads: bytes of the operands that pass again"""
+  (rows, width), vocab = hidden.shape, head.shape[1]
+  return pl.CostEstimate(
+    flops=2 * products * rows * width * vocab,
+    transcendentals=rows * vocab,
+    bytes_accessed=hidden.nbytes + head.nbytes + reads,
+  )
+
+
+def _moments(settings, hidden, head, targets) -> tile.Moments:
+  tiles, grid = _grid(settings.tiles, hidden, head)
+  rows, vocab = len(hidden), head.shape[1]
+
+  def kernel(h, w, y, *refs):
+    *out, s = refs
+    v, d = pl.program_id(1), pl.program_id(2)
+    _accumulate(s, d, _dot(h[...], w[...], 1, 0))
+
+    @pl.when(d == grid.width - 1)
+    def _():
+      z, _ = tile.squash(s[...], settings.temperature, settings.softcap)
+      before = v * tiles.vocab
+      column = before + jax.lax.broadcasted_iota(jnp.int32, z.shape, 1)
+      new = tile.moments(z, column == y[...], column < vocab)
+      count = jnp.minimum(tiles.vocab, vocab - before)
+
+      @pl.when(v == 0)
+      def _():
+        _write(out, new)
+
+      @pl.when(v > 0)
+      def _():
+        old = tile.Moments(*(ref[...] for ref in out))
+        _write(out, tile.join(old, before * 1.0, new, count * 1.0))
+
+  column = pl.BlockSpec((tiles.rows, 1), lambda n, v, d: (n, 0))
+  out = _call(
+    settings,
+    kernel,
+    tiles,
+    (grid.rows, grid.vocab, grid.width),
+    [
+      (pl.BlockSpec((tiles.rows, tiles.width), lambda n, v, d: (n, d)), hidden),
+      (pl.BlockSpec((tiles.width, tiles.vocab), lambda n, v, d: (d, v)), head),
+      (column, targets[:, None]),
+    ],
+    [(column, jax.ShapeDtypeStruct((rows, 1), jnp.float32))] * len(tile.Moments._fields),
+    [pltpu.VMEM((tiles.rows, tiles.vocab), jnp.float32)],
+    _cost(hidden, head, grid, 1, (grid.rows - 1) * head.nbytes),
+    'logprob_moments',
+  )
+  return tile.Moments(*(x[:, 0] for x in out))
+
+
+def _gradients(settings, hidden, head, targets, known, vocab):
+  """dH and dW of this part of the vocabulary; `vocab` is the size of the whole."""
+  tiles, grid = _grid(settings.tiles, hidden, head)
+  rows, size = len(hidden), head.shape[1]
+  known = [x[:, None] for x in (targets, *known)]
+  dtype = jnp.result_type(hidden, head)
+  # A D in one piece is multiplied twice at one step, in several when they come again.
+  passes = 1 if grid.width == 1 else 2 * grid.width
+  split = settings.split
+
+  def dlogits(s, v, known):
+    y, lse, entropy, *cotangents = (ref[...] for ref in known)
+    z, slope = tile.squash(s[...], settings.temperature, settings.softcap)
+    column = v * tiles.vocab + jax.lax.broadcasted_iota(jnp.int32, z.shape, 1)
+    return tile.gradient(z, slope, column == y, lse, entropy, cotangents, vocab)
+
+  def kernel(outer, inner, count, axis, product):
+    """One of the two: `axis` is that of ds which is summed over, of size `count`."""
+
+    def body(h, w, *refs):
+      *known, out, s, ds, acc = refs
+      at, d = pl.program_id(1), pl.program_id(2)
+      v = at if axis == 1 else pl.program_id(0)
+
+      @pl.when(d < grid.width)
+      def _():
+        _accumulate(s, d, _dot(h[...], w[...], 1, 0))
+
+      @pl.when(d == grid.width - 1)
+      def _():
+        new = dlogits(s, v, known)
+        place = at * inner + jax.lax.broadcasted_iota(jnp.int32, new.shape, axis)
+        ds[...] = jnp.where(place < count, new, 0.0).astype(dtype)
+
+      @pl.when((at == 0) & (d == 0))
+      def _():
+        acc[...] = jnp.zeros_like(acc)
+
+      @pl.when(d >= passes - grid.width)
+      def _():
+        acc[d - (passes - grid.width)] += product(h[...], w[...], ds[...], at)
+
+      @pl.when((at == pl.num_programs(1) - 1) & (d == passes - 1))
+      def _():
+        for piece in range(grid.width):
+          span = slice(piece * tiles.width, (piece + 1) * tiles.width)
+          if axis == 1:
+            out[:, span] = acc[piece].astype(out.dtype)
+          else:
+            out[span, :] = acc[piece].astype(out.dtype)
+
+    return body
+
+  def real(x, axis, at, step, count):
+    """x with nothing beyond the edge, where 0 · garbage might be NaN."""
+    if count % step == 0:
+      return x
+    place = at * step + jax.lax.broadcasted_iota(jnp.int32, x.shape, axis)
+    return jnp.where(place < count, x, jnp.zeros_like(x))
+
+  def to_hidden(h, w, ds, at):
+    return _dot(ds, real(w, 1, at, tiles.vocab, size), 1, 1)
+
+  def to_head(h, w, ds, at):
+    return _dot(real(h, 0, at, tiles.rows, rows), ds, 0, 0)
+
+  cost = _cost(hidden, head, grid, 2, (grid.rows - 1) * head.nbytes + hidden.nbytes)
+  flat = (tiles.rows, tiles.vocab)
+
+  def specs(order):
+    """Blocks of hidden, of the head and of one number a token; order: grid → (n, v)."""
+
+    def block(shape, index):
+      return pl.BlockSpec(shape, lambda i, j, d: index(*order(i, j), d % grid.width))
+
+    return (
+      block((tiles.rows, tiles.width), lambda n, v, d: (n, d)),
+      block((tiles.width, tiles.vocab), lambda n, v, d: (d, v)),
+      block((tiles.rows, 1), lambda n, v, d: (n, 0)),
+    )
+
+  def run(kernel, order, shape, out, scratch, steps, name):
+    rows_of, head_of, column = specs(order)
+    inputs = [(rows_of, hidden), (head_of, head), *((column, x) for x in known)]
+    scratch = [pltpu.VMEM(flat, jnp.float32), pltpu.VMEM(flat, dtype), scratch]
+    return _call(
+      settings, kernel, tiles, steps, inputs, [(shape, out)], scratch, cost, name
+    )[0]
+
+  whole = grid.width * tiles.width
+  d_hidden = run(
+    kernel(tiles.rows, tiles.vocab, size, 1, to_hidden),
+    lambda n, v: (n, v),
+    pl.BlockSpec((tiles.rows, whole), lambda n, v, d: (n, 0)),
+    # Parts of a sum over chips are added before they are rounded.
+    jax.ShapeDtypeStruct(
+      hidden.shape, jnp.float32 if split and split.vocab else hidden.dtype
+    ),
+    pltpu.VMEM((grid.width, tiles.rows, tiles.width), jnp.float32),
+    (grid.rows, grid.vocab, passes),
+    'logprob_d_hidden',
+  )
+  d_head = run(
+    kernel(tiles.vocab, tiles.rows, rows, 0, to_head),
+    lambda v, n: (n, v),
+    pl.BlockSpec((whole, tiles.vocab), lambda v, n, d: (0, v)),
+    jax.ShapeDtypeStruct(
+      head.shape, jnp.float32 if split and split.rows else head.dtype
+    ),
+    pltpu.VMEM((grid.width, tiles.width, tiles.vocab), jnp.float32),
+    (grid.vocab, grid.rows, passes),
+    'logprob_d_head',
+  )
+  return d_hidden, d_head
+
+
+def _dot(a, b, a_axis: int, b_axis: int):
+  """A float32 product of two matrices over one axis of each."""
+  return jax.lax.dot_general(
+    a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=jnp.float32
+  )
+
+
+def _accumulate(ref, step, part):
+  @pl.when(step == 0)
+  def _():
+    ref[...] = part
+
+  @pl.when(step > 0)
+  def _():
+    ref[...] += part
+
+
+def _write(refs, values):
+  for ref, value in zip(refs, values, strict=True):
+    ref[...] = value

@@ -1,0 +1,98 @@
+"""Is the gradient of a loss at a token a function of that token's own scores?
+
+Then it can be formed while the token's logits are there (kernels/logprob/chunked.py:
+one_pass), and they are not made a second time. SFT, and policy gradients by token, are
+such losses; DPO and GSPO, which add up a sequence first, are not.
+
+Nobody has to say so of a loss: it is read off the operations of its gradient. What is
+not known to be elementwise is taken not to be, so a new operation costs time and never a
+wrong gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jax.extend import core
+
+from educe.types import Batch, LossFn, Scores
+
+# Operations whose result at a place is made of their operands at that place.
+ELEMENTWISE = frozenset(
+  'abs add add_any and ceil clamp convert_element_type copy cos div eq erf exp exp2 '
+  'expm1 floor ge gt integer_pow is_finite le log log1p logistic lt max min mul ne neg '
+  'nextafter not or pow rem round rsqrt select_n sign sin sqrt square stop_gradient '
+  'sub tan tanh xor'.split()
+)
+
+# Operations that run a program of their own, on their operands in order.
+CALLS = ('jit', 'pjit', 'closed_call', 'core_call', 'custom_jvp_call', 'custom_vjp_call')
+
+
+def elementwise(loss: LossFn, scores: Scores, batch: Batch) -> bool:
+  """Whether the cotangents of `loss` at a token read that token's scores alone.
+
+  scores, batch: arrays or their shapes; what the loss raises, this raises
+  """
+
+  def cotangents(scores, batch):
+    return jax.grad(lambda scores: loss(scores, batch)[0].total)(scores)
+
+  closed = jax.make_jaxpr(cotangents)(scores, batch)
+  read = len(jax.tree.leaves(scores))
+  inputs = [index < read for index in range(len(closed.jaxpr.invars))]
+  return _follow(closed.jaxpr, inputs) is not None
+
+
+def _follow(jaxpr: Any, tainted: list[bool]) -> list[bool] | None:
+  """Which outputs hold scores, each at its own place; None: some are mixed.
+
+  tainted: which inputs hold scores
+  """
+  needed = _needed(jaxpr)
+  holds = {v for v, yes in zip(jaxpr.invars, tainted, strict=True) if yes}
+
+  def is_held(v):
+    return not isinstance(v, core.Literal) and v in holds
+
+  for eqn in jaxpr.eqns:
+    held = [is_held(v) for v in eqn.invars]
+    if not any(held) or not any(v in needed for v in eqn.outvars):
+      continue
+    inner = _body(eqn)
+    if inner is not None:
+      out = _follow(inner, held)
+    elif eqn.primitive.name in ELEMENTWISE:
+      shape = eqn.outvars[0].aval.shape
+      whole = all(
+        v.aval.shape == shape for v, yes in zip(eqn.invars, held, strict=True) if yes
+      )
+      out = [True] if whole else None
+    else:
+      out = None
+    if out is None:
+      return None
+    holds |= {v for v, yes in zip(eqn.outvars, out, strict=True) if yes}
+  return [is_held(v) for v in jaxpr.outvars]
+
+
+def _body(eqn: Any) -> Any:
+  """The program inside of a call."""
+  if eqn.primitive.name not in CALLS:
+    return None
+  for name in ('jaxpr', 'call_jaxpr', 'fun_jaxpr'):
+    inner = eqn.params.get(name)
+    inner = getattr(inner, 'jaxpr', inner)
+    if inner is not None and len(inner.invars) == len(eqn.invars):
+      return inner
+  return None
+
+
+def _needed(jaxpr: Any) -> set[Any]:
+  """The variables that the outputs are made of."""
+  needed = {v for v in jaxpr.outvars if not isinstance(v, core.Literal)}
+  for eqn in reversed(jaxpr.eqns):
+    if any(v in needed for v in eqn.outvars):
+      needed |= {v for v in eqn.invars if not isinstance(v, core.Literal)}
+  return needed

@@ -1,0 +1,79 @@
+"""The TPU kernel, compiled for real chips by libtpu; no TPU is there or needed.
+
+At the size that it is for: 16,384 tokens, width 4,096, Llama 3's vocabulary, bfloat16.
+"""
+
+import functools
+import importlib.util
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from educe.kernels.logprob import pallas_tpu
+
+if importlib.util.find_spec('libtpu') is None:
+  pytest.skip('libtpu is not installed (pip install -e .[tpu])', allow_module_level=True)
+
+N, D, V = 16384, 4096, 128256
+LOGITS = N * V * 4  # bytes
+CHIPS = {'v4': '2x2x1', 'v5e': '2x2', 'v5p': '2x2x1', 'v6e': '2x2', 'tpu7x': '2x2x1'}
+
+
+def devices(name: str):
+  os.environ['TPU_SKIP_MDS_QUERY'] = '1'
+  # Or a second test process would abort on the first one's lock.
+  os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'
+  topology = f'{name}:{CHIPS.get(name, name)}'
+  return topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
+
+
+def operands(mesh, rows=P(), head=P()):
+  def like(shape, dtype, spec):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+  return (
+    like((N, D), jnp.bfloat16, P(*rows, None)),
+    like((D, V), jnp.bfloat16, head),
+    like((N,), jnp.int32, rows),
+  )
+
+
+def total(hidden, head, targets, **how):
+  scores = pallas_tpu.logprob(hidden, head, targets, interpret=False, **how)
+  return scores.logp.sum() + 0.01 * scores.entropy.sum()
+
+
+@pytest.mark.parametrize('chip', CHIPS)
+@pytest.mark.parametrize('way', ['forward', 'backward'])
+def test_one_chip(chip, way):
+  device = devices(chip)[0]
+  mesh = Mesh(np.array([device]), ('x',), axis_types=(AxisType.Auto,))
+  tiles = pallas_tpu.CHIPS[device.device_kind]
+  run = functools.partial(total, tiles=tiles)
+  function = run if way == 'forward' else jax.grad(run, (0, 1))
+  compiled = jax.jit(function).lower(*operands(mesh)).compile()
+  assert 'logprob_moments' in compiled.as_text()
+  assert compiled.memory_analysis().temp_size_in_bytes < LOGITS / 20
+
+
+def test_a_vocabulary_in_parallel():
+  mesh = Mesh(
+    np.array(devices('v5e')).reshape(2, 2),
+    ('data', 'tensor'),
+    axis_types=(AxisType.Auto,) * 2,
+  )
+  split = pallas_tpu.Split(mesh, ('data',), 'tensor')
+  tiles = pallas_tpu.CHIPS['TPU v5 lite']
+  run = functools.partial(total, tiles=tiles, split=split)
+  args = operands(mesh, P('data'), P(None, 'tensor'))
+  compiled = jax.jit(jax.value_and_grad(run, (0, 1))).lower(*args).compile()
+  text = compiled.as_text()
+  assert 'all-reduce' in text and 'logprob_d_head' in text
+  # Of one chip: a quarter of the logits, and dW before it is rounded.
+  assert compiled.memory_analysis().temp_size_in_bytes < LOGITS / 4 / 20 + D * V * 4
