@@ -18,6 +18,7 @@ import jax
 
 from educe import config as config_lib
 from educe import paths, sharding
+from educe.data.sharing import share
 from educe.losses.dry_run import reads_values
 from educe.measurement import curves, reliability, transcript_page
 from educe.models import policy, value_head
@@ -26,6 +27,7 @@ from educe.progress import say
 from educe.rollouts import transcripts
 from educe.training import checkpoint, loop, metrics
 from educe.training.step import init_state, make_step
+from educe.types import Batch
 
 # The sections that `train` itself reads; the others must be read by one another.
 READ = (
@@ -137,7 +139,11 @@ def train(
   # The policy, on the mesh.
   grid = call('mesh', mesh)
   say(headline(run_dir, config))
-  place = functools.partial(sharding.place_batch, mesh=grid)
+  ways = grid.shape['data'] * grid.shape['fsdp'] // jax.process_count()
+
+  def place(batch: Batch, shares: int = 1) -> Batch:
+    return sharding.place_batch(share(batch, shares, ways * microbatches), grid)
+
   net, params = call('model', model)
   check_vocabulary(net, params, words)
   if init_from is not None:

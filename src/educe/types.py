@@ -35,6 +35,9 @@ class Batch(NamedTuple):
   returns: Float[Array, 'B T'] | None = None
   old_values: Float[Array, 'B T'] | None = None
   labels: Float[Array, 'B'] | None = None  # per-row label, margin or target
+  # What B/P rows each go on from, −1 = padding at its end; `tokens` then are the rest,
+  # from the prompt's last token on, with `positions` of their own (data/sharing.py).
+  prefix: Int[Array, 'P S'] | None = None
 
 
 class Scores(NamedTuple):
@@ -83,8 +86,10 @@ class Model(NamedTuple):
   """A language model as pure functions of its params.
 
   init(key) -> params
-  hidden(params, tokens, positions=None, segments=None) -> (states [B, T, D], aux)
-      Causal; positions default to 0..T-1; tokens attend only inside their segment.
+  hidden(params, tokens, positions=None, segments=None, prefix=None)
+      -> (states [B, T, D], aux)
+      Causal; positions default to 0..T-1; tokens attend only inside their segment, or
+      to their prefix and their own row (see Batch).
       aux: dict[str, Mean] of auxiliary losses (empty for a dense model).
   head(params) -> Head
   init_cache(batch_size, length) -> cache with `length` empty slots a row
@@ -93,7 +98,8 @@ class Model(NamedTuple):
       whose stored position is in 0..position. A position of -1 marks padding.
   axes: params-shaped tree of tuples of logical axis names (see sharding.py)
   architecture: the frozen description that `convert` writes into config.json
-  values(params, states [B, T, D], tokens, positions=None, segments=None) -> [B, T]
+  values(params, states [B, T, D], tokens, positions=None, segments=None, prefix=None)
+      -> [B, T]
       float32, the value of what has been read up to and with token t; None without a
       value head (models/value_head.py). `states` are those of `hidden`.
   """
@@ -195,6 +201,7 @@ class Algorithm(NamedTuple):
   asks_policy: next_batch reads the state's params, and so waits for its step
   group: rows that belong together, next to each other: a pair is two
   couples: the loss of a row depends on the others, so that a batch must not be cut
+  shares: rows next to each other that may begin with the same prompt
   reference: params that the state's reference starts with, a teacher's; None: a copy
       of the policy's, where one is kept
   score: (params, the state's reference, batch) -> Scores, where it is more than
@@ -211,5 +218,6 @@ class Algorithm(NamedTuple):
   reference_alpha: float = 1.0
   group: int = 1
   couples: bool = False
+  shares: int = 1
   reference: Params | None = None
   score: ScoreFn | None = None

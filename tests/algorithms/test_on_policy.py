@@ -30,7 +30,7 @@ def test_what_is_read_is_in_order_whole_and_at_the_sampling_temperature():
   tokens = np.random.default_rng(0).integers(0, 8, (6, 5)).astype(np.int32)
   sizes = []
 
-  def place(batch):
+  def place(batch, shares=1):
     sizes.append(len(batch.tokens))
     return batch
 

@@ -128,7 +128,7 @@ def source(letters=letters, prompts=4, group=4, judge=None, **changes):
 
 def build(run_dir, rollouts=None, loss=dpo.loss, **options):
   options = {'batch_size': 2, **options}
-  place = lambda batch: batch  # noqa: E731
+  place = lambda batch, shares=1: batch  # noqa: E731
   return algorithm.make(MODEL, rollouts or source(), loss, place, run_dir, **options)
 
 

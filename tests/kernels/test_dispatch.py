@@ -1,18 +1,60 @@
+import jax
+import jax.numpy as jnp
 import pytest
 
 from educe.kernels import dispatch
-
-TABLE = {'reference': min, 'chunked': max}
-
-
-def test_none_takes_what_the_backend_prefers():
-  assert dispatch.choose('op', TABLE) is max
+from educe.kernels.dispatch import Measurement
 
 
-def test_a_named_implementation_is_that_one():
-  assert dispatch.choose('op', TABLE, 'reference') is min
+def double(x):
+  return 2 * x
+
+
+def half(x):
+  return x / 2
+
+
+def broken(x):
+  raise NotImplementedError('no lowering\nfor this chip')
+
+
+TABLE = {'chunked': double, 'fast': half, 'broken': broken}
+HERE = ('op', jax.devices()[0].device_kind)
+
+
+def measured(monkeypatch, *names):
+  monkeypatch.setitem(dispatch.MEASURED, HERE, Measurement(names, 'a file'))
+
+
+def test_what_nobody_measured_is_portable():
+  assert dispatch.choose('op', TABLE) is double
+
+
+def test_what_was_measured_best_goes_first(monkeypatch):
+  measured(monkeypatch, 'fast', 'chunked')
+  assert dispatch.choose('op', TABLE, trial=(jnp.ones(3),)) is half
+
+
+def test_what_does_not_compile_is_passed_over_and_said_once(monkeypatch, capsys):
+  measured(monkeypatch, 'broken', 'chunked')
+  for _ in range(2):
+    assert dispatch.choose('op', TABLE, trial=(jnp.ones(4),)) is double
+  said = capsys.readouterr().err.splitlines()
+  assert said == [
+    'op: broken does not compile here, chunked runs instead: no lowering'
+  ]
+
+
+def test_a_named_implementation_is_that_one(monkeypatch):
+  measured(monkeypatch, 'fast', 'chunked')
+  assert dispatch.choose('op', TABLE, 'broken', (jnp.ones(5),)) is broken
 
 
 def test_a_name_that_is_not_there_never_falls_back():
   with pytest.raises(ValueError, match=r"'pallas_tpu' does not exist.*chunked"):
     dispatch.choose('op', TABLE, 'pallas_tpu')
+
+
+def test_every_choice_has_its_evidence():
+  for measurement in dispatch.MEASURED.values():
+    assert measurement.names and measurement.evidence.startswith('benchmarks/results/')

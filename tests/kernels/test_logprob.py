@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from educe.kernels.logprob import IMPLEMENTATIONS, chunked, logprob
+from educe.kernels.logprob import IMPLEMENTATIONS, chunked, logprob, one_pass
 
 # Real models' ratios, small: vocabularies that divide by nothing, rows fewer than chunks.
 SHAPES = {'ragged': (37, 16, 101), 'one_row': (1, 8, 5), 'wide': (24, 32, 1000)}
@@ -137,7 +137,78 @@ def test_chunks_cover_all_rows_and_bound_the_tile():
     chunk = chunked.chunk_rows(rows, vocab)
     assert 1 <= chunk <= rows
     assert chunk == 1 or chunk * vocab * 4 <= chunked.TILE_BYTES
-    assert chunk == 1 or rows / chunk > chunked.MIN_CHUNKS - 1
+    # Chunks without a masked token are many enough for masks to save some.
+    assert chunk < 2 * chunked.LEAST_ROWS
+
+
+@pytest.mark.parametrize('rows', [37, 700])
+@pytest.mark.parametrize('share', [0.0, 0.4, 1.0])
+@pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
+def test_tokens_that_nobody_needs_are_left_out(implementation, rows, share):
+  if rows > 100 and implementation == 'pallas_tpu':
+    pytest.skip('one tile says what several do; see test_pallas_tpu')
+  rng = np.random.default_rng(1)
+  hidden = jnp.float32(rng.normal(size=(rows, 8)))
+  head = jnp.float32(rng.normal(size=(8, 50)))
+  targets = jnp.int32(rng.integers(0, 50, rows))
+  needed = jnp.asarray(rng.random(rows) < share)
+
+  def total(hidden, head, needed):
+    s = logprob(hidden, head, targets, needed=needed, implementation=implementation)
+    kept = [jnp.where(needed, x, 0) for x in (s.logp, s.entropy, s.mean_logp)]
+    return (kept[0] + 2 * kept[1] + 3 * kept[2]).sum(), s
+
+  gradient = jax.jit(jax.grad(total, (0, 1), has_aux=True))
+  grads, scores = gradient(hidden, head, needed)
+  everything = logprob(hidden, head, targets, implementation='reference')
+  for got, want in zip(jax.tree.leaves(scores), jax.tree.leaves(everything), strict=True):
+    np.testing.assert_allclose(got, np.where(needed, want, 0), atol=5e-6)
+
+  def reference(hidden, head):
+    s = logprob(hidden, head, targets, implementation='reference')
+    parts = s.logp + 2 * s.entropy + 3 * s.mean_logp
+    return jnp.where(needed, parts, 0).sum()
+
+  for got, want in zip(grads, jax.grad(reference, (0, 1))(hidden, head), strict=True):
+    np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+@pytest.mark.parametrize('needed', [None, 'some'])
+@pytest.mark.parametrize(('temperature', 'softcap'), SETTINGS)
+@pytest.mark.parametrize('rows', [37, 700])
+def test_one_pass_equals_float64(rows, temperature, softcap, needed):
+  """Cotangents that bend: of log p at each token, and of its entropy."""
+  rng = np.random.default_rng(2)
+  hidden = jnp.float32(rng.normal(size=(rows, 8)))
+  head = jnp.float32(rng.normal(size=(8, 50)))
+  targets = jnp.int32(rng.integers(0, 50, rows))
+  some = np.ones(rows, bool) if needed is None else rng.random(rows) < 0.6
+  weight = jnp.float32(rng.normal(size=rows))
+
+  def total(scores):
+    bent = jnp.sin(scores.logp) * weight + scores.entropy**2 + scores.mean_logp * weight
+    return jnp.where(some, bent, 0).sum()
+
+  scores, *grads = jax.jit(
+    lambda hidden, head: one_pass(
+      hidden,
+      head,
+      targets,
+      jax.grad(total),
+      temperature=temperature,
+      softcap=softcap,
+      needed=None if needed is None else jnp.asarray(some),
+    )
+  )(hidden, head)
+  values, *_ = in_float64(hidden, head, targets, np.zeros((3, rows)), temperature, softcap)
+  for got, want in zip(jax.tree.leaves(scores), values, strict=True):
+    np.testing.assert_allclose(got, np.where(some, want, 0), rtol=2e-6, atol=5e-6)
+  logp, entropy, _ = values
+  weight = np.float64(weight)
+  slopes = np.array([np.cos(logp) * weight, 2 * entropy, weight]) * some
+  _, *want = in_float64(hidden, head, targets, slopes, temperature, softcap)
+  for got, right in zip(grads, want, strict=True):
+    np.testing.assert_allclose(got, right, rtol=1e-5, atol=3e-6 * np.abs(right).max())
 
 
 def test_temporaries_do_not_hold_the_logits():
@@ -158,6 +229,7 @@ def test_temporaries_do_not_hold_the_logits():
   logits = rows * vocab * 4
   assert temporaries('reference') >= logits  # the measure does see logits
   assert temporaries('chunked') < logits
+  assert temporaries('vocabulary') < 16 << 20
 
 
 @pytest.mark.parametrize(

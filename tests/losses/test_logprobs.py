@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from educe.losses.logprobs import score
+from educe.losses import grpo, sft
+from educe.losses.logprobs import lose, score
 from educe.types import Batch, Head, Model
 
 
@@ -76,3 +77,65 @@ def test_gradient_reaches_table_and_head():
   params, batch = draw()
   gradient = jax.grad(lambda p: score(bigram(), p, batch).logp.sum())(params)
   assert all(np.abs(g).max() > 0 for g in gradient.values())
+
+
+def test_masked_tokens_are_not_scored():
+  params, batch = draw()
+  half = batch._replace(mask=batch.mask.at[:, :3].set(0))
+  whole, cut = (score(bigram(), params, x) for x in (batch, half))
+  for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(cut), strict=True):
+    assert (b[:, :3] == 0).all()
+    np.testing.assert_allclose(a[:, 3:], b[:, 3:], atol=1e-6)
+
+
+@pytest.mark.parametrize('importance', ['token', 'sequence'])
+@pytest.mark.parametrize('scale', [1.0, 0.5])
+def test_lose_is_the_loss_of_the_scores(importance, scale):
+  """Value, metrics and gradient, in one pass over the logits or in two."""
+  params, batch = draw()
+  rng = np.random.default_rng(3)
+  batch = batch._replace(
+    mask=jnp.float32(rng.random((3, 6)) < 0.7),
+    old_logp=jnp.float32(rng.normal(size=(3, 6)) - 2),
+    advantages=jnp.float32(rng.normal(size=(3, 6))),
+  )
+  model = bigram(scale=scale, softcap=5.0)
+
+  def loss(scores, batch):
+    return grpo.loss(scores, batch, importance=importance, entropy_coef=0.1)
+
+  def plain(params):
+    mean, metrics = loss(score(model, params, batch, temperature=0.7), batch)
+    return mean.total, (mean, metrics)
+
+  def fused(params):
+    mean, metrics = lose(model, params, batch, loss, temperature=0.7)
+    return mean.total, (mean, metrics)
+
+  (want, want_aux), (got, got_aux) = (
+    jax.jit(jax.grad(f, has_aux=True))(params) for f in (plain, fused)
+  )
+  for a, b in zip(jax.tree.leaves(got_aux), jax.tree.leaves(want_aux), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+  for name, right in want.items():
+    assert np.abs(right).max() > 0
+    np.testing.assert_allclose(got[name], right, rtol=1e-5, atol=1e-6)
+
+
+def test_one_pass_makes_the_logits_once():
+  """Products with the head, counted: three where two passes take four."""
+  params, batch = draw()
+
+  def products(loss):
+    def total(params):
+      return lose(bigram(), params, batch, loss)[0].total
+
+    text = str(jax.make_jaxpr(jax.grad(total))(params))
+    return text.count('dot_general')
+
+  assert products(sft.loss) == 3
+
+  def by_sequence(scores, batch):
+    return sft.loss(scores._replace(logp=scores.logp.cumsum(-1)), batch)
+
+  assert products(by_sequence) == 4

@@ -67,7 +67,7 @@ def run(tmp_path, steps, *, data=None, end=10**9, bad=(), nan=(), **options):
     run_dir=tmp_path,
     manager=manager,
     config={},
-    place=lambda batch: batch,
+    place=lambda batch, shares: batch,
     log=metrics.Log(tmp_path, step=int(state.step)),
     **options,
   )
@@ -133,7 +133,7 @@ def test_sigterm_saves_at_the_next_boundary_and_says_so(tmp_path):
 
   data = Stopper()
 
-  def place(batch):
+  def place(batch, shares=1):
     if batch.tokens[0, 0] == 3:
       os.kill(os.getpid(), signal.SIGTERM)
     return batch
@@ -216,7 +216,7 @@ def test_the_time_of_a_batch_is_the_steps_unless_the_policy_was_asked(tmp_path, 
   method = plain._replace(next_batch=slow, asks_policy=asks)
   loop.run(
     like, step, method, steps=6, run_dir=tmp_path, manager=manager, config={},
-    place=lambda batch: batch, log=metrics.Log(tmp_path),
+    place=lambda batch, shares: batch, log=metrics.Log(tmp_path),
   )  # fmt: skip
   checkpoint.wait(manager)
   manager.close()
@@ -233,7 +233,7 @@ def test_the_first_step_and_evaluations_are_left_out_of_the_bars_rate(
   make = progress.steps
   monkeypatch.setattr(progress, 'steps', lambda *a: bars.append(make(*a)) or bars[-1])
 
-  def slow(batch):
+  def slow(batch, shares=1):
     if batch.tokens[0, 0] == 1:
       time.sleep(1.5)
     return batch

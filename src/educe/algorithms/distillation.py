@@ -49,7 +49,7 @@ from educe.types import (
 def make(
   model: Model,
   loss: LossFn,
-  place: Callable[[Batch], Batch],
+  place: Callable[..., Batch],
   mesh: jax.sharding.Mesh,
   run_dir: pathlib.Path,
   seed: int,

@@ -23,6 +23,7 @@ import numpy as np
 from educe.algorithms import reference_logp
 from educe.data import pipeline
 from educe.data.pipeline import Batches
+from educe.data.sharing import restore
 from educe.losses.dry_run import dry_run
 from educe.losses.logprobs import score
 from educe.progress import say
@@ -36,7 +37,7 @@ def make(
   params: Params,
   data: Batches,
   loss: LossFn,
-  place: Callable[[Batch], Batch],
+  place: Callable[..., Batch],
   *,
   reference_every: int | None = 0,
   reference_alpha: float = 1.0,
@@ -77,7 +78,8 @@ def make(
 
   def logp(params, tokens, mask) -> np.ndarray:
     """`[B, T]`; 0 where the mask is."""
-    return np.asarray(read(params, place(Batch(tokens, mask)))) * mask
+    batch = place(Batch(tokens, mask), data.group)
+    return restore(np.asarray(read(params, batch)), batch, tokens.shape[1])
 
   stored = None
   if precompute is not None:
@@ -103,6 +105,7 @@ def make(
     reference_alpha=reference_alpha,
     asks_policy=keeps and stored is None,
     group=data.group,
+    shares=data.group,
     couples=couples(loss),
   )
 

@@ -33,7 +33,7 @@ def make(
   rollouts: Rounds,
   advantage: functools.partial,
   loss: LossFn,
-  place: Callable[[Batch], Batch],
+  place: Callable[..., Batch],
   run_dir: pathlib.Path,
   *,
   epochs: int = 1,
@@ -161,6 +161,7 @@ def make(
     temperature=rollouts.temperature,
     reference_every=reference_every,
     asks_policy=True,
+    shares=rollouts.group,
   )
 
 

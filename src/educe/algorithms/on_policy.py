@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from educe.data.sharing import restore
 from educe.data.tokenizer import Tokenizer
 from educe.losses.logprobs import score
 from educe.progress import say
@@ -57,7 +58,7 @@ def check(
 
 
 def reader(
-  model: Model, rollouts: Rounds, place: Callable[[Batch], Batch], size: int
+  model: Model, rollouts: Rounds, place: Callable[..., Batch], size: int
 ) -> Callable[..., tuple[np.ndarray, np.ndarray | None]]:
   """read(params, tokens [B, T], mask) -> (log-probs, values) `[B, T]` on the host, at the
   sampling temperature, `size` rows at a time. Log-probs are 0 where the mask is; values
@@ -69,13 +70,18 @@ def reader(
     return scores.logp, scores.values
 
   def read(params: Params, tokens, mask):
+    # A value is read behind the last token as well, where a shared row may have ended.
+    shares = rollouts.group if model.values is None else 1
     cuts = [slice(at, at + size) for at in range(0, len(tokens), size)]
-    found = [parts(params, place(Batch(tokens[cut], mask[cut]))) for cut in cuts]
-    logp = np.concatenate([np.asarray(x) for x, _ in found])
-    logp = np.where(np.asarray(mask) > 0, logp, 0)  # padding may say anything, NaN too
+    batches = [place(Batch(tokens[cut], mask[cut]), shares) for cut in cuts]
+    found = [parts(params, batch) for batch in batches]
+    logp = [
+      restore(np.asarray(x), batch, tokens.shape[1])
+      for batch, (x, _) in zip(batches, found, strict=True)
+    ]
     if model.values is None:
-      return logp, None
-    return logp, np.concatenate([np.asarray(v) for _, v in found])
+      return np.concatenate(logp), None
+    return np.concatenate(logp), np.concatenate([np.asarray(v) for _, v in found])
 
   return read
 

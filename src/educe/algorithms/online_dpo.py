@@ -36,7 +36,7 @@ def make(
   model: Model,
   rollouts: Rounds,
   loss: LossFn,
-  place: Callable[[Batch], Batch],
+  place: Callable[..., Batch],
   run_dir: pathlib.Path,
   *,
   batch_size: int,
@@ -124,6 +124,7 @@ def make(
     reference_every=reference_every,
     asks_policy=True,
     group=2,
+    shares=2,
     couples=couples(loss),
   )
 

@@ -40,7 +40,7 @@ def make(
   tokenizer: Tokenizer,
   rollouts: Rounds,
   loss: LossFn,
-  place: Callable[[Batch], Batch],
+  place: Callable[..., Batch],
   run_dir: pathlib.Path,
   *,
   epochs: int = 4,
@@ -192,6 +192,7 @@ def make(
     temperature=rollouts.temperature,
     reference_every=reference_every,
     asks_policy=True,
+    shares=rollouts.group,
   )
 
 

@@ -93,7 +93,9 @@ def lose(
 
 
 def _said(batch: Batch):
-  return batch.tokens, batch.positions, batch.segments
+  """What a model is given; a prefix only where there is one."""
+  prefix = () if batch.prefix is None else (batch.prefix,)
+  return batch.tokens, batch.positions, batch.segments, *prefix
 
 
 def _read(model: Model, params: Params, batch: Batch):

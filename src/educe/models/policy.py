@@ -31,8 +31,8 @@ def build(architecture: Architecture) -> Model:
   def init(key) -> Params:
     return nn.unbox(init_boxed(key))
 
-  def hidden(params, tokens, positions=None, segments=None):
-    states = module.apply({'params': params}, tokens, positions, segments)
+  def hidden(params, tokens, positions=None, segments=None, prefix=None):
+    states = module.apply({'params': params}, tokens, positions, segments, prefix)
     return states, {}
 
   def head(params) -> Head:

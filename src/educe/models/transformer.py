@@ -135,6 +135,59 @@ def attend(
   return jnp.moveaxis(mixed.reshape(B, K, G, T, h), 3, 1).reshape(B, T, H, h)
 
 
+class Fork(NamedTuple):
+  """Rows of one prompt and G completions: S tokens that all of them go on from, then G
+  times T that see those S and, of the others, their own alone."""
+
+  prompt: Bool[Array, 'B S']  # which of the S are there at all
+  causal: Bool[Array, '#B T T']  # of a completion
+
+
+def attend_forked(
+  q: Float[Array, 'B N H h'],
+  k: Float[Array, 'B K N h'],
+  v: Float[Array, 'B K N h'],
+  fork: Fork,
+) -> Float[Array, 'B N H h']:
+  """`attend` where N = S + G·T tokens are a fork: no score is made that none can see.
+
+  The prompt's keys are multiplied with all completions' queries at once.
+  """
+  B, N, H, h = q.shape
+  K, S, T = k.shape[1], fork.prompt.shape[1], fork.causal.shape[1]
+  G, R = (N - S) // T, H // K
+  earlier = jnp.tril(jnp.ones((S, S), bool)) & fork.prompt[:, None]
+  stem = attend(q[:, :S], k[:, :, :S], v[:, :, :S], earlier)
+  # Heads before tokens, and the queries of a key together: see `attend`.
+  q = jnp.moveaxis(q[:, S:].reshape(B, G, T, K, R, h), (3, 4), (1, 3))
+  own_k, own_v = (x[:, :, S:].reshape(B, K, G, T, h) for x in (k, v))
+  of_prompt = jnp.einsum(
+    'bkqh,bksh->bkqs',
+    q.reshape(B, K, G * R * T, h),
+    k[:, :, :S],
+    preferred_element_type=jnp.float32,
+  ).reshape(B, K, G, R, T, S)
+  of_own = jnp.einsum(
+    'bkgqh,bkgsh->bkgqs',
+    q.reshape(B, K, G, R * T, h),
+    own_k,
+    preferred_element_type=jnp.float32,
+  ).reshape(B, K, G, R, T, T)
+  of_prompt = jnp.where(fork.prompt[:, None, None, None, None], of_prompt, MASKED)
+  of_own = jnp.where(fork.causal[:, None, None, None], of_own, MASKED)
+  # A token sees itself, so that no row of weights is all masked.
+  weights = jax.nn.softmax(jnp.concatenate([of_prompt, of_own], -1), axis=-1)
+  weights = weights.astype(v.dtype)
+  mixed = jnp.einsum(
+    'bkqs,bksh->bkqh', weights[..., :S].reshape(B, K, G * R * T, S), v[:, :, :S]
+  ).reshape(B, K, G, R, T, h)
+  mixed += jnp.einsum(
+    'bkgqs,bkgsh->bkgqh', weights[..., S:].reshape(B, K, G, R * T, T), own_v
+  ).reshape(B, K, G, R, T, h)
+  branches = jnp.moveaxis(mixed, (1, 3), (3, 4)).reshape(B, G * T, H, h)
+  return jnp.concatenate([stem, branches], 1)
+
+
 def project(x: Float[Array, 'B T *n'], weight: Float[Array, '*n_m']) -> Array:
   """x [B, T, *n] · weight [*n, *m] → [B, T, *m], as a matmul of two matrices.
 
@@ -195,7 +248,8 @@ class Attention(nn.Module):
       k = jax.lax.dynamic_update_slice(cache.keys, k, start)
       v = jax.lax.dynamic_update_slice(cache.values, v, start)
       cache = LayerCache(k, v)
-    mixed = attend(q.astype(x.dtype), k, v, visible)
+    mix = attend_forked if isinstance(visible, Fork) else attend
+    mixed = mix(q.astype(x.dtype), k, v, visible)
     return project(mixed, out), cache
 
 
@@ -241,9 +295,10 @@ class Transformer(nn.Module):
     tokens: Int[Array, 'B T'],
     positions: Int[Array, 'B T'] | None = None,
     segments: Int[Array, 'B T'] | None = None,
+    prefix: Int[Array, 'P S'] | None = None,
   ) -> Float[Array, 'B T D']:
     a = self.architecture
-    T = tokens.shape[1]
+    rows, T = tokens.shape
     embedding = self.param(
       'embedding', _normal(0.02, 'vocab', 'embed'), (a.vocab_size, a.dim), a.param_dtype
     )
@@ -253,8 +308,13 @@ class Transformer(nn.Module):
     if positions is None:
       positions = jnp.arange(T)[None]
     # By index, not by position: positions restart in every packed segment.
-    visible = jnp.tril(jnp.ones((T, T), bool))[None]
-    if segments is not None:
+    visible: Any = jnp.tril(jnp.ones((T, T), bool))[None]
+    if prefix is not None:
+      visible = Fork(prefix >= 0, visible)
+      start = jnp.broadcast_to(jnp.arange(prefix.shape[1]), prefix.shape)
+      tokens = _forked(jnp.maximum(prefix, 0), tokens)
+      positions = _forked(start, positions)
+    elif segments is not None:
       same = segments[:, :, None] == segments[:, None, :]
       visible = visible & same & (segments > 0)[:, None, :]
     block = Block
@@ -270,7 +330,14 @@ class Transformer(nn.Module):
       in_axes=nn.broadcast,
       metadata_params={nn.PARTITION_NAME: 'layers'},
     )(a, name='layers')(x, rotary(a, positions), visible)
+    if prefix is not None:
+      x = x[:, prefix.shape[1] :].reshape(rows, T, a.dim)
     return RMSNorm(a, name='norm')(x)
+
+
+def _forked(prefix: Int[Array, 'P S'], rest: Int[Array, 'B T']) -> Int[Array, 'P N']:
+  """A row a prompt: its tokens, then those of each of the B/P rows that go on from it."""
+  return jnp.concatenate([prefix, rest.reshape(len(prefix), -1)], 1)
 
 
 def init_cache(architecture: Architecture, batch_size: int, length: int) -> Cache:

@@ -115,12 +115,12 @@ def _trunk(params: Params) -> Params:
   return {name: x for name, x in params.items() if name not in (KEY, 'head')}
 
 
-def _values(model: Model, params, states, tokens, positions=None, segments=None):
+def _values(model: Model, params, states, *said):
   value = params[KEY]
   if 'trunk' in value:
     # A module asks for all of its params, an unembedding that it will not use included.
     own = {**without(params), **value['trunk']}
-    states, aux = model.hidden(own, tokens, positions, segments)
+    states, aux = model.hidden(own, *said)
     if aux:
       raise ValueError(f'value: auxiliary losses {sorted(aux)} have no consumer yet')
   head = value['head']

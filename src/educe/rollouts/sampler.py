@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Key
 
+from educe.data.sharing import bucket as bucket
 from educe.rollouts import slots as slots_lib
 from educe.rollouts.draw import Settings
 from educe.types import Model, Params, Samples
@@ -156,13 +157,6 @@ def _next_entries(prompts, seeds, waiting, free, width, rows):
     entries.token[index], entries.seed[index] = last, seeds[row]
     entered.append(row)
   return entries._replace(real=np.int32(len(entered))), entered
-
-
-def bucket(length: int) -> int:
-  """The padded width for `length` tokens: at most a quarter is padding beyond 64
-  tokens, and there are only four widths an octave, so few programs are compiled."""
-  grain = max(16, 2 ** (int(length - 1).bit_length() - 3))
-  return -(-int(length) // grain) * grain
 
 
 def vocabulary_size(model: Model, params: Params) -> int:

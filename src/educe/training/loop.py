@@ -39,7 +39,7 @@ def run(
   run_dir: pathlib.Path,
   manager: Any,
   config: dict[str, Any],
-  place: Callable[[Batch], Batch],
+  place: Callable[..., Batch],
   log: metrics_lib.Log,
   evaluate: Evaluate | None = None,
   evaluate_every: int = 0,
@@ -53,7 +53,7 @@ def run(
   command goes on from it.
 
   Args:
-    place: a batch of host arrays onto the devices.
+    place: a batch of host arrays onto the devices, prompts that its rows share once.
     evaluate_every: steps between calls of `evaluate`, which also runs before the first
       step and after the last; 0 means only there.
     abort_after: raise NonFinite after this many skipped updates in a row; at once if the
@@ -145,7 +145,7 @@ def run(
           ckpt.wait(manager)
         raise
       waited = time.perf_counter() - began
-      state, values = step(state, place(batch))
+      state, values = step(state, place(batch, algorithm.shares))
       flush()
       asked = waited if algorithm.asks_policy else 0.0
       pending = (number, batch, values, info)

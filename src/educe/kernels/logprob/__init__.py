@@ -53,7 +53,7 @@ def logprob(
     raise ValueError(f'logprob: temperature={temperature} must be > 0')
   if softcap is not None and not softcap > 0:
     raise ValueError(f'logprob: softcap={softcap} must be > 0, or None for no cap')
-  op = dispatch.choose('logprob', IMPLEMENTATIONS, implementation)
-  return op(
-    hidden, head, targets, temperature=temperature, softcap=softcap, needed=needed
-  )
+  how = dict(temperature=temperature, softcap=softcap)
+  operands = (hidden, head, targets)
+  op = dispatch.choose('logprob', IMPLEMENTATIONS, implementation, operands, **how)
+  return op(*operands, needed=needed, **how)
