@@ -1,0 +1,297 @@
+"""Mosaic GPU for Hopper: tensor cores and softmax in one kernel, a tile of logits at a time.
+
+A block of three warpgroups holds 128 tokens × 256 entries of the vocabulary. One of them
+does nothing but fetch (TMA) the next pieces of H and W; each of the other two multiplies
+64 tokens (wgmma), 64 × 256 float32 sums being what its registers can hold, and makes what
+is wanted of the logits while they are there:
+
+  forward   the `Moments` (tile.py) of each token in this part of the vocabulary, which
+            plain XLA then joins: F = 2·N·D·V flops and 20 bytes a token and part
+  backward  ∂/∂logits, in the operands' dtype, for WAVE tokens at a time: the two products
+            with it are the library's, which no kernel of ours would beat. 3F in all
+
+Sizes that do not divide are filled up: H and W with zeros that add nothing to a product,
+columns beyond V kept out by their number.
+
+Blocks walk in a snake over the tiles, so that those at work share rows and columns in L2.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Bool, Float, Int
+
+from educe.kernels.logprob import tile
+from educe.types import Scores
+
+ROWS, VOCAB, WIDTH = 64, 256, 64  # of a warpgroup's tile, and of D at a time
+WARPGROUPS = 2  # that multiply
+STAGES = 4  # pieces of H and W on their way; 48 KiB each of 227
+PIECE = 64  # columns of ∂/∂logits that leave together
+WAVE = 4096  # tokens whose ∂/∂logits are there at once
+SNAKE = 8  # tiles, of a turn
+
+
+class Settings(NamedTuple):
+  temperature: float
+  softcap: float | None
+  multiprocessors: int
+
+
+def logprob(
+  hidden: Float[Array, 'N D'],
+  head: Float[Array, 'D V'],
+  targets: Int[Array, 'N'],
+  *,
+  temperature: float = 1.0,
+  softcap: float | None = None,
+  needed: Bool[Array, 'N'] | None = None,
+  multiprocessors: int | None = None,
+) -> Scores:
+  """See `educe.kernels.logprob.logprob`. hidden and head in one dtype of 16 bits.
+
+  multiprocessors: of the chip; None: of this one, or 132
+
+  Raises ValueError for other dtypes, which wgmma does not multiply in full.
+  """
+  if hidden.dtype != head.dtype or hidden.dtype.itemsize != 2:
+    raise ValueError(
+      f'pallas_gpu: hidden is {hidden.dtype} and head {head.dtype}; both must be bfloat16, '
+      'or both float16 (config.model.compute_dtype)'
+    )
+  if multiprocessors is None:
+    multiprocessors = getattr(jax.devices()[0], 'core_count', None) or 132
+  settings = Settings(temperature, softcap, multiprocessors)
+  scores = _logprob(settings, hidden, head, targets.astype(jnp.int32))
+  if needed is None:
+    return scores
+  return jax.tree.map(lambda x: jnp.where(needed, x, 0), scores)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _logprob(settings, hidden, head, targets):
+  return _forward(settings, hidden, head, targets)[0]
+
+
+def _forward(settings, hidden, head, targets):
+  rows, vocab = len(hidden), head.shape[1]
+  h, w = _filled(hidden, head)
+  y = jnp.pad(targets, (0, len(h) - rows))
+  parts = tile.Moments(*(x[:, :rows] for x in _moments(settings, h, w, y, vocab)))
+  # All parts about one maximum, each with as many entries as are real.
+  first = VOCAB * jnp.arange(len(parts.top))[:, None]
+  count = jnp.minimum(VOCAB, vocab - first).astype(jnp.float32)
+  top = parts.top.max(0)
+  found = tile.about(parts, top, count)
+  found = tile.Moments(top, *(x.sum(0) for x in found[1:]))
+  scores, lse = tile.finish(found, targets, vocab)
+  return scores, (hidden, head, targets, lse, scores.entropy)
+
+
+def _backward(settings, residuals, cotangents: Scores):
+  hidden, head, targets, lse, entropy = residuals
+  rows, vocab = len(hidden), head.shape[1]
+  g = tile.poisoned(cotangents.logp, targets, vocab)
+  known = (lse, entropy, g, cotangents.entropy, cotangents.mean_logp)
+  wave = min(WAVE, -(-rows // (WARPGROUPS * ROWS)) * WARPGROUPS * ROWS)
+  waves = -(-rows // wave)
+  h, w = _filled(hidden, head, wave)
+  # Rows that fill up have cotangents of 0, and so no part in dW.
+  y, *known = (jnp.pad(x, (0, waves * wave - rows)) for x in (targets, *known))
+
+  def body(d_head, xs):
+    h, *known = xs
+    ds = _dlogits(settings, h, w, known, vocab)
+    d_hidden = jnp.einsum('nv,dv->nd', ds, w, preferred_element_type=jnp.float32)
+    d_head += jnp.einsum('nd,nv->dv', h, ds, preferred_element_type=jnp.float32)
+    return d_head, d_hidden.astype(hidden.dtype)
+
+  xs = [x.reshape(waves, wave, *x.shape[1:]) for x in (h, y, *known)]
+  d_head, d_hidden = jax.lax.scan(body, jnp.zeros(w.shape, jnp.float32), xs)
+  d_hidden = d_hidden.reshape(waves * wave, -1)[:rows, : hidden.shape[1]]
+  d_head = d_head[: head.shape[0], :vocab].astype(head.dtype)
+  return d_hidden, d_head, np.zeros(targets.shape, jax.dtypes.float0)
+
+
+_logprob.defvjp(_forward, _backward)
+
+
+def _filled(hidden, head, rows: int = WARPGROUPS * ROWS):
+  """Both with zeros up to whole tiles."""
+  more_rows, more_width = -len(hidden) % rows, -hidden.shape[1] % WIDTH
+  more_vocab = -head.shape[1] % VOCAB
+  return (
+    jnp.pad(hidden, ((0, more_rows), (0, more_width))),
+    jnp.pad(head, ((0, more_width), (0, more_vocab))),
+  )
+
+
+def _moments(settings, h, w, y, vocab: int):
+  """Five arrays `[V/256, N]`: the Moments of each part of the vocabulary."""
+  parts = w.shape[1] // VOCAB
+  out = jax.ShapeDtypeStruct((parts, len(h)), jnp.float32)
+
+  def finish(z, column, rows, part, refs, smem):
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    (y,), out = refs[:1], refs[1:]
+    y = plgpu.load(y.at[rows], layout=plgpu.Layout.WGMMA.reduce(1))
+    found = _tile_moments(z, column, y, vocab)
+    for index, (ref, value) in enumerate(zip(out, found, strict=True)):
+      smem[index] = value
+    plgpu.commit_smem()
+    for index, ref in enumerate(out):
+      plgpu.copy_smem_to_gmem(smem.at[index], ref.at[part, rows])
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+  scratch = (len(tile.Moments._fields), ROWS), jnp.float32, ()
+  return _over_tiles(settings, h, w, (y,), (out,) * 5, scratch, finish, 'moments')
+
+
+def _tile_moments(z, column, y, vocab: int) -> tile.Moments:
+  """tile.moments, of a warpgroup's registers: rows are vectors, not columns."""
+
+  def across(x):
+    return jax.lax.broadcast_in_dim(x, z.shape, [0])
+
+  inside = column < vocab
+  z = jnp.where(inside, z, tile.LOWEST)
+  top = z.max(axis=1)
+  above = z - across(top)
+  e = jnp.exp(above)
+  above = jnp.where(inside, above, 0.0)
+  target = jnp.where(column == across(y), z, 0.0)
+  return tile.Moments(
+    top,
+    e.sum(axis=1),
+    (e * above).sum(axis=1),
+    above.sum(axis=1),
+    target.sum(axis=1),
+  )
+
+
+def _dlogits(settings, h, w, known, vocab: int):
+  """∂/∂logits `[N, V]` in the dtype of h, 0 beyond the vocabulary."""
+  out = jax.ShapeDtypeStruct((len(h), w.shape[1]), h.dtype)
+
+  def finish(s, column, rows, part, refs, smem):
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    *known, out = refs
+    layout = plgpu.Layout.WGMMA.reduce(1)
+    y, lse, entropy, g, e, c = (
+      jax.lax.broadcast_in_dim(plgpu.load(x.at[rows], layout=layout), s.shape, [0])
+      for x in known
+    )
+    z, slope = tile.squash(s, settings.temperature, settings.softcap)
+    ds = tile.gradient(z, slope, column == y, lse, entropy, (g, e, c), vocab)
+    ds = jnp.where(column < vocab, ds, 0.0).astype(h.dtype)
+    for piece in range(VOCAB // PIECE):
+      slot = piece % 2
+      plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+      smem[slot] = ds[:, piece * PIECE : (piece + 1) * PIECE]
+      plgpu.commit_smem()
+      columns = pl.ds(part * VOCAB + piece * PIECE, PIECE)
+      plgpu.copy_smem_to_gmem(smem.at[slot], out.at[rows, columns])
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+  scratch = (2, ROWS, PIECE), h.dtype, (8, 64)
+  (ds,) = _over_tiles(settings, h, w, known, (out,), scratch, finish, 'dlogits')
+  return ds
+
+
+def _over_tiles(
+  settings, h, w, rows_in: Any, out: Any, scratch: Any, finish: Any, name: str
+):
+  """Multiplies every tile of h·w and hands it to `finish`, a warpgroup at a time.
+
+  rows_in: arrays of one number a token · out: shapes · scratch: (shape, dtype, tiling) of
+    what each warpgroup has of shared memory
+  finish(tile [64, 256], its columns' numbers, its rows, which part, refs of rows_in and
+    out, shared memory)
+  """
+  import jax.experimental.pallas.mosaic_gpu as plgpu
+
+  swizzle = plgpu.find_swizzle(WIDTH * 16)
+  layout = (
+    plgpu.TilingTransform((8, swizzle // 2)),
+    plgpu.SwizzleTransform(swizzle),
+  )
+  block = WARPGROUPS * ROWS
+  many, parts = len(h) // block, w.shape[1] // VOCAB
+  shape, dtype, tiled = scratch
+
+  def pipeline(body, context):
+    return plgpu.emit_pipeline_warp_specialized(
+      body,
+      grid=(h.shape[1] // WIDTH,),
+      in_specs=[
+        plgpu.BlockSpec((block, WIDTH), lambda d: (0, d), transforms=layout),
+        plgpu.BlockSpec((WIDTH, VOCAB), lambda d: (d, 0), transforms=layout),
+      ],
+      memory_registers=40,
+      wg_axis='warpgroup',
+      num_compute_wgs=WARPGROUPS,
+      max_concurrent_steps=STAGES,
+      compute_context=context,
+    )
+
+  def kernel(h_ref, w_ref, *refs):
+    nothing = lambda *_, **__: None  # noqa: E731  (its allocations need no functions)
+
+    @functools.partial(
+      pl.run_scoped,
+      buffers=pipeline(nothing, nothing).get_allocations(h_ref, w_ref),
+      smem=plgpu.SMEM((WARPGROUPS, *shape), dtype, transforms=layout if tiled else ()),
+      collective_axes='warpgroup',
+    )
+    def _(buffers, smem):
+      mine = jax.lax.axis_index('warpgroup')
+      own = pl.ds(mine * ROWS, ROWS)
+
+      @plgpu.nd_loop((many * parts,), collective_axes='blocks')
+      def _(loop):
+        row, part = plgpu.planar_snake(loop.index[0], (many, parts), 0, SNAKE)
+
+        def compute(run):
+          @functools.partial(pl.run_scoped, sums=plgpu.ACC((ROWS, VOCAB), jnp.float32))
+          def _(sums):
+            run(sums)
+            s = sums[...]
+            column = part * VOCAB + plgpu.broadcasted_iota(
+              jnp.int32, (ROWS, VOCAB), 1, layout=plgpu.Layout.WGMMA
+            )
+            if name == 'moments':
+              s, _ = tile.squash(s, settings.temperature, settings.softcap)
+            rows = pl.ds(row * block + mine * ROWS, ROWS)
+            finish(s, column, rows, part, refs, smem.at[mine])
+
+        def multiply(_, h, w, sums):
+          plgpu.wgmma(sums, h.at[own], w)
+          plgpu.wgmma_wait(0)
+          return sums
+
+        pipeline(multiply, compute)(
+          h_ref.at[pl.ds(row * block, block), :],
+          w_ref.at[:, pl.ds(part * VOCAB, VOCAB)],
+          allocations=buffers,
+        )
+
+  return plgpu.kernel(
+    kernel,
+    out_type=out,
+    grid=(settings.multiprocessors,),
+    grid_names=('blocks',),
+    num_threads=WARPGROUPS + 1,
+    thread_name='warpgroup',
+    compiler_params=plgpu.CompilerParams(
+      lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=False
+    ),
+    name=f'logprob_{name}',
+  )(h, w, *rows_in)
