@@ -56,7 +56,8 @@ def main():
         cpus[name].append(time.process_time() - cpu)
   medians = {name: statistics.median(times) for name, times in walls.items()}
   temporaries = {
-    name: way.memory_analysis().temp_size_in_bytes / 1e6 for name, way in compiled.items()
+    name: way.memory_analysis().temp_size_in_bytes / 1e6
+    for name, way in compiled.items()
   }
   rows = {
     name: {

@@ -1,4 +1,4 @@
-"""A GRPO step whose groups attend to one copy of their prompt, beside the step of whole rows.
+"""A GRPO step whose groups attend to one copy of their prompt, beside that of whole rows.
 
   python benchmarks/shared_prompts.py [--prompt=1024] [--completion=512] [--group=8]
 

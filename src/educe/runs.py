@@ -7,7 +7,6 @@ to bottom as the story of a run.
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import inspect
 import json

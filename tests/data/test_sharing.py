@@ -30,13 +30,22 @@ def rows(prompts=(40, 23), group=4, seed=0):
       tokens[row, length:end] = rng.integers(1, 50, end - length)
       mask[row, length:end] = 1
   draw = lambda: np.float32(rng.normal(size=shape))  # noqa: E731
-  return Batch(tokens, mask, old_logp=draw() - 4, advantages=draw(), ref_logp=draw() - 4)
+  return Batch(
+    tokens, mask, old_logp=draw() - 4, advantages=draw(), ref_logp=draw() - 4
+  )
 
 
 def model(**changes):
   sizes = dict(
-    vocab_size=50, dim=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=64,
-    max_length=LENGTH, tied=True,
+    vocab_size=50,
+    dim=32,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=8,
+    ffn=64,
+    max_length=LENGTH,
+    tied=True,
   )
   made = policy.build(Architecture(**{**sizes, **changes}))
   return made, made.init(jax.random.key(0))

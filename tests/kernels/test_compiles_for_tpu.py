@@ -18,7 +18,9 @@ from jax.sharding import PartitionSpec as P
 from educe.kernels.logprob import pallas_tpu
 
 if importlib.util.find_spec('libtpu') is None:
-  pytest.skip('libtpu is not installed (pip install -e .[tpu])', allow_module_level=True)
+  pytest.skip(
+    'libtpu is not installed (pip install -e .[tpu])', allow_module_level=True
+  )
 
 N, D, V = 16384, 4096, 128256
 LOGITS = N * V * 4  # bytes
@@ -33,7 +35,10 @@ def devices(name: str):
   return topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
 
 
-def operands(mesh, rows=P(), head=P()):
+WHOLE = P()
+
+
+def operands(mesh, rows=WHOLE, head=WHOLE):
   def like(shape, dtype, spec):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
@@ -74,6 +79,7 @@ def test_a_vocabulary_in_parallel():
   args = operands(mesh, P('data'), P(None, 'tensor'))
   compiled = jax.jit(jax.value_and_grad(run, (0, 1))).lower(*args).compile()
   text = compiled.as_text()
-  assert 'all-reduce' in text and 'logprob_d_head' in text
+  assert 'all-reduce' in text
+  assert 'logprob_d_head' in text
   # Of one chip: a quarter of the logits, and dW before it is rounded.
   assert compiled.memory_analysis().temp_size_in_bytes < LOGITS / 4 / 20 + D * V * 4

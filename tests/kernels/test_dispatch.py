@@ -40,9 +40,7 @@ def test_what_does_not_compile_is_passed_over_and_said_once(monkeypatch, capsys)
   for _ in range(2):
     assert dispatch.choose('op', TABLE, trial=(jnp.ones(4),)) is double
   said = capsys.readouterr().err.splitlines()
-  assert said == [
-    'op: broken does not compile here, chunked runs instead: no lowering'
-  ]
+  assert said == ['op: broken does not compile here, chunked runs instead: no lowering']
 
 
 def test_a_named_implementation_is_that_one(monkeypatch):
@@ -57,4 +55,5 @@ def test_a_name_that_is_not_there_never_falls_back():
 
 def test_every_choice_has_its_evidence():
   for measurement in dispatch.MEASURED.values():
-    assert measurement.names and measurement.evidence.startswith('benchmarks/results/')
+    assert measurement.names
+    assert measurement.evidence.startswith('benchmarks/results/')

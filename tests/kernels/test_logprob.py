@@ -161,7 +161,9 @@ def test_tokens_that_nobody_needs_are_left_out(implementation, rows, share):
   gradient = jax.jit(jax.grad(total, (0, 1), has_aux=True))
   grads, scores = gradient(hidden, head, needed)
   everything = logprob(hidden, head, targets, implementation='reference')
-  for got, want in zip(jax.tree.leaves(scores), jax.tree.leaves(everything), strict=True):
+  for got, want in zip(
+    jax.tree.leaves(scores), jax.tree.leaves(everything), strict=True
+  ):
     np.testing.assert_allclose(got, np.where(needed, want, 0), atol=5e-6)
 
   def reference(hidden, head):
@@ -200,7 +202,9 @@ def test_one_pass_equals_float64(rows, temperature, softcap, needed):
       needed=None if needed is None else jnp.asarray(some),
     )
   )(hidden, head)
-  values, *_ = in_float64(hidden, head, targets, np.zeros((3, rows)), temperature, softcap)
+  values, *_ = in_float64(
+    hidden, head, targets, np.zeros((3, rows)), temperature, softcap
+  )
   for got, want in zip(jax.tree.leaves(scores), values, strict=True):
     np.testing.assert_allclose(got, np.where(some, want, 0), rtol=2e-6, atol=5e-6)
   logp, entropy, _ = values

@@ -50,9 +50,9 @@ def share(batch: Batch, group: int, parts: int = 1) -> Batch:
       return x
     return _columns(np.asarray(x), columns, 0)
 
-  return Batch(**{name: cut(x) for name, x in batch._asdict().items()})._replace(
-    prefix=prefix.astype(np.int32), positions=columns.astype(np.int32)
-  )
+  arrays: dict[str, Any] = {name: cut(x) for name, x in batch._asdict().items()}
+  arrays |= dict(prefix=prefix.astype(np.int32), positions=columns.astype(np.int32))
+  return Batch(**arrays)
 
 
 def restore(x: np.ndarray, batch: Batch, length: int) -> np.ndarray:

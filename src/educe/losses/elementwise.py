@@ -20,14 +20,21 @@ from educe.types import Batch, LossFn, Scores
 
 # Operations whose result at a place is made of their operands at that place.
 ELEMENTWISE = frozenset(
-  'abs add add_any and ceil clamp convert_element_type copy cos div eq erf exp exp2 '
-  'expm1 floor ge gt integer_pow is_finite le log log1p logistic lt max min mul ne neg '
-  'nextafter not or pow rem round rsqrt select_n sign sin sqrt square stop_gradient '
-  'sub tan tanh xor'.split()
+  """
+  abs add add_any and ceil clamp convert_element_type copy cos div eq erf exp exp2 expm1
+  floor ge gt integer_pow is_finite le log log1p logistic lt max min mul ne neg nextafter
+  not or pow rem round rsqrt select_n sign sin sqrt square stop_gradient sub tan tanh xor
+  """.split()
 )
-
 # Operations that run a program of their own, on their operands in order.
-CALLS = ('jit', 'pjit', 'closed_call', 'core_call', 'custom_jvp_call', 'custom_vjp_call')
+CALLS = (
+  'jit',
+  'pjit',
+  'closed_call',
+  'core_call',
+  'custom_jvp_call',
+  'custom_vjp_call',
+)
 
 
 def elementwise(loss: LossFn, scores: Scores, batch: Batch) -> bool:

@@ -65,7 +65,7 @@ def lose(
   Where the loss allows it (elementwise.py), which saves making them again: a quarter of
   the head's matmuls. Else, and elsewhere, it is what it says.
   """
-  like = jax.ShapeDtypeStruct(batch.tokens.shape, jnp.float32)
+  like: Any = jax.ShapeDtypeStruct(batch.tokens.shape, jnp.float32)
   scores = Scores(like, like, like if model.values else None, mean_logp=like)
   if not elementwise(loss, scores, batch):
     return loss(score(model, params, batch, temperature=temperature), batch)

@@ -1,4 +1,4 @@
-"""Mosaic GPU for Hopper: tensor cores and softmax in one kernel, a tile of logits at a time.
+"""Mosaic GPU for Hopper: tensor cores and softmax in one kernel, tile by tile of logits.
 
 A block of three warpgroups holds 128 tokens × 256 entries of the vocabulary. One of them
 does nothing but fetch (TMA) the next pieces of H and W; each of the other two multiplies
@@ -19,6 +19,7 @@ Blocks walk in a snake over the tiles, so that those at work share rows and colu
 from __future__ import annotations
 
 import functools
+import importlib
 from typing import Any, NamedTuple
 
 import jax
@@ -98,7 +99,7 @@ def _backward(settings, residuals, cotangents: Scores):
   hidden, head, targets, lse, entropy = residuals
   rows, vocab = len(hidden), head.shape[1]
   g = tile.poisoned(cotangents.logp, targets, vocab)
-  known = (lse, entropy, g, cotangents.entropy, cotangents.mean_logp)
+  known: Any = (lse, entropy, g, cotangents.entropy, cotangents.mean_logp)
   wave = min(WAVE, -(-rows // (WARPGROUPS * ROWS)) * WARPGROUPS * ROWS)
   waves = -(-rows // wave)
   h, w = _filled(hidden, head, wave)
@@ -122,6 +123,11 @@ def _backward(settings, residuals, cotangents: Scores):
 _logprob.defvjp(_forward, _backward)
 
 
+def _mosaic() -> Any:
+  # Its names move from version to version; ours are those of jax 0.12.
+  return importlib.import_module('jax.experimental.pallas.mosaic_gpu')
+
+
 def _filled(hidden, head, rows: int = WARPGROUPS * ROWS):
   """Both with zeros up to whole tiles."""
   more_rows, more_width = -len(hidden) % rows, -hidden.shape[1] % WIDTH
@@ -138,12 +144,11 @@ def _moments(settings, h, w, y, vocab: int):
   out = jax.ShapeDtypeStruct((parts, len(h)), jnp.float32)
 
   def finish(z, column, rows, part, refs, smem):
-    import jax.experimental.pallas.mosaic_gpu as plgpu
-
+    plgpu = _mosaic()
     (y,), out = refs[:1], refs[1:]
     y = plgpu.load(y.at[rows], layout=plgpu.Layout.WGMMA.reduce(1))
     found = _tile_moments(z, column, y, vocab)
-    for index, (ref, value) in enumerate(zip(out, found, strict=True)):
+    for index, value in enumerate(found):
       smem[index] = value
     plgpu.commit_smem()
     for index, ref in enumerate(out):
@@ -181,8 +186,7 @@ def _dlogits(settings, h, w, known, vocab: int):
   out = jax.ShapeDtypeStruct((len(h), w.shape[1]), h.dtype)
 
   def finish(s, column, rows, part, refs, smem):
-    import jax.experimental.pallas.mosaic_gpu as plgpu
-
+    plgpu = _mosaic()
     *known, out = refs
     layout = plgpu.Layout.WGMMA.reduce(1)
     y, lse, entropy, g, e, c = (
@@ -216,8 +220,7 @@ def _over_tiles(
   finish(tile [64, 256], its columns' numbers, its rows, which part, refs of rows_in and
     out, shared memory)
   """
-  import jax.experimental.pallas.mosaic_gpu as plgpu
-
+  plgpu = _mosaic()
   swizzle = plgpu.find_swizzle(WIDTH * 16)
   layout = (
     plgpu.TilingTransform((8, swizzle // 2)),

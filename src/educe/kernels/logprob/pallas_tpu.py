@@ -247,7 +247,7 @@ def _moments(settings, hidden, head, targets) -> tile.Moments:
     _accumulate(s, d, _dot(h[...], w[...], 1, 0))
 
     @pl.when(d == grid.width - 1)
-    def _():
+    def whole_product():
       z, _ = tile.squash(s[...], settings.temperature, settings.softcap)
       before = v * tiles.vocab
       column = before + jax.lax.broadcasted_iota(jnp.int32, z.shape, 1)
@@ -255,11 +255,11 @@ def _moments(settings, hidden, head, targets) -> tile.Moments:
       count = jnp.minimum(tiles.vocab, vocab - before)
 
       @pl.when(v == 0)
-      def _():
+      def first():
         _write(out, new)
 
       @pl.when(v > 0)
-      def _():
+      def later():
         old = tile.Moments(*(ref[...] for ref in out))
         _write(out, tile.join(old, before * 1.0, new, count * 1.0))
 
@@ -274,7 +274,8 @@ def _moments(settings, hidden, head, targets) -> tile.Moments:
       (pl.BlockSpec((tiles.width, tiles.vocab), lambda n, v, d: (d, v)), head),
       (column, targets[:, None]),
     ],
-    [(column, jax.ShapeDtypeStruct((rows, 1), jnp.float32))] * len(tile.Moments._fields),
+    [(column, jax.ShapeDtypeStruct((rows, 1), jnp.float32))]
+    * len(tile.Moments._fields),
     [pltpu.VMEM((tiles.rows, tiles.vocab), jnp.float32)],
     _cost(hidden, head, grid, 1, (grid.rows - 1) * head.nbytes),
     'logprob_moments',

@@ -24,8 +24,7 @@ def logprob(hidden, head, targets, *, temperature=1.0, softcap=None, needed=None
     log_p, targets[:, None], axis=-1, mode='fill', fill_value=jnp.nan
   )
   entropy = -(jnp.exp(log_p) * log_p).sum(-1)
-  scores = take[:, 0], entropy, log_p.mean(-1)
-  if needed is not None:
-    scores = (jnp.where(needed, x, 0) for x in scores)
-  logp, entropy, mean = scores
-  return Scores(logp, entropy, mean_logp=mean)
+  scores = Scores(take[:, 0], entropy, mean_logp=log_p.mean(-1))
+  if needed is None:
+    return scores
+  return jax.tree.map(lambda x: jnp.where(needed, x, 0), scores)
