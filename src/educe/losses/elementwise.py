@@ -24,7 +24,7 @@ ELEMENTWISE = frozenset(
   abs add add_any and ceil clamp convert_element_type copy cos div eq erf exp exp2 expm1
   floor ge gt integer_pow is_finite le log log1p logistic lt max min mul ne neg nextafter
   not or pow rem round rsqrt select_n sign sin sqrt square stop_gradient sub tan tanh xor
-  """.split()
+  """.split()  # noqa: SIM905
 )
 # Operations that run a program of their own, on their operands in order.
 CALLS = (
