@@ -63,7 +63,7 @@ def build(
   return algorithm.make(
     STUDENT,
     functools.partial(distillation.loss, **loss),
-    lambda batch: batch,
+    lambda batch, shares=1: batch,
     mesh,
     run_dir,
     seed,

@@ -62,7 +62,9 @@ def make(data=PAIRS, records='pairs', loss=loss, setting=None, start=None, **opt
   )
   bound = functools.partial(loss, **(setting or {}))
   given = params() if start is None else start
-  return algorithm.make(MODEL, given, batches, bound, lambda batch: batch, **options)
+  return algorithm.make(
+    MODEL, given, batches, bound, lambda batch, shares=1: batch, **options
+  )
 
 
 def state_of(policy_seed=0, reference_seed=None):

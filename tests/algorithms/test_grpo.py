@@ -67,7 +67,14 @@ def make(run_dir, source, advantage, loss, **options):
   if not isinstance(advantage, functools.partial):
     advantage = functools.partial(advantage)
   return algorithm.make(
-    policy()[0], WORDS, source, advantage, loss, lambda batch: batch, run_dir, **options
+    policy()[0],
+    WORDS,
+    source,
+    advantage,
+    loss,
+    lambda batch, shares=1: batch,
+    run_dir,
+    **options,
   )
 
 

@@ -86,7 +86,13 @@ class Fixed:
 
 def make(run_dir, source, loss=ppo.loss, model=None, **options):
   return algorithm.make(
-    model or policy()[0], WORDS, source, loss, lambda batch: batch, run_dir, **options
+    model or policy()[0],
+    WORDS,
+    source,
+    loss,
+    lambda batch, shares=1: batch,
+    run_dir,
+    **options,
   )
 
 
