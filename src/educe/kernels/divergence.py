@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient as sg
 from jaxtyping import Array, Float
 
-from educe.kernels.logprob.chunked import chunk_rows
+from educe.kernels.logprob.chunked import chunk_rows, products
 from educe.types import Head
 
 
@@ -148,10 +148,8 @@ def _backward(settings, arrays, cotangent):
     log_q, slope = _log_softmax(h, head, temperature, softcap)
     log_p, _ = _log_softmax(teacher, teacher_head, temperature, teacher_softcap)
     ds = g[:, None] * _slope(log_p, log_q, beta) * slope
-    ds = ds.astype(jnp.result_type(h, head))
-    d_hidden = jnp.einsum('cv,dv->cd', ds, head, preferred_element_type=jnp.float32)
-    d_head += jnp.einsum('cd,cv->dv', h, ds, preferred_element_type=jnp.float32)
-    return d_head, d_hidden.astype(h.dtype)
+    d_hidden, d_head = products(ds, h, head, d_head)
+    return d_head, d_hidden
 
   zeros = jnp.zeros(head.shape, jnp.float32)
   xs = _chunks(chunk, hidden, teacher_hidden, cotangent)

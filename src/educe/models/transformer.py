@@ -175,15 +175,19 @@ def attend_forked(
   ).reshape(B, K, G, R, T, T)
   of_prompt = jnp.where(fork.prompt[:, None, None, None, None], of_prompt, MASKED)
   of_own = jnp.where(fork.causal[:, None, None, None], of_own, MASKED)
-  # A token sees itself, so that no row of weights is all masked.
-  weights = jax.nn.softmax(jnp.concatenate([of_prompt, of_own], -1), axis=-1)
-  weights = weights.astype(v.dtype)
+  # One softmax over both, without joining them. A token sees itself: no total is 0.
+  top = jnp.maximum(of_prompt.max(-1), of_own.max(-1))[..., None]
+  top = jax.lax.stop_gradient(top)
+  of_prompt, of_own = jnp.exp(of_prompt - top), jnp.exp(of_own - top)
+  total = of_prompt.sum(-1) + of_own.sum(-1)
+  of_prompt, of_own = of_prompt.astype(v.dtype), of_own.astype(v.dtype)
   mixed = jnp.einsum(
-    'bkqs,bksh->bkqh', weights[..., :S].reshape(B, K, G * R * T, S), v[:, :, :S]
+    'bkqs,bksh->bkqh', of_prompt.reshape(B, K, G * R * T, S), v[:, :, :S]
   ).reshape(B, K, G, R, T, h)
   mixed += jnp.einsum(
-    'bkgqs,bkgsh->bkgqh', weights[..., S:].reshape(B, K, G, R * T, T), own_v
+    'bkgqs,bkgsh->bkgqh', of_own.reshape(B, K, G, R * T, T), own_v
   ).reshape(B, K, G, R, T, h)
+  mixed = (mixed / total[..., None]).astype(v.dtype)
   branches = jnp.moveaxis(mixed, (1, 3), (3, 4)).reshape(B, G * T, H, h)
   return jnp.concatenate([stem, branches], 1)
 
