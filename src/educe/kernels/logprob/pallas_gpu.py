@@ -296,5 +296,4 @@ def _over_tiles(
     compiler_params=plgpu.CompilerParams(
       lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=False
     ),
-    name=f'logprob_{name}',
   )(h, w, *rows_in)
