@@ -34,7 +34,8 @@ from educe.types import Scores
 ROWS, VOCAB, WIDTH = 64, 256, 64  # of a warpgroup's tile, and of D at a time
 WARPGROUPS = 2  # that multiply
 STAGES = 4  # pieces of H and W on their way; 48 KiB each of 227
-PIECE = 64  # columns of ∂/∂logits that leave together
+# Columns at a time of what is made of the sums; with more, registers are spilled.
+PIECE, PIECE_BACKWARD = 64, 32
 WAVE = 4096  # tokens whose ∂/∂logits are there at once
 SNAKE = 8  # tiles, of a turn
 
@@ -88,9 +89,9 @@ def _forward(settings, hidden, head, targets):
   # All parts about one maximum, each with as many entries as are real.
   first = VOCAB * jnp.arange(len(parts.top))[:, None]
   count = jnp.minimum(VOCAB, vocab - first).astype(jnp.float32)
-  top = parts.top.max(0)
+  top = parts.top.max(0, keepdims=True)
   found = tile.about(parts, top, count)
-  found = tile.Moments(top, *(x.sum(0) for x in found[1:]))
+  found = tile.Moments(top[0], *(x.sum(0) for x in found[1:]))
   scores, lse = tile.finish(found, targets, vocab)
   return scores, (hidden, head, targets, lse, scores.entropy)
 
@@ -143,11 +144,12 @@ def _moments(settings, h, w, y, vocab: int):
   parts = w.shape[1] // VOCAB
   out = jax.ShapeDtypeStruct((parts, len(h)), jnp.float32)
 
-  def finish(z, column, rows, part, refs, smem):
+  def finish(s, part, rows, refs, smem):
     plgpu = _mosaic()
-    (y,), out = refs[:1], refs[1:]
-    y = plgpu.load(y.at[rows], layout=plgpu.Layout.WGMMA.reduce(1))
-    found = _tile_moments(z, column, y, vocab)
+    y, *out = refs
+    first = part * VOCAB
+    y = plgpu.load(y.at[rows], layout=plgpu.Layout.WGMMA.reduce(1)) - first
+    found = _tile_moments(settings, s, y, vocab - first)
     for index, value in enumerate(found):
       smem[index] = value
     plgpu.commit_smem()
@@ -155,29 +157,40 @@ def _moments(settings, h, w, y, vocab: int):
       plgpu.copy_smem_to_gmem(smem.at[index], ref.at[part, rows])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-  scratch = (len(tile.Moments._fields), ROWS), jnp.float32, ()
-  return _over_tiles(settings, h, w, (y,), (out,) * 5, scratch, finish, 'moments')
+  scratch = (len(tile.Moments._fields), ROWS), jnp.float32, None
+  return _over_tiles(settings, h, w, (y,), (out,) * 5, scratch, finish)
 
 
-def _tile_moments(z, column, y, vocab: int) -> tile.Moments:
-  """tile.moments, of a warpgroup's registers: rows are vectors, not columns."""
+def _tile_moments(settings, s, y, size) -> tile.Moments:
+  """tile.moments of a warpgroup's sums, a piece of the columns at a time: beside the sums
+  there is no room in its registers for another array as large.
+
+  y, size: target and end of the vocabulary, counted from the first of the columns
+  """
+
+  def pieces():
+    for start in range(0, VOCAB, PIECE):
+      z, _ = tile.squash(
+        s[:, start : start + PIECE], settings.temperature, settings.softcap
+      )
+      column = start + _columns(PIECE)
+      inside = column < size
+      yield jnp.where(inside, z, tile.LOWEST), inside, column
 
   def across(x):
-    return jax.lax.broadcast_in_dim(x, z.shape, [0])
+    return jax.lax.broadcast_in_dim(x, (ROWS, PIECE), [0])
 
-  inside = column < vocab
-  z = jnp.where(inside, z, tile.LOWEST)
-  top = z.max(axis=1)
-  above = z - across(top)
-  e = jnp.exp(above)
-  above = jnp.where(inside, above, 0.0)
-  target = jnp.where(column == across(y), z, 0.0)
+  top = functools.reduce(jnp.maximum, (z.max(axis=1) for z, *_ in pieces()))
+  found = []
+  for z, inside, at in pieces():
+    above = z - across(top)
+    e = jnp.exp(above)
+    above = jnp.where(inside, above, 0.0)
+    target = jnp.where(at == across(y), z, 0.0)
+    parts = e, e * above, above, target
+    found.append([part.sum(axis=1) for part in parts])
   return tile.Moments(
-    top,
-    e.sum(axis=1),
-    (e * above).sum(axis=1),
-    above.sum(axis=1),
-    target.sum(axis=1),
+    top, *(sum(part[1:], part[0]) for part in zip(*found, strict=True))
   )
 
 
@@ -185,50 +198,59 @@ def _dlogits(settings, h, w, known, vocab: int):
   """∂/∂logits `[N, V]` in the dtype of h, 0 beyond the vocabulary."""
   out = jax.ShapeDtypeStruct((len(h), w.shape[1]), h.dtype)
 
-  def finish(s, column, rows, part, refs, smem):
+  def finish(s, part, rows, refs, smem):
     plgpu = _mosaic()
     *known, out = refs
-    layout = plgpu.Layout.WGMMA.reduce(1)
-    y, lse, entropy, g, e, c = (
-      jax.lax.broadcast_in_dim(plgpu.load(x.at[rows], layout=layout), s.shape, [0])
+    layout, wide = plgpu.Layout.WGMMA.reduce(1), PIECE_BACKWARD
+    y, lse, entropy, *cotangents = (
+      jax.lax.broadcast_in_dim(plgpu.load(x.at[rows], layout=layout), (ROWS, wide), [0])
       for x in known
     )
-    z, slope = tile.squash(s, settings.temperature, settings.softcap)
-    ds = tile.gradient(z, slope, column == y, lse, entropy, (g, e, c), vocab)
-    ds = jnp.where(column < vocab, ds, 0.0).astype(h.dtype)
-    for piece in range(VOCAB // PIECE):
+    for piece, start in enumerate(range(0, VOCAB, wide)):
+      z, slope = tile.squash(
+        s[:, start : start + wide], settings.temperature, settings.softcap
+      )
+      first = part * VOCAB + start
+      column = _columns(wide)
+      hit, inside = column == y - first, column < vocab - first
+      ds = tile.gradient(z, slope, hit, lse, entropy, cotangents, vocab)
       slot = piece % 2
       plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-      smem[slot] = ds[:, piece * PIECE : (piece + 1) * PIECE]
+      smem[slot] = jnp.where(inside, ds, 0.0).astype(h.dtype)
       plgpu.commit_smem()
-      columns = pl.ds(part * VOCAB + piece * PIECE, PIECE)
-      plgpu.copy_smem_to_gmem(smem.at[slot], out.at[rows, columns])
+      plgpu.copy_smem_to_gmem(smem.at[slot], out.at[rows, pl.ds(first, wide)])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-  scratch = (2, ROWS, PIECE), h.dtype, (8, 64)
-  (ds,) = _over_tiles(settings, h, w, known, (out,), scratch, finish, 'dlogits')
+  scratch = (2, ROWS, PIECE_BACKWARD), h.dtype, PIECE_BACKWARD
+  (ds,) = _over_tiles(settings, h, w, known, (out,), scratch, finish)
   return ds
 
 
-def _over_tiles(
-  settings, h, w, rows_in: Any, out: Any, scratch: Any, finish: Any, name: str
-):
+def _columns(count: int):
+  """The numbers of a piece's columns, in each of its rows."""
+  plgpu = _mosaic()
+  return plgpu.broadcasted_iota(jnp.int32, (ROWS, count), 1, layout=plgpu.Layout.WGMMA)
+
+
+def _over_tiles(settings, h, w, rows_in: Any, out: Any, scratch: Any, finish: Any):
   """Multiplies every tile of h·w and hands it to `finish`, a warpgroup at a time.
 
-  rows_in: arrays of one number a token · out: shapes · scratch: (shape, dtype, tiling) of
-    what each warpgroup has of shared memory
-  finish(tile [64, 256], its columns' numbers, its rows, which part, refs of rows_in and
-    out, shared memory)
+  rows_in: arrays of one number a token · out: shapes
+  scratch: (shape, dtype, columns that it is swizzled by) of each warpgroup's shared memory
+  finish(sums [64, 256], which part of the vocabulary, their rows, refs of rows_in and out,
+    shared memory)
   """
   plgpu = _mosaic()
-  swizzle = plgpu.find_swizzle(WIDTH * 16)
-  layout = (
-    plgpu.TilingTransform((8, swizzle // 2)),
-    plgpu.SwizzleTransform(swizzle),
-  )
+
+  def swizzled(columns):
+    swizzle = plgpu.find_swizzle(columns * 16)
+    tiling = plgpu.TilingTransform((8, swizzle // 2))
+    return tiling, plgpu.SwizzleTransform(swizzle)
+
+  layout = swizzled(WIDTH)
   block = WARPGROUPS * ROWS
   many, parts = len(h) // block, w.shape[1] // VOCAB
-  shape, dtype, tiled = scratch
+  shape, dtype, wide = scratch
 
   def pipeline(body, context):
     return plgpu.emit_pipeline_warp_specialized(
@@ -251,7 +273,9 @@ def _over_tiles(
     @functools.partial(
       pl.run_scoped,
       buffers=pipeline(nothing, nothing).get_allocations(h_ref, w_ref),
-      smem=plgpu.SMEM((WARPGROUPS, *shape), dtype, transforms=layout if tiled else ()),
+      smem=plgpu.SMEM(
+        (WARPGROUPS, *shape), dtype, transforms=swizzled(wide) if wide else ()
+      ),
       collective_axes='warpgroup',
     )
     def _(buffers, smem):
@@ -266,14 +290,8 @@ def _over_tiles(
           @functools.partial(pl.run_scoped, sums=plgpu.ACC((ROWS, VOCAB), jnp.float32))
           def _(sums):
             run(sums)
-            s = sums[...]
-            column = part * VOCAB + plgpu.broadcasted_iota(
-              jnp.int32, (ROWS, VOCAB), 1, layout=plgpu.Layout.WGMMA
-            )
-            if name == 'moments':
-              s, _ = tile.squash(s, settings.temperature, settings.softcap)
             rows = pl.ds(row * block + mine * ROWS, ROWS)
-            finish(s, column, rows, part, refs, smem.at[mine])
+            finish(sums[...], part, rows, refs, smem.at[mine])
 
         def multiply(_, h, w, sums):
           plgpu.wgmma(sums, h.at[own], w)
