@@ -72,16 +72,9 @@ def one_pass(
     z, slope, hit = _tile(temperature, softcap, h, head, y)
     new, lse = _finished(z, hit, y, vocab)
     scores = jax.tree.map(lambda x, new: x.at[at].set(new, mode='drop'), scores, new)
-    g, e, c = (_take(x, at) for x in _three(cotangents(scores)))
-    ds = tile.gradient(
-      z,
-      slope,
-      hit,
-      lse[:, None],
-      new.entropy[:, None],
-      [x[:, None] for x in (tile.poisoned(g, y, vocab), e, c)],
-      vocab,
-    )
+    worth = [_take(x, at) for x in _three(cotangents(scores))]
+    known = tile.constants(lse, new.entropy, worth, y, vocab)
+    ds = tile.gradient(z, slope, hit, [x[:, None] for x in known])
     part, d_head = products(ds, h, head, d_head)
     return scores, d_hidden.at[at].set(part, mode='drop'), d_head
 
@@ -174,19 +167,15 @@ def _forward(settings, hidden, head, targets, row, chunks):
 
 def _backward(settings, residuals, cotangents):
   temperature, softcap, size = settings
-  hidden, head, targets, row, chunks, *known = residuals
-  vocab = head.shape[1]
-  g, *others = cotangents
-  # A trained target outside the vocabulary poisons the gradient as it did the value.
-  known = (*known, tile.poisoned(g, targets, vocab), *others)
+  hidden, head, targets, row, chunks, lse, entropy = residuals
+  known = tile.constants(lse, entropy, cotangents, targets, head.shape[1])
 
   def visit(index, carry):
     d_hidden, d_head = carry
     at = jax.lax.dynamic_slice_in_dim(row, index * size, size)
     h, y = _take(hidden, at), _take(targets, at)
     z, slope, hit = _tile(temperature, softcap, h, head, y)
-    lse, entropy, *three = (_take(x, at)[:, None] for x in known)
-    ds = tile.gradient(z, slope, hit, lse, entropy, three, vocab)
+    ds = tile.gradient(z, slope, hit, [_take(x, at)[:, None] for x in known])
     part, d_head = products(ds, h, head, d_head)
     return d_hidden.at[at].set(part, mode='drop'), d_head
 

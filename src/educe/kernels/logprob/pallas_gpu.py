@@ -35,7 +35,7 @@ ROWS, VOCAB, WIDTH = 64, 256, 64  # of a warpgroup's tile, and of D at a time
 WARPGROUPS = 2  # that multiply
 STAGES = 4  # pieces of H and W on their way; 48 KiB each of 227
 # Columns at a time of what is made of the sums; with more, registers are spilled.
-PIECE, PIECE_BACKWARD = 64, 32
+PIECE = 64
 WAVE = 4096  # tokens whose ∂/∂logits are there at once
 SNAKE = 8  # tiles, of a turn
 
@@ -99,8 +99,8 @@ def _forward(settings, hidden, head, targets):
 def _backward(settings, residuals, cotangents: Scores):
   hidden, head, targets, lse, entropy = residuals
   rows, vocab = len(hidden), head.shape[1]
-  g = tile.poisoned(cotangents.logp, targets, vocab)
-  known: Any = (lse, entropy, g, cotangents.entropy, cotangents.mean_logp)
+  worth = cotangents.logp, cotangents.entropy, cotangents.mean_logp
+  known: Any = tile.constants(lse, entropy, worth, targets, vocab)
   wave = min(WAVE, -(-rows // (WARPGROUPS * ROWS)) * WARPGROUPS * ROWS)
   waves = -(-rows // wave)
   h, w = _filled(hidden, head, wave)
@@ -147,9 +147,8 @@ def _moments(settings, h, w, y, vocab: int):
   def finish(s, part, rows, refs, smem):
     plgpu = _mosaic()
     y, *out = refs
-    first = part * VOCAB
-    y = plgpu.load(y.at[rows], layout=plgpu.Layout.WGMMA.reduce(1)) - first
-    found = _tile_moments(settings, s, y, vocab - first)
+    y = plgpu.load(y.at[rows], layout=plgpu.Layout.WGMMA.reduce(1))
+    found = _tile_moments(settings, s, _columns(part), y, vocab)
     for index, value in enumerate(found):
       smem[index] = value
     plgpu.commit_smem()
@@ -161,21 +160,16 @@ def _moments(settings, h, w, y, vocab: int):
   return _over_tiles(settings, h, w, (y,), (out,) * 5, scratch, finish)
 
 
-def _tile_moments(settings, s, y, size) -> tile.Moments:
+def _tile_moments(settings, s, column, y, vocab) -> tile.Moments:
   """tile.moments of a warpgroup's sums, a piece of the columns at a time: beside the sums
-  there is no room in its registers for another array as large.
-
-  y, size: target and end of the vocabulary, counted from the first of the columns
-  """
+  there is no room in its registers for another array as large."""
 
   def pieces():
     for start in range(0, VOCAB, PIECE):
-      z, _ = tile.squash(
-        s[:, start : start + PIECE], settings.temperature, settings.softcap
-      )
-      column = start + _columns(PIECE)
-      inside = column < size
-      yield jnp.where(inside, z, tile.LOWEST), inside, column
+      span = slice(start, start + PIECE)
+      z, _ = tile.squash(s[:, span], settings.temperature, settings.softcap)
+      inside = column[:, span] < vocab
+      yield jnp.where(inside, z, tile.LOWEST), inside, column[:, span]
 
   def across(x):
     return jax.lax.broadcast_in_dim(x, (ROWS, PIECE), [0])
@@ -201,35 +195,37 @@ def _dlogits(settings, h, w, known, vocab: int):
   def finish(s, part, rows, refs, smem):
     plgpu = _mosaic()
     *known, out = refs
-    layout, wide = plgpu.Layout.WGMMA.reduce(1), PIECE_BACKWARD
-    y, lse, entropy, *cotangents = (
-      jax.lax.broadcast_in_dim(plgpu.load(x.at[rows], layout=layout), (ROWS, wide), [0])
+    layout = plgpu.Layout.WGMMA.reduce(1)
+    y, *constants = (
+      jax.lax.broadcast_in_dim(
+        plgpu.load(x.at[rows], layout=layout), (ROWS, PIECE), [0]
+      )
       for x in known
     )
-    for piece, start in enumerate(range(0, VOCAB, wide)):
-      z, slope = tile.squash(
-        s[:, start : start + wide], settings.temperature, settings.softcap
-      )
-      first = part * VOCAB + start
-      column = _columns(wide)
-      hit, inside = column == y - first, column < vocab - first
-      ds = tile.gradient(z, slope, hit, lse, entropy, cotangents, vocab)
-      slot = piece % 2
+    column = _columns(part)
+    for piece, start in enumerate(range(0, VOCAB, PIECE)):
+      span, slot = slice(start, start + PIECE), piece % 2
+      z, slope = tile.squash(s[:, span], settings.temperature, settings.softcap)
+      hit, inside = column[:, span] == y, column[:, span] < vocab
+      ds = tile.gradient(z, slope, hit, constants)
       plgpu.wait_smem_to_gmem(1, wait_read_only=True)
       smem[slot] = jnp.where(inside, ds, 0.0).astype(h.dtype)
       plgpu.commit_smem()
-      plgpu.copy_smem_to_gmem(smem.at[slot], out.at[rows, pl.ds(first, wide)])
+      columns = pl.ds(part * VOCAB + start, PIECE)
+      plgpu.copy_smem_to_gmem(smem.at[slot], out.at[rows, columns])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-  scratch = (2, ROWS, PIECE_BACKWARD), h.dtype, PIECE_BACKWARD
+  scratch = (2, ROWS, PIECE), h.dtype, PIECE
   (ds,) = _over_tiles(settings, h, w, known, (out,), scratch, finish)
   return ds
 
 
-def _columns(count: int):
-  """The numbers of a piece's columns, in each of its rows."""
+def _columns(part):
+  """The number of each entry's column in the vocabulary, `[64, 256]`."""
   plgpu = _mosaic()
-  return plgpu.broadcasted_iota(jnp.int32, (ROWS, count), 1, layout=plgpu.Layout.WGMMA)
+  return part * VOCAB + plgpu.broadcasted_iota(
+    jnp.int32, (ROWS, VOCAB), 1, layout=plgpu.Layout.WGMMA
+  )
 
 
 def _over_tiles(settings, h, w, rows_in: Any, out: Any, scratch: Any, finish: Any):

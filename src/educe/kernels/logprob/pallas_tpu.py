@@ -143,15 +143,14 @@ def _forward(settings, hidden, head, targets):
 
 def _backward(settings, residuals, cotangents: Scores):
   hidden, head, targets, lse, entropy = residuals
-  vocab = head.shape[1]
-  g = tile.poisoned(cotangents.logp, targets, vocab)
-  known = (lse, entropy, g, cotangents.entropy, cotangents.mean_logp)
+  worth = cotangents.logp, cotangents.entropy, cotangents.mean_logp
+  known = tile.constants(lse, entropy, worth, targets, head.shape[1])
 
   def here(hidden, head, targets, *known):
     split = settings.split
     if split and split.vocab:
       targets = targets - jax.lax.axis_index(split.vocab) * head.shape[1]
-    d_hidden, d_head = _gradients(settings, hidden, head, targets, known, vocab)
+    d_hidden, d_head = _gradients(settings, hidden, head, targets, known)
     if split and split.vocab:
       d_hidden = jax.lax.psum(d_hidden, split.vocab)
     if split and split.rows:
@@ -283,8 +282,8 @@ def _moments(settings, hidden, head, targets) -> tile.Moments:
   return tile.Moments(*(x[:, 0] for x in out))
 
 
-def _gradients(settings, hidden, head, targets, known, vocab):
-  """dH and dW of this part of the vocabulary; `vocab` is the size of the whole."""
+def _gradients(settings, hidden, head, targets, known):
+  """dH and dW of this part of the vocabulary; known: tile.constants"""
   tiles, grid = _grid(settings.tiles, hidden, head)
   rows, size = len(hidden), head.shape[1]
   known = [x[:, None] for x in (targets, *known)]
@@ -294,10 +293,10 @@ def _gradients(settings, hidden, head, targets, known, vocab):
   split = settings.split
 
   def dlogits(s, v, known):
-    y, lse, entropy, *cotangents = (ref[...] for ref in known)
+    y, *known = (ref[...] for ref in known)
     z, slope = tile.squash(s[...], settings.temperature, settings.softcap)
     column = v * tiles.vocab + jax.lax.broadcasted_iota(jnp.int32, z.shape, 1)
-    return tile.gradient(z, slope, column == y, lse, entropy, cotangents, vocab)
+    return tile.gradient(z, slope, column == y, known)
 
   def kernel(outer, inner, count, axis, product):
     """One of the two: `axis` is that of ds which is summed over, of size `count`."""

@@ -92,15 +92,18 @@ def finish(x: Moments, targets, vocab: int) -> tuple[Scores, Any]:
   return Scores(logp, entropy, mean_logp=mean), x.top + log_mass
 
 
-def gradient(z, slope, hit, lse, entropy, cotangents, vocab: int):
-  """∂/∂s of a tile `[C, V']`; lse, entropy and the three cotangents in columns."""
+def constants(lse, entropy, cotangents, targets, vocab: int):
+  """What `gradient` reads of each token: lse, g, e, g + c + e·H and c/V.
+
+  Where a target outside the vocabulary is trained on it is NaN, as its log-prob was.
+  """
   g, e, c = cotangents
+  g = jnp.where((targets >= 0) & (targets < vocab) | (g == 0), g, jnp.nan)
+  return lse, g, e, g + c + e * entropy, c / vocab
+
+
+def gradient(z, slope, hit, constants):
+  """∂/∂s of a tile `[C, V']`; `constants` in columns."""
+  lse, g, e, a, m = constants
   log_p = z - lse
-  p = jnp.exp(log_p)
-  dz = jnp.where(hit, g, 0.0) + c / vocab - p * (g + c + e * (log_p + entropy))
-  return dz * slope
-
-
-def poisoned(g, targets, vocab: int):
-  """NaN where a target outside the vocabulary is trained on, as its log-prob was."""
-  return jnp.where((targets >= 0) & (targets < vocab) | (g == 0), g, jnp.nan)
+  return (jnp.where(hit, g, 0.0) + m - jnp.exp(log_p) * (a + e * log_p)) * slope

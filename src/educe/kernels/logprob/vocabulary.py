@@ -71,17 +71,16 @@ def _forward(settings, hidden, head, targets):
 
 
 def _backward(settings, residuals, cotangents):
-  hidden, head, targets, *known = residuals
+  hidden, head, targets, lse, entropy = residuals
   vocab = head.shape[1]
   size = _columns(len(hidden), vocab)
-  g, *others = cotangents
-  known = (*known, tile.poisoned(g, targets, vocab), *others)
-  lse, entropy, *three = (x[:, None] for x in known)
+  known = tile.constants(lse, entropy, cotangents, targets, vocab)
+  known = [x[:, None] for x in known]
 
   def visit(index, carry):
     d_hidden, d_head = carry
     start, part, z, slope, hit, inside = _tile(settings, index, hidden, head, targets)
-    ds = tile.gradient(z, slope, hit, lse, entropy, three, vocab)
+    ds = tile.gradient(z, slope, hit, known)
     ds = jnp.where(inside, ds, 0).astype(jnp.result_type(hidden, head))
     d_hidden += jnp.einsum('nv,dv->nd', ds, part, preferred_element_type=jnp.float32)
     new = jnp.einsum('nd,nv->dv', hidden, ds, preferred_element_type=jnp.float32)
