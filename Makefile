@@ -19,7 +19,7 @@ demo-smollm: $(VENV)/demo
 	$(BIN)/python -m educe measure --policy=runs/smollm/grpo --samples=16
 
 test: $(VENV)/dev lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart=0
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

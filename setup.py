@@ -41,6 +41,7 @@ setuptools.setup(
     'dev': [
       *DEMO,
       'beartype>=0.22',
+      'libtpu',  # compiles for TPUs where there is none
       'mypy>=1.18',
       'pytest>=9.0',
       'pytest-xdist>=3.8',
