@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from educe.kernels.logprob import pallas_tpu, reference
+from educe.kernels.logprob import pallas_tpu, reference, tpu_chips
 
 TILES = pallas_tpu.Tiles(16, 128, 128, 1 << 20)
 
@@ -79,7 +79,7 @@ def test_a_mesh_changes_nothing(axes):
 
 
 def test_pieces_of_a_width():
-  assert pallas_tpu._divisor(4096, 4096) == 4096
-  assert pallas_tpu._divisor(5120, 4096) == 2560
-  assert pallas_tpu._divisor(576, 512) is None  # 4.5 lanes
-  assert pallas_tpu._divisor(100, 512) == 100
+  assert tpu_chips.divisor(4096, 4096) == 4096
+  assert tpu_chips.divisor(5120, 4096) == 2560
+  assert tpu_chips.divisor(576, 512) is None  # 4.5 lanes
+  assert tpu_chips.divisor(100, 512) == 100

@@ -129,23 +129,6 @@ def test_rotary_is_precise_at_long_range():
   np.testing.assert_allclose(sin[:, :2], np.sin(exact[:, :2]), atol=1e-6)
 
 
-def test_attention_equals_a_loop():
-  rng = np.random.default_rng(0)
-  q, k, v = (rng.normal(size=s) for s in [(2, 5, 6, 8), (2, 3, 7, 8), (2, 3, 7, 8)])
-  visible = rng.random((2, 5, 7)) < 0.6
-  visible[0, 2] = False
-  want = np.zeros_like(q)
-  for b, t, n in np.ndindex(2, 5, 6):
-    see = visible[b, t]
-    if see.any():
-      score = np.exp(k[b, n // 2, see] @ q[b, t, n])
-      want[b, t, n] = score @ v[b, n // 2, see] / score.sum()
-  got = transformer.attend(
-    *(jnp.asarray(x, jnp.float32) for x in (q, k, v)), jnp.asarray(visible)
-  )
-  np.testing.assert_allclose(got, want, atol=1e-5)
-
-
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_a_row_of_padding_has_finite_value_and_gradient(dtype):
   architecture = dataclasses.replace(

@@ -25,32 +25,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
 from educe.kernels.logprob import tile
+from educe.kernels.logprob.tpu_chips import CHIPS, LANES, SMALLEST, Tiles, divisor
 from educe.types import Scores
-
-MIB = 1 << 20
-LANES = 128
-
-
-class Tiles(NamedTuple):
-  """What a step of the grid holds of each dimension; vmem: bytes that it may take."""
-
-  rows: int
-  vocab: int
-  width: int
-  vmem: int
-
-
-# By `device_kind`. A core's vector memory is 16 MiB on v4, 128 on v5e and v6e, 64 on v5p
-# and 7x, and part of it is the compiler's. More rows read W less often; backward, a tile
-# of dH or dW and its float32 sum lie there as well.
-CHIPS = {
-  'TPU v4': Tiles(256, 256, 512, 15 * MIB),
-  'TPU v5 lite': Tiles(512, 1024, 4096, 100 * MIB),
-  'TPU v5': Tiles(512, 512, 4096, 56 * MIB),
-  'TPU v6 lite': Tiles(512, 1024, 4096, 100 * MIB),
-  'TPU7x': Tiles(512, 512, 4096, 56 * MIB),
-}
-SMALLEST = CHIPS['TPU v4']
 
 
 class Split(NamedTuple):
@@ -93,7 +69,7 @@ def logprob(
   if tiles is None:
     tiles = CHIPS.get(here.device_kind, SMALLEST)
   width = hidden.shape[1]
-  step = _divisor(width, tiles.width)
+  step = divisor(width, tiles.width)
   if not step:  # no piece of lanes divides D: zeros add nothing to a product
     step = min(tiles.width, -(-width // LANES) * LANES)
     more = -width % step
@@ -106,14 +82,6 @@ def logprob(
   if needed is None:
     return scores
   return jax.tree.map(lambda x: jnp.where(needed, x, 0), scores)
-
-
-def _divisor(width: int, most: int) -> int | None:
-  """The largest piece of `width`, in whole lanes, of at most `most`."""
-  if width <= most:
-    return width
-  pieces = range(most // LANES * LANES, 0, -LANES)
-  return next((piece for piece in pieces if width % piece == 0), None)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
