@@ -41,7 +41,8 @@ def main():
 
   ways = {'matmul': products, 'one_pass': in_one_pass}
   # The kernels of another chip would only be interpreted here.
-  skipped = {'pallas_tpu'} if jax.default_backend() != 'tpu' else set()
+  skipped = {'pallas_tpu': 'tpu', 'pallas_gpu': 'gpu'}
+  skipped = {k for k, backend in skipped.items() if backend != jax.default_backend()}
   for name, op in IMPLEMENTATIONS.items():
     if name not in skipped:
       ways[name] = in_two_passes(op)
@@ -100,7 +101,9 @@ def value(scores):
 
 
 def in_one_pass(hidden, head, targets, needed):
-  return one_pass(hidden, head, targets, jax.grad(value), needed=needed)
+  return one_pass(
+    hidden, head, targets, lambda scores, _: jax.grad(value)(scores), needed=needed
+  )
 
 
 def in_two_passes(op):

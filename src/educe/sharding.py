@@ -7,6 +7,7 @@ pod; the model and the losses do not know.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -48,6 +49,27 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
   return jax.make_mesh(
     tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES)
   )
+
+
+def using(mesh: Mesh) -> contextlib.AbstractContextManager[Any]:
+  """While it lasts, what is traced knows that it will run on this mesh (`split`)."""
+  return contextlib.nullcontext() if mesh.size == 1 else jax.set_mesh(mesh)
+
+
+def split(rows: int, vocab: int) -> tuple[Any, tuple[str, ...], str | None] | None:
+  """(mesh in use, axes that `rows` lie over, axis that `vocab` lies over), or None where
+  nothing is split: by `BATCH` and RULES, where they divide."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.axis_names != AXES or set(mesh.axis_types) != {AxisType.Auto}:
+    return None
+  over, across = BATCH[0], RULES['vocab']
+  ways, parts = math.prod(mesh.shape[axis] for axis in over), mesh.shape[across]
+  ways, parts = (
+    n if size % n == 0 else 1 for size, n in ((rows, ways), (vocab, parts))
+  )
+  if ways * parts == 1:
+    return None
+  return mesh, over if ways > 1 else (), across if parts > 1 else None
 
 
 def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh):

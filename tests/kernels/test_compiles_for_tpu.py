@@ -15,7 +15,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from educe.kernels.logprob import pallas_tpu
+from educe.kernels.logprob import op, pallas_tpu
 
 if importlib.util.find_spec('libtpu') is None:
   pytest.skip(
@@ -73,7 +73,7 @@ def test_a_vocabulary_in_parallel():
     ('data', 'tensor'),
     axis_types=(AxisType.Auto,) * 2,
   )
-  split = pallas_tpu.Split(mesh, ('data',), 'tensor')
+  split = op.Split(mesh, ('data',), 'tensor')
   tiles = pallas_tpu.CHIPS['TPU v5 lite']
   run = functools.partial(total, tiles=tiles, split=split)
   args = operands(mesh, P('data'), P(None, 'tensor'))

@@ -1,10 +1,9 @@
-"""The TPU kernel's own: tiles that do not divide, D in pieces, a mesh. Interpreted."""
+"""The TPU kernel's own: tiles that do not divide, D in pieces. Interpreted."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
 
 from educe.kernels.logprob import pallas_tpu, reference, tpu_chips
 
@@ -58,24 +57,6 @@ def test_tiles_equal_the_definition(rows, width, vocab, dtype):
   for got, right in ((d_hidden, want_hidden), (d_head, want_head)):
     error = np.abs(np.float32(got) - right).max() / np.abs(right).max()
     assert error < tolerance
-
-
-@pytest.mark.parametrize('axes', [('data', None), (None, 'tensor'), ('data', 'tensor')])
-def test_a_mesh_changes_nothing(axes):
-  if jax.device_count() < 4:
-    pytest.skip('needs four devices; see tests/conftest.py')
-  mesh = jax.make_mesh((2, 2), ('data', 'tensor'), axis_types=(AxisType.Auto,) * 2)
-  hidden, head, targets, weights = draw(64, 64, 512)
-  split = pallas_tpu.Split(mesh, tuple(a for a in axes[:1] if a), axes[1])
-  got = both(
-    lambda h, w: pallas_tpu.logprob(h, w, targets, tiles=TILES, split=split),
-    hidden,
-    head,
-    weights,
-  )
-  want = both(lambda h, w: reference.logprob(h, w, targets), hidden, head, weights)
-  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-    np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
 
 
 def test_pieces_of_a_width():

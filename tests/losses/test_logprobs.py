@@ -1,5 +1,7 @@
 """score against a float64 forward pass: alignment, padding, scale, temperature."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -139,3 +141,18 @@ def test_one_pass_makes_the_logits_once():
     return sft.loss(scores._replace(logp=scores.logp.cumsum(-1)), batch)
 
   assert products(by_sequence) == 4
+
+
+@pytest.mark.parametrize('lossy', [False, True])
+def test_an_architecture_names_the_implementation(lossy):
+  """It runs, also where one pass would have done; and only it."""
+  params, batch = draw()
+  model = bigram()._replace(architecture=types.SimpleNamespace(logprob='pallas_tpu'))
+
+  def total(params):
+    if lossy:
+      return lose(model, params, batch, sft.loss)[0].total
+    return score(model, params, batch).logp.sum()
+
+  assert 'logprob_moments' in str(jax.make_jaxpr(total)(params))
+  assert 'logprob_d_head' in str(jax.make_jaxpr(jax.grad(total))(params))

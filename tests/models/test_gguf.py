@@ -202,3 +202,5 @@ def test_another_model_is_refused_by_name(tmp_path, folder, options, complaint):
 def test_a_setting_that_cannot_be_is_not_blamed_on_the_file(tmp_path, folder):
   with pytest.raises(ValueError, match=r"^remat = 'dotz' is none of"):
     gguf.load(path=str(write(tmp_path / 'm.gguf', folder)), remat='dotz')
+  with pytest.raises(ValueError, match=r"^logprob = 'palas' is none of"):
+    gguf.load(path=str(write(tmp_path / 'm.gguf', folder)), logprob='palas')

@@ -112,3 +112,5 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
 def test_a_setting_that_cannot_be_is_not_blamed_on_the_file(tmp_path):
   with pytest.raises(ValueError, match=r"^remat = 'dotz' is none of"):
     llama2c.load(path=write(tmp_path / 'm.bin'), remat='dotz')
+  with pytest.raises(ValueError, match=r"^logprob = 'palas' is none of"):
+    llama2c.load(path=write(tmp_path / 'm.bin'), logprob='palas')

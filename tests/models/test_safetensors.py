@@ -206,3 +206,5 @@ def test_an_index_without_a_map_is_refused(tmp_path, content):
 def test_a_setting_that_cannot_be_is_not_blamed_on_the_file(folder):
   with pytest.raises(ValueError, match=r"^remat = 'dotz' is none of"):
     ours.load(path=str(folder), remat='dotz')
+  with pytest.raises(ValueError, match=r"^logprob = 'palas' is none of"):
+    ours.load(path=str(folder), logprob='palas')

@@ -1,5 +1,6 @@
 """One update of a real (tiny) transformer: exact under every cut of the batch."""
 
+import contextlib
 import functools
 import json
 import pathlib
@@ -11,6 +12,7 @@ import optax
 import pytest
 
 from educe import sharding
+from educe.data.sharing import share
 from educe.losses import sft
 from educe.losses.logprobs import score
 from educe.models import policy, presets, safetensors
@@ -88,7 +90,7 @@ def test_packed_equals_the_sum_of_unpacked():
   close(got, want, 1e-6)
 
 
-def run(batch, steps=3, microbatches=1, mesh=None, **options):
+def run(batch, steps=3, microbatches=1, mesh=None, loss=sft.loss, **options):
   tx = optimizer.make(
     steps=10, name='sgd', learning_rate=0.5, schedule='constant', **options
   )
@@ -101,26 +103,55 @@ def run(batch, steps=3, microbatches=1, mesh=None, **options):
     state = sharding.replicate_rest(state, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, state)
   step = make_step(
-    MODEL, sft.loss, tx, microbatches=microbatches, state_shardings=shardings
+    MODEL, loss, tx, microbatches=microbatches, state_shardings=shardings
   )
   history = []
-  for _ in range(steps):
-    state, metrics = step(state, place(batch))
-    history.append(jax.device_get(metrics))
+  with contextlib.nullcontext() if mesh is None else sharding.using(mesh):
+    for _ in range(steps):
+      state, metrics = step(state, place(batch))
+      history.append(jax.device_get(metrics))
   return state, history
 
 
+def by_sequence(scores, batch):
+  """A loss whose gradient at a token reads the others of its row."""
+  total = (scores.logp * batch.mask).sum(-1)
+  return Mean((total**2).sum() / 100, batch.mask.sum()), {}
+
+
+@pytest.mark.parametrize('loss', [sft.loss, by_sequence])
 @pytest.mark.parametrize('shape', [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)])
-def test_eight_devices_equal_one(mesh_of, shape):
+def test_eight_devices_equal_one(mesh_of, shape, loss):
   batch = draw()
-  want, want_history = run(batch)
-  got, history = run(batch, mesh=mesh_of(*shape))
+  want, want_history = run(batch, loss=loss)
+  got, history = run(batch, mesh=mesh_of(*shape), loss=loss)
   for a, b in zip(history, want_history, strict=True):
     np.testing.assert_allclose(a['loss'], b['loss'], rtol=1e-6)
     np.testing.assert_allclose(a['grad_norm'], b['grad_norm'], rtol=1e-5)
   close(jax.device_get(got.params), jax.device_get(want.params), 1e-6)
   specs = {str(x.sharding.spec) for x in jax.tree.leaves(got.params)}
   assert shape == (8, 1, 1) or len(specs) > 1  # something really is split
+
+
+def test_a_mesh_shares_prompts_and_leaves_out_tokens_device_by_device(mesh_of):
+  batch = draw(length=48)
+  batch.tokens[:, :32] = np.repeat(batch.tokens[::4, :32], 4, 0)
+  batch.mask[:, :32] = 0
+  batch.mask[:, 40] = 1
+  shared = share(batch, 4, 2)
+  assert shared.prefix is not None
+  want, want_history = run(batch)
+  got, history = run(shared, mesh=mesh_of(2, 1, 4))
+  np.testing.assert_allclose(history[-1]['loss'], want_history[-1]['loss'], rtol=1e-6)
+  close(jax.device_get(got.params), jax.device_get(want.params), 2e-6)
+
+  def count(name):
+    with sharding.using(mesh_of(2, 1, 4)):
+      traced = jax.make_jaxpr(lambda *x: score(MODEL, *x).logp)(params(), shared)
+    return str(traced).count(name)
+
+  assert count('shard_map') == 1
+  assert count('psum') >= 1  # the vocabulary is split as well
 
 
 def test_microbatches_on_a_mesh_equal_one_device(mesh_of):

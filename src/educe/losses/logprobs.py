@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient as sg
 
 from educe.kernels.divergence import divergence
-from educe.kernels.logprob import logprob, one_pass
+from educe.kernels.logprob import Split, logprob, one_pass
 from educe.losses.elementwise import elementwise
+from educe.sharding import split
 from educe.types import Batch, LossFn, Max, Mean, Model, Params, Scores
 
 
@@ -39,6 +40,7 @@ def score(
     teacher: another model of the same vocabulary, held constant; with it `divergence` is
       how far its next-token distributions are from the policy's.
     beta: of that divergence (kernels/divergence.py); read with a teacher alone.
+    implementation: of the op; None: what the model's architecture says.
   """
   states, flat, head = _read(model, params, batch)
   scores = logprob(
@@ -48,7 +50,8 @@ def score(
     needed=(batch.mask[:, 1:] > 0).reshape(-1),
     temperature=temperature,
     softcap=head.softcap,
-    implementation=implementation,
+    split=_split(batch, head),
+    implementation=implementation or _named(model),
   )
   distance = None
   if teacher is not None:
@@ -62,34 +65,49 @@ def lose(
 ) -> tuple[Mean, dict[str, Mean | Max]]:
   """loss(score(…), batch), with the gradient formed while the logits are there.
 
-  Where the loss allows it (elementwise.py), which saves making them again: a quarter of
-  the head's matmuls. Else, and elsewhere, it is what it says.
+  Where the loss allows it (elementwise.py) and the architecture names no other way: it
+  saves making them again, a quarter of the head's matmuls. Else it is what it says.
   """
   like: Any = jax.ShapeDtypeStruct(batch.tokens.shape, jnp.float32)
   scores = Scores(like, like, like if model.values else None, mean_logp=like)
-  if not elementwise(loss, scores, batch):
+  if _named(model) or not elementwise(loss, scores, batch):
     return loss(score(model, params, batch, temperature=temperature), batch)
   states, flat, head = _read(model, params, batch)
   scaled = flat * jnp.asarray(head.scale, flat.dtype)
   values = _values(model, params, batch, states)
 
-  def cotangents(scores):
-    return jax.grad(lambda x: loss(_aligned(batch, x, sg(values)), batch)[0].total)(
-      scores
-    )
+  def cotangents(scores, given):
+    batch, values = given
+    return jax.grad(lambda x: loss(_aligned(batch, x, values), batch)[0].total)(scores)
 
   scores, d_hidden, d_matrix = one_pass(
     sg(scaled),
     sg(head.matrix),
     batch.tokens[:, 1:].reshape(-1),
     cotangents,
+    (batch, sg(values)),
     needed=(batch.mask[:, 1:] > 0).reshape(-1),
     temperature=temperature,
     softcap=head.softcap,
+    split=_split(batch, head),
   )
   mean, metrics = loss(_aligned(batch, scores, values), batch)
   found = (d_hidden, d_matrix)
   return mean._replace(total=_given(mean.total, (scaled, head.matrix), found)), metrics
+
+
+def _named(model: Model) -> str | None:
+  """The implementation that the architecture names, if it does."""
+  name = getattr(model.architecture, 'logprob', 'auto')
+  return None if name == 'auto' else name
+
+
+def _split(batch: Batch, head) -> Split | None:
+  """How tokens and vocabulary lie on the mesh in use. Rows that share a prompt lie
+  together."""
+  rows = len(batch.tokens if batch.prefix is None else batch.prefix)
+  found = split(rows, head.matrix.shape[1])
+  return None if found is None else Split(*found)
 
 
 def _said(batch: Batch):

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from educe.kernels.logprob import IMPLEMENTATIONS
 from educe.models.attention import Fork, attend, attend_forked
 
 DTYPES = ('float32', 'bfloat16', 'float16')
@@ -55,6 +56,7 @@ class Architecture:
   param_dtype: str = 'float32'
   compute_dtype: str = 'float32'
   remat: str = 'none'  # none | full (recompute all) | dots (keep matmul outputs)
+  logprob: str = 'auto'  # or an implementation of kernels/logprob, by name
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
@@ -73,6 +75,10 @@ class Architecture:
         raise ValueError(f'{name} = {getattr(self, name)!r} is none of {DTYPES}')
     if self.remat not in REMAT:
       raise ValueError(f'remat = {self.remat!r} is none of {tuple(REMAT)}')
+    if self.logprob not in ('auto', *IMPLEMENTATIONS):
+      raise ValueError(
+        f'logprob = {self.logprob!r} is none of {("auto", *IMPLEMENTATIONS)}'
+      )
 
 
 class LayerCache(NamedTuple):

@@ -12,8 +12,15 @@ from __future__ import annotations
 from jaxtyping import Array, Bool, Float, Int
 
 from educe.kernels import dispatch
-from educe.kernels.logprob import chunked, pallas_tpu, reference, vocabulary
+from educe.kernels.logprob import (
+  chunked,
+  pallas_gpu,
+  pallas_tpu,
+  reference,
+  vocabulary,
+)
 from educe.kernels.logprob.chunked import one_pass as one_pass
+from educe.kernels.logprob.op import Split as Split
 from educe.types import Scores
 
 IMPLEMENTATIONS = {
@@ -21,6 +28,7 @@ IMPLEMENTATIONS = {
   'chunked': chunked.logprob,
   'vocabulary': vocabulary.logprob,
   'pallas_tpu': pallas_tpu.logprob,
+  'pallas_gpu': pallas_gpu.logprob,
 }
 
 
@@ -32,6 +40,7 @@ def logprob(
   temperature: float = 1.0,
   softcap: float | None = None,
   needed: Bool[Array, 'N'] | None = None,
+  split: Split | None = None,
   implementation: str | None = None,
 ) -> Scores:
   """Scores of `[N]` targets: logp, entropy, and mean_logp = Σ_v log p_v / V (nats).
@@ -44,6 +53,8 @@ def logprob(
     softcap: bound c of the logits before the temperature (Gemma 2, arXiv:2408.00118).
     needed: the tokens that are asked for; the scores of others are 0, and cost nothing
       where the implementation can leave them out. None: all.
+    split: how the operands lie on a mesh, so that each device leaves out its own tokens;
+      None: they are on one, or the compiler divides the work.
     implementation: a name in IMPLEMENTATIONS, or None for this backend's best.
 
   All sums are float32 whatever the dtype of `hidden` and `head`; gradients come back
@@ -53,7 +64,7 @@ def logprob(
     raise ValueError(f'logprob: temperature={temperature} must be > 0')
   if softcap is not None and not softcap > 0:
     raise ValueError(f'logprob: softcap={softcap} must be > 0, or None for no cap')
-  how = dict(temperature=temperature, softcap=softcap)
+  how = dict(temperature=temperature, softcap=softcap, split=split)
   operands = (hidden, head, targets)
   op = dispatch.choose('logprob', IMPLEMENTATIONS, implementation, operands, **how)
   return op(*operands, needed=needed, **how)

@@ -16,14 +16,12 @@ nothing is compiled anew when there are more of them. The gradients are derived 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from educe.kernels.logprob import tile
+from educe.kernels.logprob import op, tile
 from educe.types import Scores
 
 TILE_BYTES = 64 << 20  # of one float32 [C, V] tile; larger gains nothing on CPU or GPU
@@ -37,55 +35,71 @@ class Walk(NamedTuple):
   chunks: Any  # to be visited; an array, or a number where all are needed
   size: int  # C
 
+  def at(self, index):
+    """The tokens of a chunk."""
+    return jax.lax.dynamic_slice_in_dim(self.row, index * self.size, self.size)
 
-def logprob(hidden, head, targets, *, temperature=1.0, softcap=None, needed=None):
+
+def logprob(
+  hidden, head, targets, *, temperature=1.0, softcap=None, needed=None, split=None
+):
   """See `educe.kernels.logprob.logprob`."""
-  walk = _walk(len(hidden), head.shape[1], needed)
-  settings = (temperature, softcap, walk.size)
-  out = _chunked(settings, hidden, head, targets, walk.row, walk.chunks)
-  return Scores(out[0], out[1], mean_logp=out[2])
+  how = op.How(temperature, softcap)
+  return op.apply(PASSES, how, split, hidden, head, targets, needed)
 
 
 def one_pass(
   hidden,
   head,
   targets,
-  cotangents: Callable[[Scores], Scores],
+  cotangents: Callable[[Scores, Any], Scores],
+  given: Any = (),
   *,
   temperature=1.0,
   softcap=None,
   needed=None,
+  split: op.Split | None = None,
 ):
   """(Scores, dH, dW) of a loss whose cotangents at a token read its own scores alone.
 
-  cotangents: [N] scores → what the loss's total is worth of each, [N]; called of scores
-    of which no more than a few are there yet, the others 0
+  cotangents: [N] scores, given → what the loss's total is worth of each, [N]; called of
+    scores of which no more than a few are there yet, the others 0
+  given: arrays of rows, split among devices as the tokens are
   dH `[N, D]` and dW `[D, V]` in the dtypes of hidden and head. Not differentiable itself.
   """
-  vocab, rows = head.shape[1], len(hidden)
-  walk = _walk(rows, vocab, needed)
+  how, vocab = op.How(temperature, softcap), head.shape[1]
 
-  def visit(index, carry):
-    scores, d_hidden, d_head = carry
-    at = jax.lax.dynamic_slice_in_dim(walk.row, index * walk.size, walk.size)
-    h, y = _take(hidden, at), _take(targets, at)
-    z, slope, hit = _tile(temperature, softcap, h, head, y)
-    new, lse = _finished(z, hit, y, vocab)
-    scores = jax.tree.map(lambda x, new: x.at[at].set(new, mode='drop'), scores, new)
-    worth = [_take(x, at) for x in _three(cotangents(scores))]
-    known = tile.constants(lse, new.entropy, worth, y, vocab)
-    ds = tile.gradient(z, slope, hit, [x[:, None] for x in known])
-    part, d_head = products(ds, h, head, d_head)
-    return scores, d_hidden.at[at].set(part, mode='drop'), d_head
+  def here(hidden, head, targets, needed, given):
+    walk = _walk(len(hidden), head.shape[1], needed)
+    places = op.own(split, targets, head)
 
-  zero = jnp.zeros(rows, jnp.float32)
-  start = (
-    Scores(zero, zero, mean_logp=zero),
-    jnp.zeros_like(hidden),
-    jnp.zeros(head.shape, jnp.float32),
-  )
-  scores, d_hidden, d_head = _visited(walk.chunks, visit, start)
-  return scores, d_hidden, d_head.astype(head.dtype)
+    def visit(index, carry):
+      scores, d_hidden, d_head = carry
+      at = walk.at(index)
+      h, y = _take(hidden, at), _take(targets, at)
+      z, slope, hit = _tile(how, h, head, _take(places, at))
+      found = op.merged(split, _moments(z, hit), head.shape[1])
+      new, lse = tile.finish(found, y, vocab)
+      scores = jax.tree.map(lambda x, n: x.at[at].set(n, mode='drop'), scores, new)
+      of_all = cotangents(scores, given)
+      worth = [_take(x, at) for x in (of_all.logp, of_all.entropy, of_all.mean_logp)]
+      known = tile.constants(lse, new.entropy, worth, y, vocab)
+      ds = tile.gradient(z, slope, hit, [x[:, None] for x in known])
+      part, d_head = products(ds, h, head, d_head)
+      d_hidden = d_hidden.at[at].set(part.astype(d_hidden.dtype), mode='drop')
+      return scores, d_hidden, d_head
+
+    zero = jnp.zeros(len(hidden), jnp.float32)
+    start = (
+      Scores(zero, zero, mean_logp=zero),
+      jnp.zeros(hidden.shape, op.parts_of(split, hidden, head)[0]),
+      jnp.zeros(head.shape, jnp.float32),
+    )
+    scores, d_hidden, d_head = _visited(walk.chunks, visit, start)
+    return scores, *op.summed(split, d_hidden, d_head, hidden, head)
+
+  run = op.over(split, here, 'rhrrr', 'rrh')
+  return run(hidden, head, targets.astype(jnp.int32), needed, given)
 
 
 def chunk_rows(rows: int, vocab: int) -> int:
@@ -115,16 +129,15 @@ def _take(x, at):
   return x.at[at].get(mode='fill', fill_value=0)
 
 
-def _tile(temperature, softcap, hidden, head, targets):
+def _tile(how, hidden, head, targets):
   """One tile: z [C, V], its slope dz/ds, and the one-hot of the targets as a mask."""
   s = jnp.einsum('cd,dv->cv', hidden, head, preferred_element_type=jnp.float32)
   hit = jax.lax.broadcasted_iota(targets.dtype, s.shape, 1) == targets[:, None]
-  return *tile.squash(s, temperature, softcap), hit
+  return *tile.squash(s, how.temperature, how.softcap), hit
 
 
-def _finished(z, hit, targets, vocab):
-  found = tile.Moments(*(x[:, 0] for x in tile.moments(z, hit)))
-  return tile.finish(found, targets, vocab)
+def _moments(z, hit):
+  return tile.Moments(*(x[:, 0] for x in tile.moments(z, hit)))
 
 
 def products(ds, h, head, d_head):
@@ -135,54 +148,39 @@ def products(ds, h, head, d_head):
   # the barrier keeps it from folding the transpose into the product.
   across = jax.lax.optimization_barrier(h.T)
   d_head += jnp.einsum('dc,cv->dv', across, ds, preferred_element_type=jnp.float32)
-  return d_hidden.astype(h.dtype), d_head
+  return d_hidden, d_head
 
 
-def _three(scores: Scores):
-  return scores.logp, scores.entropy, scores.mean_logp
+def moments(how, hidden, head, targets, needed) -> tile.Moments:
+  walk = _walk(len(hidden), head.shape[1], needed)
+
+  def visit(index, found):
+    at = walk.at(index)
+    z, _, hit = _tile(how, _take(hidden, at), head, _take(targets, at))
+    return jax.tree.map(
+      lambda x, new: x.at[at].set(new, mode='drop'), found, _moments(z, hit)
+    )
+
+  zero = jnp.zeros(len(hidden), jnp.float32)
+  # A mass of 1 where nobody looks: its logarithm is finite.
+  return _visited(walk.chunks, visit, tile.Moments(zero, zero + 1, zero, zero, zero))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked(settings, hidden, head, targets, row, chunks):
-  return _forward(settings, hidden, head, targets, row, chunks)[0]
-
-
-def _forward(settings, hidden, head, targets, row, chunks):
-  temperature, softcap, size = settings
-  vocab, rows = head.shape[1], len(hidden)
-
-  def visit(index, out):
-    at = jax.lax.dynamic_slice_in_dim(row, index * size, size)
-    y = _take(targets, at)
-    z, _, hit = _tile(temperature, softcap, _take(hidden, at), head, y)
-    scores, lse = _finished(z, hit, y, vocab)
-    new = (*_three(scores), lse)
-    return tuple(x.at[at].set(n, mode='drop') for x, n in zip(out, new, strict=True))
-
-  blank = (jnp.zeros(rows, jnp.float32),) * 4
-  logp, entropy, mean, lse = _visited(chunks, visit, blank)
-  residuals = (hidden, head, targets, row, chunks, lse, entropy)
-  return (logp, entropy, mean), residuals
-
-
-def _backward(settings, residuals, cotangents):
-  temperature, softcap, size = settings
-  hidden, head, targets, row, chunks, lse, entropy = residuals
-  known = tile.constants(lse, entropy, cotangents, targets, head.shape[1])
+def gradients(how, hidden, head, targets, needed, known, dtypes):
+  walk = _walk(len(hidden), head.shape[1], needed)
 
   def visit(index, carry):
     d_hidden, d_head = carry
-    at = jax.lax.dynamic_slice_in_dim(row, index * size, size)
-    h, y = _take(hidden, at), _take(targets, at)
-    z, slope, hit = _tile(temperature, softcap, h, head, y)
+    at = walk.at(index)
+    h = _take(hidden, at)
+    z, slope, hit = _tile(how, h, head, _take(targets, at))
     ds = tile.gradient(z, slope, hit, [_take(x, at)[:, None] for x in known])
     part, d_head = products(ds, h, head, d_head)
-    return d_hidden.at[at].set(part, mode='drop'), d_head
+    return d_hidden.at[at].set(part.astype(d_hidden.dtype), mode='drop'), d_head
 
-  start = jnp.zeros_like(hidden), jnp.zeros(head.shape, jnp.float32)
-  d_hidden, d_head = _visited(chunks, visit, start)
-  none = [np.zeros(np.shape(x), jax.dtypes.float0) for x in (targets, row, chunks)]
-  return d_hidden, d_head.astype(head.dtype), *none
+  start = jnp.zeros(hidden.shape, dtypes[0]), jnp.zeros(head.shape, jnp.float32)
+  d_hidden, d_head = _visited(walk.chunks, visit, start)
+  return d_hidden, d_head.astype(dtypes[1])
 
 
-_chunked.defvjp(_forward, _backward)
+PASSES = op.Passes(moments, gradients)

@@ -24,11 +24,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float, Int
 
-from educe.kernels.logprob import tile
+from educe.kernels.logprob import op, tile
 from educe.types import Scores
 
 ROWS, VOCAB, WIDTH = 64, 256, 64  # of a warpgroup's tile, and of D at a time
@@ -54,6 +53,7 @@ def logprob(
   temperature: float = 1.0,
   softcap: float | None = None,
   needed: Bool[Array, 'N'] | None = None,
+  split: op.Split | None = None,
   multiprocessors: int | None = None,
 ) -> Scores:
   """See `educe.kernels.logprob.logprob`. hidden and head in one dtype of 16 bits.
@@ -70,37 +70,24 @@ def logprob(
   if multiprocessors is None:
     multiprocessors = getattr(jax.devices()[0], 'core_count', None) or 132
   settings = Settings(temperature, softcap, multiprocessors)
-  scores = _logprob(settings, hidden, head, targets.astype(jnp.int32))
-  if needed is None:
-    return scores
-  return jax.tree.map(lambda x: jnp.where(needed, x, 0), scores)
+  return op.apply(PASSES, settings, split, hidden, head, targets, needed)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _logprob(settings, hidden, head, targets):
-  return _forward(settings, hidden, head, targets)[0]
-
-
-def _forward(settings, hidden, head, targets):
+def moments(settings, hidden, head, targets, needed) -> tile.Moments:
   rows, vocab = len(hidden), head.shape[1]
   h, w = _filled(hidden, head)
   y = jnp.pad(targets, (0, len(h) - rows))
-  parts = tile.Moments(*(x[:, :rows] for x in _moments(settings, h, w, y, vocab)))
+  parts = tile.Moments(*(x[:, :rows] for x in _part_moments(settings, h, w, y, vocab)))
   # All parts about one maximum, each with as many entries as are real.
   first = VOCAB * jnp.arange(len(parts.top))[:, None]
   count = jnp.minimum(VOCAB, vocab - first).astype(jnp.float32)
   top = parts.top.max(0, keepdims=True)
   found = tile.about(parts, top, count)
-  found = tile.Moments(top[0], *(x.sum(0) for x in found[1:]))
-  scores, lse = tile.finish(found, targets, vocab)
-  return scores, (hidden, head, targets, lse, scores.entropy)
+  return tile.Moments(top[0], *(x.sum(0) for x in found[1:]))
 
 
-def _backward(settings, residuals, cotangents: Scores):
-  hidden, head, targets, lse, entropy = residuals
+def gradients(settings, hidden, head, targets, needed, known: Any, dtypes):
   rows, vocab = len(hidden), head.shape[1]
-  worth = cotangents.logp, cotangents.entropy, cotangents.mean_logp
-  known: Any = tile.constants(lse, entropy, worth, targets, vocab)
   wave = min(WAVE, -(-rows // (WARPGROUPS * ROWS)) * WARPGROUPS * ROWS)
   waves = -(-rows // wave)
   h, w = _filled(hidden, head, wave)
@@ -112,20 +99,23 @@ def _backward(settings, residuals, cotangents: Scores):
     ds = _dlogits(settings, h, w, known, vocab)
     d_hidden = jnp.einsum('nv,dv->nd', ds, w, preferred_element_type=jnp.float32)
     d_head += jnp.einsum('nd,nv->dv', h, ds, preferred_element_type=jnp.float32)
-    return d_head, d_hidden.astype(hidden.dtype)
+    return d_head, d_hidden.astype(dtypes[0])
 
   xs = [x.reshape(waves, wave, *x.shape[1:]) for x in (h, y, *known)]
   d_head, d_hidden = jax.lax.scan(body, jnp.zeros(w.shape, jnp.float32), xs)
   d_hidden = d_hidden.reshape(waves * wave, -1)[:rows, : hidden.shape[1]]
-  d_head = d_head[: head.shape[0], :vocab].astype(head.dtype)
-  return d_hidden, d_head, np.zeros(targets.shape, jax.dtypes.float0)
+  return d_hidden, d_head[: head.shape[0], :vocab].astype(dtypes[1])
 
 
-_logprob.defvjp(_forward, _backward)
+PASSES = op.Passes(moments, gradients)
 
 
 def _mosaic() -> Any:
   # Its names move from version to version; ours are those of jax 0.12.
+  if jax.version.__version_info__ < (0, 12):
+    raise NotImplementedError(
+      f'pallas_gpu: jax is {jax.__version__}; it needs 0.12, or choose chunked'
+    )
   return importlib.import_module('jax.experimental.pallas.mosaic_gpu')
 
 
@@ -139,7 +129,7 @@ def _filled(hidden, head, rows: int = WARPGROUPS * ROWS):
   )
 
 
-def _moments(settings, h, w, y, vocab: int):
+def _part_moments(settings, h, w, y, vocab: int):
   """Five arrays `[V/256, N]`: the Moments of each part of the vocabulary."""
   parts = w.shape[1] // VOCAB
   out = jax.ShapeDtypeStruct((parts, len(h)), jnp.float32)

@@ -14,27 +14,17 @@ or V is garbage, and kept out where it would be summed.
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
-from educe.kernels.logprob import tile
+from educe.kernels.logprob import op, tile
 from educe.kernels.logprob.tpu_chips import CHIPS, LANES, SMALLEST, Tiles, divisor
 from educe.types import Scores
-
-
-class Split(NamedTuple):
-  """How the operands lie on a mesh: tokens over `rows`, the vocabulary over `vocab`."""
-
-  mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
-  rows: tuple[str, ...] = ()
-  vocab: str | None = None
 
 
 class Settings(NamedTuple):
@@ -42,7 +32,6 @@ class Settings(NamedTuple):
   softcap: float | None
   tiles: Tiles
   interpret: bool
-  split: Split | None
 
 
 def logprob(
@@ -53,14 +42,13 @@ def logprob(
   temperature: float = 1.0,
   softcap: float | None = None,
   needed: Bool[Array, 'N'] | None = None,
+  split: op.Split | None = None,
   tiles: Tiles | None = None,
-  split: Split | None = None,
   interpret: bool | None = None,
 ) -> Scores:
   """See `educe.kernels.logprob.logprob`.
 
   tiles: None: those of this chip, or of the smallest
-  split: of operands on a mesh; None: all of it is here. N and V divide by their axes
   interpret: run it as plain XLA; None: where there is no TPU
   """
   here = jax.devices()[0]
@@ -75,82 +63,8 @@ def logprob(
     more = -width % step
     hidden = jnp.pad(hidden, ((0, 0), (0, more)))
     head = jnp.pad(head, ((0, more), (0, 0)))
-  settings = Settings(
-    temperature, softcap, tiles._replace(width=step), interpret, split
-  )
-  scores = _logprob(settings, hidden, head, targets.astype(jnp.int32))
-  if needed is None:
-    return scores
-  return jax.tree.map(lambda x: jnp.where(needed, x, 0), scores)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _logprob(settings, hidden, head, targets):
-  return _forward(settings, hidden, head, targets)[0]
-
-
-def _forward(settings, hidden, head, targets):
-  def here(hidden, head, targets):
-    size, axis = head.shape[1], settings.split and settings.split.vocab
-    if axis:
-      targets = targets - jax.lax.axis_index(axis) * size
-    found = _moments(settings, hidden, head, targets)
-    if not axis:
-      return found
-    top = jax.lax.pmax(found.top, axis)
-    found = tile.about(found, top, size)
-    return tile.Moments(top, *jax.lax.psum(found[1:], axis))
-
-  if settings.split:
-    rows, into_rows, into_head = _specs(settings.split)
-    here = _over(settings, here, (into_rows, into_head, rows), rows)
-  found = here(hidden, head, targets)
-  scores, lse = tile.finish(found, targets, head.shape[1])
-  return scores, (hidden, head, targets, lse, scores.entropy)
-
-
-def _backward(settings, residuals, cotangents: Scores):
-  hidden, head, targets, lse, entropy = residuals
-  worth = cotangents.logp, cotangents.entropy, cotangents.mean_logp
-  known = tile.constants(lse, entropy, worth, targets, head.shape[1])
-
-  def here(hidden, head, targets, *known):
-    split = settings.split
-    if split and split.vocab:
-      targets = targets - jax.lax.axis_index(split.vocab) * head.shape[1]
-    d_hidden, d_head = _gradients(settings, hidden, head, targets, known)
-    if split and split.vocab:
-      d_hidden = jax.lax.psum(d_hidden, split.vocab)
-    if split and split.rows:
-      d_head = jax.lax.psum(d_head, split.rows)
-    return d_hidden.astype(hidden.dtype), d_head.astype(head.dtype)
-
-  if settings.split:
-    rows, into_rows, into_head = _specs(settings.split)
-    specs = (into_rows, into_head, rows, *(rows for _ in known))
-    here = _over(settings, here, specs, (into_rows, into_head))
-  no_gradient = np.zeros(targets.shape, jax.dtypes.float0)
-  return *here(hidden, head, targets, *known), no_gradient
-
-
-_logprob.defvjp(_forward, _backward)
-
-
-def _specs(split: Split):
-  """Of one number a token, of hidden and of the head."""
-  P = jax.sharding.PartitionSpec
-  rows = split.rows or None
-  return P(rows), P(rows, None), P(None, split.vocab)
-
-
-def _over(settings, function, into, out):
-  # The collectives are written out above, and a kernel's results carry no axis names.
-  return jax.shard_map(
-    function, mesh=settings.split.mesh, in_specs=into, out_specs=out, check_vma=False
-  )
-
-
-# One chip.
+  settings = Settings(temperature, softcap, tiles._replace(width=step), interpret)
+  return op.apply(PASSES, settings, split, hidden, head, targets, needed)
 
 
 class Grid(NamedTuple):
@@ -204,7 +118,7 @@ def _cost(hidden, head, grid: Grid, products: int, reads: int):
   )
 
 
-def _moments(settings, hidden, head, targets) -> tile.Moments:
+def moments(settings, hidden, head, targets, needed) -> tile.Moments:
   tiles, grid = _grid(settings.tiles, hidden, head)
   rows, vocab = len(hidden), head.shape[1]
 
@@ -250,15 +164,13 @@ def _moments(settings, hidden, head, targets) -> tile.Moments:
   return tile.Moments(*(x[:, 0] for x in out))
 
 
-def _gradients(settings, hidden, head, targets, known):
-  """dH and dW of this part of the vocabulary; known: tile.constants"""
+def gradients(settings, hidden, head, targets, needed, known, dtypes):
   tiles, grid = _grid(settings.tiles, hidden, head)
   rows, size = len(hidden), head.shape[1]
   known = [x[:, None] for x in (targets, *known)]
   dtype = jnp.result_type(hidden, head)
   # A D in one piece is multiplied twice at one step, in several when they come again.
   passes = 1 if grid.width == 1 else 2 * grid.width
-  split = settings.split
 
   def dlogits(s, v, known):
     y, *known = (ref[...] for ref in known)
@@ -344,10 +256,7 @@ def _gradients(settings, hidden, head, targets, known):
     kernel(tiles.rows, tiles.vocab, size, 1, to_hidden),
     lambda n, v: (n, v),
     pl.BlockSpec((tiles.rows, whole), lambda n, v, d: (n, 0)),
-    # Parts of a sum over chips are added before they are rounded.
-    jax.ShapeDtypeStruct(
-      hidden.shape, jnp.float32 if split and split.vocab else hidden.dtype
-    ),
+    jax.ShapeDtypeStruct(hidden.shape, dtypes[0]),
     pltpu.VMEM((grid.width, tiles.rows, tiles.width), jnp.float32),
     (grid.rows, grid.vocab, passes),
     'logprob_d_hidden',
@@ -356,14 +265,15 @@ def _gradients(settings, hidden, head, targets, known):
     kernel(tiles.vocab, tiles.rows, rows, 0, to_head),
     lambda v, n: (n, v),
     pl.BlockSpec((whole, tiles.vocab), lambda v, n, d: (0, v)),
-    jax.ShapeDtypeStruct(
-      head.shape, jnp.float32 if split and split.rows else head.dtype
-    ),
+    jax.ShapeDtypeStruct(head.shape, dtypes[1]),
     pltpu.VMEM((grid.width, tiles.width, tiles.vocab), jnp.float32),
     (grid.vocab, grid.rows, passes),
     'logprob_d_head',
   )
   return d_hidden, d_head
+
+
+PASSES = op.Passes(moments, gradients)
 
 
 def _dot(a, b, a_axis: int, b_axis: int):

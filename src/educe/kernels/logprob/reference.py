@@ -16,8 +16,10 @@ def logits(hidden, head, *, temperature=1.0, softcap=None):
   return z / temperature
 
 
-def logprob(hidden, head, targets, *, temperature=1.0, softcap=None, needed=None):
-  """See `educe.kernels.logprob.logprob`."""
+def logprob(
+  hidden, head, targets, *, temperature=1.0, softcap=None, needed=None, split=None
+):
+  """See `educe.kernels.logprob.logprob`. On a mesh the compiler divides the work."""
   z = logits(hidden, head, temperature=temperature, softcap=softcap)
   log_p = jax.nn.log_softmax(z)
   take = jnp.take_along_axis(

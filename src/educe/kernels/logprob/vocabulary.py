@@ -7,25 +7,21 @@ and the chunk's columns of dW are finished at once: 4F in all, F = 2·N·D·V.
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from educe.kernels.logprob import tile
-from educe.types import Scores
+from educe.kernels.logprob import op, tile
 
 TILE_BYTES = 4 << 20  # of one float32 [N, V'] tile
 LEAST_COLUMNS = 128
 
 
-def logprob(hidden, head, targets, *, temperature=1.0, softcap=None, needed=None):
-  """See `educe.kernels.logprob.logprob`."""
-  out = _logprob((temperature, softcap), hidden, head, targets)
-  if needed is not None:
-    out = tuple(jnp.where(needed, x, 0) for x in out)
-  return Scores(out[0], out[1], mean_logp=out[2])
+def logprob(
+  hidden, head, targets, *, temperature=1.0, softcap=None, needed=None, split=None
+):
+  """See `educe.kernels.logprob.logprob`. Makes the logits of all tokens, needed or not."""
+  how = op.How(temperature, softcap)
+  return op.apply(PASSES, how, split, hidden, head, targets, needed)
 
 
 def _columns(rows: int, vocab: int) -> int:
@@ -33,9 +29,9 @@ def _columns(rows: int, vocab: int) -> int:
   return min(max(TILE_BYTES // (4 * rows), LEAST_COLUMNS), vocab)
 
 
-def _tile(settings, index, hidden, head, targets):
-  """(start, z, slope, hit, inside) of the index-th chunk; the last one overlaps the one
-  before it, which has those columns."""
+def _tile(how, index, hidden, head, targets):
+  """(start, part of the head, z, slope, hit, inside) of the index-th chunk; the last one
+  overlaps the one before it, which has those columns."""
   vocab = head.shape[1]
   size = _columns(len(hidden), vocab)
   start = jnp.minimum(index * size, vocab - size)
@@ -44,42 +40,32 @@ def _tile(settings, index, hidden, head, targets):
   column = start + jax.lax.broadcasted_iota(targets.dtype, s.shape, 1)
   inside = column >= index * size
   hit = (column == targets[:, None]) & inside
-  return start, part, *tile.squash(s, *settings), hit, inside
+  return start, part, *tile.squash(s, *how), hit, inside
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _logprob(settings, hidden, head, targets):
-  return _forward(settings, hidden, head, targets)[0]
-
-
-def _forward(settings, hidden, head, targets):
+def moments(how, hidden, head, targets, needed) -> tile.Moments:
   rows, vocab = len(hidden), head.shape[1]
   size = _columns(rows, vocab)
 
   def visit(index, found):
-    *_, z, _, hit, inside = _tile(settings, index, hidden, head, targets)
+    *_, z, _, hit, inside = _tile(how, index, hidden, head, targets)
     new = tile.moments(z, hit, inside)
     before = index * size
     return tile.join(found, before * 1.0, new, jnp.minimum(size, vocab - before) * 1.0)
 
   start = tile.nothing(jnp.zeros((rows, 1), jnp.float32))
   found = jax.lax.fori_loop(0, -(-vocab // size), visit, start)
-  found = tile.Moments(*(x[:, 0] for x in found))
-  scores, lse = tile.finish(found, targets, vocab)
-  residuals = (hidden, head, targets, lse, scores.entropy)
-  return (scores.logp, scores.entropy, scores.mean_logp), residuals
+  return tile.Moments(*(x[:, 0] for x in found))
 
 
-def _backward(settings, residuals, cotangents):
-  hidden, head, targets, lse, entropy = residuals
+def gradients(how, hidden, head, targets, needed, known, dtypes):
   vocab = head.shape[1]
   size = _columns(len(hidden), vocab)
-  known = tile.constants(lse, entropy, cotangents, targets, vocab)
   known = [x[:, None] for x in known]
 
   def visit(index, carry):
     d_hidden, d_head = carry
-    start, part, z, slope, hit, inside = _tile(settings, index, hidden, head, targets)
+    start, part, z, slope, hit, inside = _tile(how, index, hidden, head, targets)
     ds = tile.gradient(z, slope, hit, known)
     ds = jnp.where(inside, ds, 0).astype(jnp.result_type(hidden, head))
     d_hidden += jnp.einsum('nv,dv->nd', ds, part, preferred_element_type=jnp.float32)
@@ -92,8 +78,7 @@ def _backward(settings, residuals, cotangents):
     jnp.zeros(head.shape, jnp.float32),
   )
   d_hidden, d_head = jax.lax.fori_loop(0, -(-vocab // size), visit, start)
-  none = np.zeros(targets.shape, jax.dtypes.float0)
-  return d_hidden.astype(hidden.dtype), d_head.astype(head.dtype), none
+  return d_hidden.astype(dtypes[0]), d_head.astype(dtypes[1])
 
 
-_logprob.defvjp(_forward, _backward)
+PASSES = op.Passes(moments, gradients)
