@@ -88,7 +88,8 @@ def test_tied_tokens_stand_or_fall_together():
   ],
   ids=str,
 )
-def test_frequencies_follow_the_distribution(options):
+@pytest.mark.parametrize('numbers', [2, 300])  # inverse CDF, Gumbel noise
+def test_frequencies_follow_the_distribution(options, numbers):
   logits = np.random.default_rng(2).normal(size=300)
   logits[::7] = -np.inf  # never to be drawn
   draws = 20_000
@@ -97,7 +98,7 @@ def test_frequencies_follow_the_distribution(options):
   settings = Settings(
     options.get('temperature', 1.0), options.get('top_k'), None, options.get('min_p')
   )
-  uniforms = jax.random.uniform(jax.random.key(3), (draws, 2))
+  uniforms = jax.random.uniform(jax.random.key(3), (draws, numbers))
   rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (draws, 300))
   tokens = np.asarray(draw(rows, uniforms, settings).token)
   # Pool what is expected fewer than 20 times: the χ² law needs full cells.
@@ -132,6 +133,11 @@ def test_extreme_uniforms_never_draw_a_weightless_token():
     draw(jnp.asarray(logits), jnp.asarray(uniforms), Settings()).token
   )
   assert np.isfinite(logits[range(4), tokens]).all()
+  for extreme in (0, almost_one):
+    noise = np.full((4, 400), extreme)
+    noise[1::2, 5] = almost_one - extreme
+    tokens = draw(jnp.asarray(logits), jnp.asarray(noise), Settings()).token
+    assert np.isfinite(logits[range(4), tokens]).all()
 
 
 def test_greedy_takes_the_lowest_id_of_a_tie_and_reports_temperature_one():

@@ -11,7 +11,7 @@ from educe import paths
 from educe.data import tokenizer
 from educe.losses.logprobs import score
 from educe.models import gguf, policy, presets
-from educe.rollouts import sampler, texts
+from educe.rollouts import draw, sampler, slots, texts
 from educe.rollouts.sampler import bucket, sample
 from educe.rollouts.stop_strings import automaton
 from educe.types import Batch
@@ -287,8 +287,12 @@ def uneven():
   return (model, table), prompts, options, alone
 
 
+@pytest.mark.parametrize('first', [256, 3])  # a whole ring, one that grows twice
 @pytest.mark.parametrize('batch_size', [1, 2, 5, 20])
-def test_a_slot_used_again_gives_what_a_fresh_one_gives(uneven, batch_size):
+def test_a_slot_used_again_gives_what_a_fresh_one_gives(
+  uneven, batch_size, first, monkeypatch
+):
+  monkeypatch.setattr(slots, 'FIRST_RING', first)
   tools, prompts, options, alone = uneven
   order = np.random.default_rng(batch_size).permutation(len(prompts))
   samples = sample(
@@ -302,6 +306,45 @@ def test_a_slot_used_again_gives_what_a_fresh_one_gives(uneven, batch_size):
   for name in ('tokens', 'length', 'stopped', 'kept'):
     np.testing.assert_array_equal(getattr(samples, name), getattr(alone, name)[order])
   np.testing.assert_allclose(samples.logp, alone.logp[order], atol=1e-6)
+
+
+def test_a_long_ring_begins_short(monkeypatch):
+  """And a decoder reads behind it what it read before, in slots that are used again."""
+  model = policy.build(presets.debug)
+  params = model.init(jax.random.key(1))
+  prompts = [[1, 2, 3], [4], [5, 6], [7, 8]]
+  sizes = []
+  grow = slots.grow
+
+  def seen(state, **how):
+    sizes.append((state.tokens.shape[1], how['room']))
+    return grow(state, **how)
+
+  monkeypatch.setattr(slots, 'grow', seen)
+  options = dict(max_new_tokens=40, eos_ids=range(0, 256, 60))
+  whole = sample(model, params, prompts, KEY, batch_size=2, **options)
+  assert not sizes
+  monkeypatch.setattr(slots, 'FIRST_RING', 4)
+  grown = sample(model, params, prompts, KEY, batch_size=2, **options)
+  assert sizes == [(4, 16), (16, 40)]
+  np.testing.assert_array_equal(grown.tokens, whole.tokens)
+  np.testing.assert_allclose(grown.logp, whole.logp, atol=1e-5)
+
+
+def test_gumbel_noise_is_a_row_s_own(monkeypatch):
+  """Where it is drawn so: the same seed, the same sample, whatever the batch."""
+  model, table = toy.model(vocabulary=16)
+  monkeypatch.setattr(draw, 'numbers', lambda vocabulary: vocabulary)
+  jax.clear_caches()
+  prompts = [[1, 2], [3], [4, 5], [6]]
+  options = dict(max_new_tokens=9, eos_ids=[3])
+  whole = sample(model, table, prompts, KEY, seeds=[5, 6, 7, 8], **options)
+  one = sample(model, table, prompts[2:3], KEY, seeds=[7], **options)
+  np.testing.assert_array_equal(one.tokens[0], whole.tokens[2])
+  jax.clear_caches()
+  monkeypatch.undo()
+  inverted = sample(model, table, prompts, KEY, seeds=[5, 6, 7, 8], **options)
+  assert (inverted.tokens != whole.tokens).any()
 
 
 def test_finished_rows_free_their_slot(uneven):

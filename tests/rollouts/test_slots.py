@@ -61,7 +61,16 @@ def test_rows_that_enter_at_other_steps_read_their_own_tokens_alone(use):
     begins.add(int(slots.step) % room)
     at_hand |= {slot: (*row, int(slots.step)) for slot, row in chosen.items()}
     slots = slots_lib.advance(
-      weights, slots, key, Settings(0.8), eos, None, np.int32(rows - 1), model=functions
+      weights,
+      slots,
+      key,
+      Settings(0.8),
+      eos,
+      None,
+      np.int32(rows - 1),
+      np.int32(room),
+      model=functions,
+      width=width,
     )
     host = jax.device_get(slots._replace(cache=None))
     assert not host.live.all()
@@ -100,7 +109,9 @@ def test_free_slots_stay_as_they_are():
     np.zeros(0, np.int32),
     None,
     np.int32(0),
+    np.int32(5),
     model=functions,
+    width=4,
   )
   assert slots.drawn.tolist() == [0, 5, 0]
   assert slots.step == 5

@@ -61,7 +61,7 @@ def sample(
   progress: told how many rows have ended since it was last called
 
   Returns host arrays. Compiled once per (model, batch_size, bucket of the longest
-  prompt, max_new_tokens, which options are on); the numbers themselves are traced.
+  prompt, ring, which options are on); the numbers themselves are traced.
 
   Raises ValueError for bad input, before any device work, and for a model whose
   probabilities are not finite.
@@ -83,7 +83,8 @@ def sample(
   weights = slots_lib.prepare(params, model=functions)
   rows = min(batch_size or len(prompts), len(prompts))
   width = bucket(max(max(map(len, prompts)) - 1, 1))
-  slots = slots_lib.empty(model=functions, rows=rows, width=width, room=max_new_tokens)
+  room = slots_lib.ring(max_new_tokens)
+  slots = slots_lib.empty(model=functions, rows=rows, width=width, room=room)
   out = _blank(len(prompts), max_new_tokens)
   row_of = np.full(rows, -1)  # whose slot it is; −1: free
   began = np.zeros(rows, int)  # the step at which it entered
@@ -99,8 +100,9 @@ def sample(
       began[free[: len(entered)]] = int(slots.step)
     # With others waiting, an eighth of the slots may idle before they are let in.
     enough = rows - max(1, rows // 8) if waiting else 0
+    bounds = np.int32(enough), np.int32(max_new_tokens)
     slots = slots_lib.advance(
-      weights, slots, key, settings, *ends, np.int32(enough), model=functions
+      weights, slots, key, settings, *ends, *bounds, model=functions, width=width
     )
     host = jax.device_get(slots._replace(cache=None))
     ended = np.flatnonzero((row_of >= 0) & ~host.live)
@@ -109,9 +111,13 @@ def sample(
     out.length[rows_ended] = host.drawn[ended]
     out.stopped[rows_ended] = host.stopped[ended]
     # Its first token is in the column of the step at which it entered.
-    column = (began[ended, None] + places) % max_new_tokens
+    column = (began[ended, None] + places) % room
     drawn = places < host.drawn[ended, None]
-    for ours, theirs in zip(out[:3], (host.tokens, host.logp, host.kept), strict=True):
+    for ours, theirs in zip(
+      (out.tokens, out.logp, out.kept),
+      (host.tokens, host.logp, host.kept),
+      strict=True,
+    ):
       found = theirs[ended[:, None], column]
       ours[rows_ended] = np.where(drawn, found, ours[rows_ended])
     if not np.isfinite(out.logp[rows_ended]).all():
@@ -123,6 +129,9 @@ def sample(
       progress(len(ended))
     if not waiting and (row_of < 0).all():
       return out
+    if host.step == room < max_new_tokens:
+      room = slots_lib.ring(max_new_tokens, before=room)
+      slots = slots_lib.grow(slots, model=functions, width=width, room=room)
 
 
 def _blank(rows: int, room: int) -> Samples:

@@ -1,10 +1,14 @@
 """Decoding in slots that are used again: the programs under the sampler.
 
-B slots decode side by side. A slot's cache has a ring of R places for what is decoded,
-then W for a prompt. Rows enter at different times but step together: at step s each
-writes its key at the same place, s mod R, with a position of its own. R is the most that
-a row may decode, so nothing that a living row still reads is ever written over, and one
+B slots decode side by side. A slot's cache has W places for a prompt, then a ring of R for
+what is decoded. Rows enter at different times but step together: at step s each writes
+its key at the same place, s mod R, with a position of its own. R is the most that a row
+may decode, so nothing that a living row still reads is ever written over, and one
 `dynamic_update_slice` serves all rows.
+
+Every step attends to all W + R places, written or not. So a long ring begins short and
+grows when it is full for the first time (`ring`, `grow`): a few programs more, and the
+early steps cost what short ones do.
 
 A row enters with its prompt but for the last token in the cache; that one is the first
 thing decoded. So entering draws nothing, and every draw is made in one place.
@@ -22,8 +26,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from educe.models.policy import unstack
+from educe.rollouts import draw as draw_lib
 from educe.rollouts.draw import Settings, draw
 from educe.types import Cache, Head, Params
+
+FIRST_RING = 256
+GROWTH = 4  # rings of 256, 1,024, …: each is a program, compiled when it is reached
 
 
 class Functions(NamedTuple):
@@ -67,7 +75,7 @@ def prepare(params: Params, *, model: Functions) -> Weights:
 
 @functools.partial(jax.jit, static_argnames=('model', 'rows', 'width', 'room'))
 def empty(*, model: Functions, rows: int, width: int, room: int) -> Slots:
-  """`rows` free slots for prompts of up to `width` + 1 tokens and `room` new ones."""
+  """`rows` free slots for prompts of up to `width` + 1 tokens and a ring of `room`."""
   zeros = jnp.zeros(rows, jnp.int32)
   no = zeros.astype(bool)
   blank = jnp.zeros((rows, room), jnp.float32)
@@ -85,6 +93,22 @@ def empty(*, model: Functions, rows: int, width: int, room: int) -> Slots:
     logp=blank,
     kept=blank,
   )
+
+
+def ring(most: int, before: int = 0) -> int:
+  """The size of a ring for rows of up to `most` tokens, the first or after `before`."""
+  return min(GROWTH * before or FIRST_RING, most)
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'width', 'room'))
+def grow(slots: Slots, *, model: Functions, width: int, room: int) -> Slots:
+  """The same slots with a larger ring, `room`; theirs has not come round yet."""
+  larger = empty(model=model, rows=len(slots.token), width=width, room=room)
+
+  def copy(into, values):
+    return jax.lax.dynamic_update_slice(into, values, (0,) * values.ndim)
+
+  return jax.tree.map(copy, larger, slots)
 
 
 class Entries(NamedTuple):
@@ -109,7 +133,7 @@ def enter(params: Params, slots: Slots, entries: Entries, *, model: Functions) -
   positions = jnp.where(column < entries.lengths[:, None], column, -1)
   # As long as a slot's own, so that a row put in brings an empty ring with it.
   fresh = model.init_cache(many, room + width)
-  _, fresh = model.decode(params, fresh, entries.prompts, positions, room)
+  _, fresh = model.decode(params, fresh, entries.prompts, positions, 0)
 
   def put(index, cache):
     def one(into, read):
@@ -133,7 +157,7 @@ def enter(params: Params, slots: Slots, entries: Entries, *, model: Functions) -
   )
 
 
-@functools.partial(jax.jit, static_argnames='model', donate_argnames='slots')
+@functools.partial(jax.jit, static_argnames=('model', 'width'), donate_argnames='slots')
 def advance(
   weights: Weights,
   slots: Slots,
@@ -142,10 +166,13 @@ def advance(
   eos_ids: Int[Array, 'E'],
   stop: Int[Array, 'states V'] | None,
   enough: Int[Array, ''],
+  most: Int[Array, ''],
   *,
   model: Functions,
+  width: int,
 ) -> Slots:
-  """Decodes while more than `enough` slots are live.
+  """Decodes while more than `enough` slots are live, and until a ring that is shorter
+  than `most`, the tokens that a row may draw, is full.
 
   A token's randomness depends on (key, the row's seed, its index in the row) alone.
   """
@@ -153,7 +180,7 @@ def advance(
   keys = jax.vmap(jax.random.fold_in, (None, 0))(key, slots.seed)
 
   def more(slots: Slots):
-    return slots.live.sum() > enough
+    return (slots.live.sum() > enough) & ((slots.step < room) | (room >= most))
 
   def step(slots: Slots) -> Slots:
     at, live = slots.step % room, slots.live
@@ -162,10 +189,13 @@ def advance(
       slots.cache,
       slots.token[:, None],
       jnp.where(live, slots.position, -1)[:, None],
-      at,
+      width + at,
     )
-    uniforms = jax.vmap(_uniforms)(keys, slots.drawn)
-    new = draw(logits(weights.head, states[:, 0]), uniforms, settings)
+    z = logits(weights.head, states[:, 0])
+    uniforms = jax.vmap(_uniforms, (0, 0, None))(
+      keys, slots.drawn, draw_lib.numbers(z.shape[-1])
+    )
+    new = draw(z, uniforms, settings)
     ends = (new.token[:, None] == eos_ids[None]).any(-1)
     matched = slots.matched
     if stop is not None:
@@ -180,7 +210,7 @@ def advance(
       drawn=drawn,
       seed=slots.seed,
       matched=matched,
-      live=live & ~ends & (drawn < room),
+      live=live & ~ends & (drawn < most),
       stopped=slots.stopped | (live & ends),
       tokens=_column(slots.tokens, new.token, live, at),
       logp=_column(slots.logp, new.logp, live, at),
@@ -197,8 +227,8 @@ def logits(head: Head, states: Float[Array, '... D']) -> Float[Array, '... V']:
   return out if head.softcap is None else head.softcap * jnp.tanh(out / head.softcap)
 
 
-def _uniforms(key, index):
-  return jax.random.uniform(jax.random.fold_in(key, index), (2,))
+def _uniforms(key, index, count):
+  return jax.random.uniform(jax.random.fold_in(key, index), (count,))
 
 
 def _column(table, values, live, at):
