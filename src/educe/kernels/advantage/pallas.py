@@ -9,9 +9,13 @@ in a tile both recurrences are solved by doubling, ⌈log2(tile)⌉ times for al
 c is γλ, 0 where a sequence ends, and 1 where the policy drew nothing (δ = 0): such tokens
 hand on what comes later. Of the tiles done, the first token's three numbers are kept in the
 chip's vector memory. Nothing is padded; what lies beyond the edge is not drawn.
+
+One device: rows that lie on a mesh are for `jax.shard_map`, since none needs another.
 """
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +26,7 @@ LANES = 128
 TILE = 64, 512  # rows, tokens: 128 KB an array
 
 
+@functools.partial(jax.jit, static_argnames=('gamma', 'lam', 'tile', 'interpret'))
 def gae(
   rewards,
   values,
@@ -42,7 +47,10 @@ def gae(
   if interpret is None:
     interpret = jax.devices()[0].platform != 'tpu'
   count, length = mask.shape
-  rows, width = min(tile[0], -(-count // 8) * 8), min(tile[1], -(-length // LANES) * LANES)
+  rows, width = (
+    min(tile[0], -(-count // 8) * 8),
+    min(tile[1], -(-length // LANES) * LANES),
+  )
   steps = pl.cdiv(length, width)
   given = {'r': rewards, 'v': values, 'mask': mask, 'ahead': bootstrap, 'seg': segments}
   inputs = {name: x for name, x in given.items() if x is not None}
@@ -115,9 +123,7 @@ def gae(
     scratch_shapes=[
       pltpu.VMEM((rows, 1), dtype) for dtype in (jnp.float32, jnp.float32, jnp.int32)
     ],
-    compiler_params=pltpu.CompilerParams(
-      dimension_semantics=('parallel', 'arbitrary')
-    ),
+    compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'arbitrary')),
     interpret=interpret,
     name='gae',
   )(*inputs.values())

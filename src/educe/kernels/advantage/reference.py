@@ -1,14 +1,14 @@
-"""The definitions in plain jnp, float32: what the others must equal.
-
-GAE is one scan from the last token to the first, all rows at once.
-"""
+"""The definition: one scan from the last token to the first, all rows at once."""
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
 
+@functools.partial(jax.jit, static_argnames=('gamma', 'lam'))
 def gae(
   rewards, values, mask, bootstrap=None, segments=None, *, gamma: float, lam: float
 ):
