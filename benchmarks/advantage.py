@@ -7,8 +7,8 @@ asks for them, the ways in turns, medians. Then, with libtpu and without a chip,
 compiler for TPUs makes of them: kernels launched (fusions, Pallas calls), copies, trips of
 loops, and clock cycles. Of what XLA makes the cycles are its own estimate, which takes some
 1,850 for a launch of nothing; of a Pallas call they are the instruction bundles of a grid
-step × steps, without stalls. `least` is the time of reading and writing each array once at
-the chip's bandwidth. The last line is one JSON object.
+step × steps, without stalls. `least` is what any program must read and write. The last line
+is one JSON object.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import functools
 import glob
 import importlib.util
 import json
+import math
 import os
 import re
 import statistics
@@ -34,13 +35,7 @@ from educe.types import Batch, Scores
 
 ROWS, TOKENS = 256, 2048
 PROMPTS, GROUP = 512, 16
-# Bytes per second and clock (Hz): cloud.google.com/tpu/docs; clock = peak / (2 · the
-# products that its matrix units begin each cycle).
-CHIPS = {
-  'v5e:2x2': (819e9, 197e12 / (2 * 4 * 128**2)),
-  'v5p:2x2x1': (2765e9, 459e12 / (2 * 8 * 128**2)),
-  'v6e:2x2': (1640e9, 918e12 / (2 * 4 * 256**2)),
-}
+CHIPS = 'v5e:2x2', 'v5p:2x2x1', 'v6e:2x2'
 
 
 def group_normalised(rewards, ddof=1, eps=advantages.EPS):
@@ -154,11 +149,11 @@ def for_a_tpu():
     'clipped loss': (clipped_loss, [tokens] * 5),
   }
   found: dict[str, dict] = {}
-  for chip, (bandwidth, clock) in CHIPS.items():
+  for chip in CHIPS:
     device = topologies.get_topology_desc(platform='tpu', topology_name=chip).devices[0]
     on_chip = SingleDeviceSharding(device)
     print(
-      f'\n{chip:22}{"kernels":>10}{"copies":>8}{"trips":>8}{"cycles":>12}{"µs":>10}{"least":>8}'
+      f'\n{chip:22}{"kernels":>10}{"copies":>8}{"trips":>8}{"cycles":>12}{"least MB":>10}'
     )
     for name, (function, shapes) in programs.items():
       operands = [
@@ -167,18 +162,13 @@ def for_a_tpu():
       for path in glob.glob(f'{dump}/*'):
         os.remove(path)
       compiled = jax.jit(function).lower(*operands).compile()
-      least = sum(
-        4 * np.prod(x.shape) for x in (*operands, *jax.tree.leaves(compiled.out_info))
-      )
+      arrays = [*operands, *jax.tree.leaves(compiled.out_info)]
       row = read_program(compiled.as_text(), dump)
-      row |= {
-        'microseconds': 1e6 * row['cycles'] / clock,
-        'least_microseconds': 1e6 * float(least) / bandwidth,
-      }
+      row['least_bytes'] = 4 * sum(math.prod(x.shape) for x in arrays)
       found.setdefault(chip, {})[name] = row
       print(
-        f'  {name:20}{row["kernels"]:10}{row["copies"]:8}{row["trips"]:8}{row["cycles"]:12}'
-        f'{row["microseconds"]:10.1f}{row["least_microseconds"]:8.1f}'
+        f'  {name:20}{row["kernels"]:10}{row["copies"]:8}{row["trips"]:8}'
+        f'{row["cycles"]:12}{row["least_bytes"] / 1e6:10.2f}'
       )
   return found
 
