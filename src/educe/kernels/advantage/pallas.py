@@ -22,8 +22,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-LANES = 128
-TILE = 64, 512  # rows, tokens: 128 KB an array
+SUBLANES, LANES = 8, 128
+# Rows, tokens. On v5e tiles of (8, 128) make 2.6 times as many bundles, larger ones as many.
+TILE = 64, 512
 
 
 @functools.partial(jax.jit, static_argnames=('gamma', 'lam', 'tile', 'interpret'))
@@ -47,10 +48,8 @@ def gae(
   if interpret is None:
     interpret = jax.devices()[0].platform != 'tpu'
   count, length = mask.shape
-  rows, width = (
-    min(tile[0], -(-count // 8) * 8),
-    min(tile[1], -(-length // LANES) * LANES),
-  )
+  rows = min(tile[0], -(-count // SUBLANES) * SUBLANES)
+  width = min(tile[1], -(-length // LANES) * LANES)
   steps = pl.cdiv(length, width)
   given = {'r': rewards, 'v': values, 'mask': mask, 'ahead': bootstrap, 'seg': segments}
   inputs = {name: x for name, x in given.items() if x is not None}
