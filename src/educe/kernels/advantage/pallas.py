@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 SUBLANES, LANES = 8, 128
-# Rows, tokens. On v5e tiles of (8, 128) make 2.6 times as many bundles, larger ones as many.
+# Rows, tokens. On v5e tiles of (8, 128) make 2.6 times as many bundles; larger, no fewer.
 TILE = 64, 512
 
 
