@@ -76,8 +76,8 @@ def test_every_file_has_a_twin_test(path):
   if inner.name == '__main__.py':
     inner = inner.with_name('cli.py')
   twin = ROOT / 'tests' / inner.with_name(f'test_{inner.name}')
-  if inner.parent.name == 'logprob':  # the implementations of an op share its test
-    twin = ROOT / 'tests' / 'kernels' / 'test_logprob.py'
+  if inner.parent.parent.name == 'kernels':  # implementations of an op share its test
+    twin = ROOT / 'tests' / 'kernels' / f'test_{inner.parent.name}.py'
   assert twin.exists(), f'write {twin.relative_to(ROOT)}'
 
 
@@ -115,7 +115,7 @@ def test_the_readme_tree_lists_every_file_and_only_those():
     if path.suffix in {'.py', '.md', '.ipynb', '.mplstyle'}
     and path.name != '__init__.py'
     and '.ipynb_checkpoints' not in path.parts
-  } | {'src/educe/kernels/logprob/__init__.py'}  # fmt: skip
+  } | {f'src/educe/kernels/{op}/__init__.py' for op in ('advantage', 'logprob')}
   listed_there = {name for name in listed if any(name.startswith(g) for g in groups)}
   assert listed_there == present
   assert all((ROOT / name).exists() for name in listed)

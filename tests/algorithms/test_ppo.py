@@ -244,6 +244,17 @@ def test_every_option_of_those_changes_the_advantages(tmp_path):
   assert len(seen) == len(OPTIONS)
 
 
+@pytest.mark.parametrize('name', [None, 'reference', 'pallas'])
+def test_gae_on_the_device_is_that_of_the_host(tmp_path, name):
+  state, _ = state_of()
+  want, _ = fixed(tmp_path / 'host').next_batch(state)
+  got, _ = fixed(tmp_path / 'device', gae=name).next_batch(state)
+  for a, b in zip(
+    (got.advantages, got.returns), (want.advantages, want.returns), strict=True
+  ):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
 def test_a_completion_that_was_not_scored_is_not_trained_on(tmp_path):
   scores = [1.0, math.nan, 2.0, 0.25]
   reference = other_policy()
@@ -511,6 +522,10 @@ def test_a_round_is_written(tmp_path):
     ),
     (dict(gamma=1.5), r'gamma=1.5 and lam=0.95 must be in \[0, 1\]'),
     (dict(lam=-0.5), 'lam=-0.5'),
+    (
+      dict(gae='jnp'),
+      r"gae='jnp' must be 'numpy', None or one of \['pallas', 'reference",
+    ),
     (dict(missing_eos_penalty=-1.0), 'missing_eos_penalty=-1.0 must be at least 0'),
     (dict(epochs=0), 'epochs=0'),
     (dict(minibatches=3), 'rollouts.prompts=4 a multiple of minibatches'),

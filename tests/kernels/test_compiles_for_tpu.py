@@ -1,6 +1,7 @@
-"""The TPU kernel, compiled for real chips by libtpu; no TPU is there or needed.
+"""The TPU kernels, compiled for real chips by libtpu; no TPU is there or needed.
 
-At the size that it is for: 16,384 tokens, width 4,096, Llama 3's vocabulary, bfloat16.
+At the sizes that they are for: 16,384 tokens, width 4,096, Llama 3's vocabulary, bfloat16;
+GAE of 256 rows of 2,048 tokens.
 """
 
 import functools
@@ -15,6 +16,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from educe.kernels.advantage import pallas as advantage_pallas
 from educe.kernels.logprob import op, pallas_tpu
 
 if importlib.util.find_spec('libtpu') is None:
@@ -83,3 +85,20 @@ def test_a_vocabulary_in_parallel():
   assert 'logprob_d_head' in text
   # Of one chip: a quarter of the logits, and dW before it is rounded.
   assert compiled.memory_analysis().temp_size_in_bytes < LOGITS / 4 / 20 + D * V * 4
+
+
+@pytest.mark.parametrize('given', [3, 5], ids=['no more', 'bootstrap and segments'])
+@pytest.mark.parametrize('chip', CHIPS)
+def test_gae_is_one_kernel(chip, given):
+  mesh = Mesh(np.array([devices(chip)[0]]), ('x',), axis_types=(AxisType.Auto,))
+  sharding = NamedSharding(mesh, WHOLE)
+  arrays = [
+    jax.ShapeDtypeStruct((256, 2048), dtype, sharding=sharding)
+    for dtype in [jnp.float32] * 4 + [jnp.int32]
+  ]
+  run = functools.partial(advantage_pallas.gae, gamma=0.99, lam=0.95, interpret=False)
+  compiled = jax.jit(run).lower(*arrays[:given]).compile()
+  text = compiled.as_text()
+  assert text.count('tpu_custom_call') == 1
+  assert 'while(' not in text
+  assert compiled.memory_analysis().temp_size_in_bytes == 0

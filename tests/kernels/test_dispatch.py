@@ -30,6 +30,21 @@ def test_what_nobody_measured_is_portable():
   assert dispatch.choose('op', TABLE) is double
 
 
+def test_without_chunks_the_reference_is_portable():
+  assert dispatch.choose('op', {'fast': half, 'reference': double}) is double
+
+
+def test_what_may_be_left_out_may_be_none(monkeypatch):
+  def whole(x, y=None, z=None):
+    assert y is None
+    assert z is not None
+    return x + z
+
+  measured(monkeypatch, 'whole', 'chunked')
+  table = {'chunked': double, 'whole': whole}
+  assert dispatch.choose('op', table, trial=(jnp.ones(6), None, jnp.ones(6))) is whole
+
+
 def test_what_was_measured_best_goes_first(monkeypatch):
   measured(monkeypatch, 'fast', 'chunked')
   assert dispatch.choose('op', TABLE, trial=(jnp.ones(3),)) is half

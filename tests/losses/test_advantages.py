@@ -266,6 +266,17 @@ def test_gae_equals_the_loop(gamma, lam, cut, packed):
   assert not got[1][mask == 0].any()
 
 
+@pytest.mark.parametrize('name', [None, 'reference', 'pallas'])
+def test_gae_on_the_device_is_that_of_the_host(name):
+  r, v, mask, ahead, segments = episodes()
+  how = dict(gamma=0.97, lam=0.9, bootstrap=ahead, segments=segments)
+  got = adv.gae(r, v, mask, implementation=name, **how)
+  for a, b in zip(got, adv.gae(r, v, mask, **how), strict=True):
+    assert a.dtype == np.float64
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    assert not np.array_equal(a, b)  # float32, so it was not the host again
+
+
 def test_gae_steps_over_observations():
   """As if what the environment said between two turns were not there."""
   r, v, mask = np.array([[0.0, 1, 2, 3]]), np.array([[0.5, 0.1, -0.2, 0.3]]), np.ones(4)
@@ -334,3 +345,5 @@ def test_gae_refuses_what_cannot_be():
     adv.gae(ones, np.ones((2, 4)), ones)
   with pytest.raises(ValueError, match=r'bootstrap has shape \(2,\), mask'):
     adv.gae(ones, ones, ones, bootstrap=np.ones(2))
+  with pytest.raises(ValueError, match=r"implementation='jnp' does not exist; choose"):
+    adv.gae(ones, ones, ones, implementation='jnp')

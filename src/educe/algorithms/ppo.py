@@ -27,6 +27,7 @@ import numpy as np
 
 from educe.algorithms import on_policy
 from educe.data.tokenizer import Tokenizer
+from educe.kernels import advantage
 from educe.losses import advantages as adv
 from educe.losses.dry_run import dry_run
 from educe.models import value_head
@@ -51,6 +52,7 @@ def make(
   kl_horizon: int = 10_000,
   gamma: float = 1.0,
   lam: float = 0.95,
+  gae: str | None = 'numpy',
   missing_eos_penalty: float = 0.0,
   bootstrap: bool = False,
   whiten: bool = True,
@@ -72,6 +74,8 @@ def make(
     kl_target: nats a completion that the coefficient is steered to; None: it stays.
     kl_horizon: completions; the larger, the slower it is steered.
     gamma, lam: γ and λ of GAE.
+    gae: 'numpy' computes it on the host in float64; 'reference' and 'pallas' on the device
+      in float32, None by whichever is best there (kernels/advantage).
     missing_eos_penalty: reward that a completion loses that ran out of room.
     bootstrap: such a completion is worth, at its end, what the critic expects to follow.
     whiten: advantages to mean 0 and standard deviation 1 over the round's tokens.
@@ -103,6 +107,10 @@ def make(
     wrong = f'{kl_horizon=} must be at least the {rows} completions of a round'
   elif not (0 <= gamma <= 1 and 0 <= lam <= 1):
     wrong = f'{gamma=} and {lam=} must be in [0, 1]'
+  elif gae not in (None, 'numpy', *advantage.IMPLEMENTATIONS):
+    wrong = (
+      f"{gae=} must be 'numpy', None or one of {sorted(advantage.IMPLEMENTATIONS)}"
+    )
   elif not 0 <= missing_eos_penalty < math.inf:
     wrong = f'{missing_eos_penalty=} must be at least 0: it is subtracted'
   if wrong:
@@ -153,6 +161,7 @@ def make(
       gamma=gamma,
       lam=lam,
       bootstrap=after * cut[:, None] if bootstrap else None,
+      implementation=gae,
     )
     numbers |= _critic(advantages, returns, mask)
     if whiten:

@@ -35,6 +35,8 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike
 
+from educe.kernels import advantage as on_device
+
 EPS = 1e-6
 
 
@@ -177,6 +179,7 @@ def gae(
   lam: float = 0.95,
   bootstrap: ArrayLike | None = None,
   segments: ArrayLike | None = None,
+  implementation: str | None = 'numpy',
 ) -> tuple[np.ndarray, np.ndarray]:
   """(advantages, returns = advantages + values), `[B, T]`, 0 where the mask is 0.
 
@@ -191,17 +194,22 @@ def gae(
     bootstrap: [B, T], read at the last drawn token of a sequence alone: the value of the
       state that it leads to, where the sequence was cut off rather than ended. None: 0.
     segments: [B, T], of packed rows; a sequence ends where they change. None: one a row.
+    implementation: 'numpy', here in float64; a name of kernels/advantage, on the device
+      in float32; None: the device's best
 
-  Raises ValueError for γ or λ outside [0, 1], and arrays of different shapes.
+  Raises ValueError for γ or λ outside [0, 1], arrays of different shapes, and an unknown
+  implementation.
   """
-  if not (0 <= gamma <= 1 and 0 <= lam <= 1):
-    raise ValueError(f'gae: gamma={gamma} and lam={lam} must be in [0, 1]')
-  drawn = np.asarray(mask) > 0
   given = dict(rewards=rewards, values=values, bootstrap=bootstrap, segments=segments)
   arrays = {name: np.asarray(x) for name, x in given.items() if x is not None}
-  for name, x in arrays.items():
-    if x.shape != drawn.shape or x.ndim != 2:
-      raise ValueError(f'gae: {name} has shape {x.shape}, mask {drawn.shape}')
+  trained = np.asarray(mask)
+  on_device.check(gamma, lam, trained, **arrays)
+  if implementation != 'numpy':
+    a, returns = on_device.gae(
+      mask=trained, gamma=gamma, lam=lam, implementation=implementation, **arrays
+    )
+    return np.asarray(a, np.float64), np.asarray(returns, np.float64)
+  drawn = trained > 0
   r, v, ahead = (
     np.where(drawn, arrays.get(name, 0.0), 0).astype(np.float64)
     for name in ('rewards', 'values', 'bootstrap')
