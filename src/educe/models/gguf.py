@@ -22,6 +22,7 @@ def load(
   param_dtype: str = 'float32',
   compute_dtype: str = 'float32',
   remat: str = 'none',
+  attention: str = 'auto',
 ) -> tuple[Model, Params]:
   """The model in a GGUF file, its params in host memory (NumPy).
 
@@ -34,6 +35,7 @@ def load(
     param_dtype=param_dtype,
     compute_dtype=compute_dtype,
     remat=remat,
+    attention=attention,
   )
   tensors = {tensor.name: tensor for tensor in reader.tensors}
   rows = weights.plan(architecture, 'gguf', _found(reader), file=file)

@@ -28,13 +28,18 @@ def load(
   param_dtype: str = 'float32',
   compute_dtype: str = 'float32',
   remat: str = 'none',
+  attention: str = 'auto',
 ) -> tuple[Model, Params]:
   """The model in a llama2.c `.bin` file, its params in host memory (NumPy).
 
   Raises ValueError, naming the file, if it is truncated or its header is not one.
   """
   architecture, tensors, file = _open(
-    path, param_dtype=param_dtype, compute_dtype=compute_dtype, remat=remat
+    path,
+    param_dtype=param_dtype,
+    compute_dtype=compute_dtype,
+    remat=remat,
+    attention=attention,
   )
   rows = weights.plan(architecture, 'llama2c', _found(tensors), file=file)
   params = weights.read(architecture, 'llama2c', rows, tensors.__getitem__)

@@ -52,6 +52,7 @@ def load(
   param_dtype: str = 'float32',
   compute_dtype: str = 'float32',
   remat: str = 'none',
+  attention: str = 'auto',
 ) -> tuple[Model, Params]:
   """The model in a Hugging Face folder, its params in host memory (NumPy).
 
@@ -59,7 +60,11 @@ def load(
   another family than Llama, and tensors that are missing, left over or misshapen.
   """
   architecture, files, folder = _open(
-    path, param_dtype=param_dtype, compute_dtype=compute_dtype, remat=remat
+    path,
+    param_dtype=param_dtype,
+    compute_dtype=compute_dtype,
+    remat=remat,
+    attention=attention,
   )
   rows = weights.plan(architecture, 'huggingface', _found(files), file=folder)
 

@@ -17,6 +17,7 @@ def load(
   param_dtype: str = 'float32',
   compute_dtype: str = 'float32',
   remat: str = 'none',
+  attention: str = 'auto',
 ) -> tuple[Model, Params]:
   """The architecture called `preset` with random params, as jax arrays.
 
@@ -27,6 +28,7 @@ def load(
     param_dtype=param_dtype,
     compute_dtype=compute_dtype,
     remat=remat,
+    attention=attention,
   )
   model = policy.build(architecture)
   return model, jax.jit(model.init)(jax.random.key(seed))

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from educe.models.attention import Fork, attend, attend_forked
+from educe.models.attention import IMPLEMENTATIONS, Causal, Fork, attend
 
 DTYPES = ('float32', 'bfloat16', 'float16')
 REMAT = {
@@ -55,6 +55,7 @@ class Architecture:
   param_dtype: str = 'float32'
   compute_dtype: str = 'float32'
   remat: str = 'none'  # none | full (recompute all) | dots (keep matmul outputs)
+  attention: str = 'auto'  # auto | portable | cudnn | splash; decode steps: portable
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
@@ -73,6 +74,8 @@ class Architecture:
         raise ValueError(f'{name} = {getattr(self, name)!r} is none of {DTYPES}')
     if self.remat not in REMAT:
       raise ValueError(f'remat = {self.remat!r} is none of {tuple(REMAT)}')
+    if self.attention not in IMPLEMENTATIONS:
+      raise ValueError(f'attention = {self.attention!r} is none of {IMPLEMENTATIONS}')
 
 
 class LayerCache(NamedTuple):
@@ -168,8 +171,9 @@ class Attention(nn.Module):
       k = jax.lax.dynamic_update_slice(cache.keys, k, start)
       v = jax.lax.dynamic_update_slice(cache.values, v, start)
       cache = LayerCache(k, v)
-    mix = attend_forked if isinstance(visible, Fork) else attend
-    mixed = mix(q.astype(x.dtype), k, v, visible)
+    # Params are drawn anywhere, also where the model will not run.
+    how = 'portable' if self.is_initializing() else a.attention
+    mixed = attend(q.astype(x.dtype), k, v, visible, how)
     return project(mixed, out), cache
 
 
@@ -227,16 +231,12 @@ class Transformer(nn.Module):
       self.param('head', init, (a.dim, a.vocab_size), a.param_dtype)
     if positions is None:
       positions = jnp.arange(T)[None]
-    # By index, not by position: positions restart in every packed segment.
-    visible: Any = jnp.tril(jnp.ones((T, T), bool))[None]
+    visible: Causal | Fork = Causal(segments)
     if prefix is not None:
-      visible = Fork(prefix >= 0, visible)
+      visible = Fork(prefix >= 0, T)
       start = jnp.broadcast_to(jnp.arange(prefix.shape[1]), prefix.shape)
       tokens = _forked(jnp.maximum(prefix, 0), tokens)
       positions = _forked(start, positions)
-    elif segments is not None:
-      same = segments[:, :, None] == segments[:, None, :]
-      visible = visible & same & (segments > 0)[:, None, :]
     block = Block
     if REMAT[a.remat] is not None:
       block = nn.remat(Block, prevent_cse=False, policy=REMAT[a.remat])
