@@ -2,8 +2,8 @@
 
 No score reaches memory. cuDNN knows of causality by itself; everything else that it must
 know here (packed documents, forks) it takes as a bias of N × N 16-bit numbers a row, of
-which it makes a gradient that nobody reads. On one GPU or many: the call carries its own
-rule for rows and heads that are split over a mesh.
+which some versions of JAX make a gradient that nobody reads. On one GPU or many: the call
+carries its own rule for rows and heads that are split over a mesh.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def attend(
 def lineage(N: int, S: int, T: int) -> Bool[Array, 'N N']:
   """[query, key]: whether the key is of the prompt, or of the query's completion."""
   branch = jnp.maximum(jnp.arange(N) - S, -1) // T  # −1 is the prompt's
-  return (branch < 0) | (branch[:, None] == branch)
+  return (branch < 0)[None] | (branch[:, None] == branch[None])
 
 
 def obstacle(q, k, v, segments=None, fork=None) -> str | None:
