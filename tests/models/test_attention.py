@@ -87,6 +87,21 @@ def test_a_named_one_runs_or_raises(kind, dtype, name, why):
     attention.choose(name, *operands(dtype), Causal())
 
 
+@pytest.mark.parametrize('packed', [False, True])
+def test_by_rule_a_gpu_s_program_calls_cudnn(packed, heard):
+  """As it is traced in a step: operands that are tracers, in a gradient."""
+  segments = jnp.ones((2, 32), jnp.int32) if packed else None
+
+  def total(q, k, v):
+    return attention.attend(q, k, v, Causal(segments)).astype(jnp.float32).sum()
+
+  with chip('NVIDIA H200'):
+    step = jax.jit(jax.grad(total, (0, 1, 2))).trace(*operands())
+    text = step.lower(lowering_platforms=('cuda',)).as_text()
+  assert text.count('@__cudnn$fmha') == 2
+  assert not heard
+
+
 def test_a_fork_by_cudnn_when_it_is_asked_for():
   with chip('NVIDIA H200'):
     assert attention.choose('cudnn', *operands(), fork()) == 'cudnn'
