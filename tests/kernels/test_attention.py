@@ -114,6 +114,20 @@ def test_causal(way, packed, dtype):
   )
 
 
+def test_float16_does_not_overflow():
+  """1,000 equal scores and values of 100: their sum is no float16, their mean is."""
+  N = 1000
+  q, k, v = (
+    jnp.zeros(s, jnp.float16) for s in [(1, N, 2, h), (1, 2, N, h), (1, 2, N, h)]
+  )
+  prompt = jnp.ones((1, N // 2), bool)
+  for got in (
+    portable.causal(q, k, v + 100),
+    portable.forked(q, k, v + 100, prompt, N // 2),
+  ):
+    np.testing.assert_allclose(np.asarray(got, np.float32), 100, rtol=2e-3)
+
+
 @pytest.mark.parametrize('T', [255, 256, 261])
 def test_blocks_of_a_long_row(T):
   """Each query is in one block; the values are those of one product."""

@@ -45,7 +45,7 @@ def attend(
   weights = jnp.exp(scores - jax.lax.stop_gradient(top))
   total = weights.sum(-1, keepdims=True)
   weights = weights.astype(v.dtype).reshape(B, K, G * T, S)
-  mixed = jnp.einsum('bkqs,bksh->bkqh', weights, v).reshape(B, K, G, T, h)
+  mixed = _mix('bkqs,bksh->bkqh', weights, v).reshape(B, K, G, T, h)
   mixed = (mixed / jnp.where(total > 0, total, 1)).astype(v.dtype)
   return jnp.moveaxis(mixed, 3, 1).reshape(B, T, H, h)
 
@@ -115,12 +115,18 @@ def forked(
   of_prompt, of_own = jnp.exp(of_prompt - top), jnp.exp(of_own - top)
   total = of_prompt.sum(-1) + of_own.sum(-1)
   of_prompt, of_own = of_prompt.astype(v.dtype), of_own.astype(v.dtype)
-  mixed = jnp.einsum(
+  mixed = _mix(
     'bkqs,bksh->bkqh', of_prompt.reshape(B, K, G * R * T, S), v[:, :, :S]
   ).reshape(B, K, G, R, T, h)
-  mixed += jnp.einsum(
-    'bkgqs,bkgsh->bkgqh', of_own.reshape(B, K, G, R * T, T), own_v
-  ).reshape(B, K, G, R, T, h)
+  mixed += _mix('bkgqs,bkgsh->bkgqh', of_own.reshape(B, K, G, R * T, T), own_v).reshape(
+    B, K, G, R, T, h
+  )
   mixed = (mixed / total[..., None]).astype(v.dtype)
   branches = jnp.moveaxis(mixed, (1, 3), (3, 4)).reshape(B, G * T, H, h)
   return jnp.concatenate([stem, branches], 1)
+
+
+def _mix(formula: str, weights, v):
+  """The product with v, in its dtype; float16 would overflow before it is divided."""
+  summed = jnp.promote_types(v.dtype, jnp.bfloat16)
+  return jnp.einsum(formula, weights, v, preferred_element_type=summed)
