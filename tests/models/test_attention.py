@@ -1,43 +1,198 @@
-"""Attention against a loop over its queries, in float64."""
+"""Who computes attention, where, and that a decoder means the same by each of them."""
 
+import contextlib
+import dataclasses
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from educe.models import attention
+from educe.kernels.attention import cudnn, splash
+from educe.models import attention, policy, transformer
+from educe.models.attention import Causal, Fork
 
 
-def test_attention_equals_a_loop():
-  rng = np.random.default_rng(0)
-  q, k, v = (rng.normal(size=s) for s in [(2, 5, 6, 8), (2, 3, 7, 8), (2, 3, 7, 8)])
-  visible = rng.random((2, 5, 7)) < 0.6
-  visible[0, 2] = False
-  want = np.zeros_like(q)
-  for b, t, n in np.ndindex(2, 5, 6):
-    see = visible[b, t]
-    if see.any():
-      score = np.exp(k[b, n // 2, see] @ q[b, t, n])
-      want[b, t, n] = score @ v[b, n // 2, see] / score.sum()
-  got = attention.attend(
-    *(jnp.asarray(x, jnp.float32) for x in (q, k, v)), jnp.asarray(visible)
+def chip(kind, size=1, names=('data', 'fsdp', 'tensor')):
+  """A context in which programs are traced for such chips."""
+  device = AbstractDevice(kind, 1, 'tpu' if kind.startswith('TPU') else 'gpu')
+  mesh = AbstractMesh(
+    (size,) + (1,) * (len(names) - 1),
+    names,
+    (AxisType.Auto,) * len(names),
+    abstract_device=device,
   )
-  np.testing.assert_allclose(got, want, atol=1e-5)
+  return jax.sharding.use_abstract_mesh(mesh)
 
 
-@pytest.mark.parametrize('heads', [3, 6])
-def test_a_fork_equals_whole_rows(heads):
-  """Each completion beside its own copy of the prompt, one after the other."""
-  rng = np.random.default_rng(1)
-  B, S, G, T, K, h = 2, 5, 3, 4, 3, 8
-  N = S + G * T
-  q = jnp.float32(rng.normal(size=(B, N, heads, h)))
-  k, v = (jnp.float32(rng.normal(size=(B, K, N, h))) for _ in range(2))
-  prompt = jnp.asarray([[True] * S, [True] * 3 + [False] * 2])
-  causal = jnp.tril(jnp.ones((T, T), bool))[None]
-  got = attention.attend_forked(q, k, v, attention.Fork(prompt, causal))
-  for g in range(G):
-    own = np.r_[:S, S + g * T : S + (g + 1) * T]
-    visible = np.tril(np.ones((S + T, S + T), bool))[None].repeat(B, 0)
-    visible[:, :, :S] &= np.asarray(prompt)[:, None]
-    want = attention.attend(q[:, own], k[:, :, own], v[:, :, own], jnp.asarray(visible))
-    np.testing.assert_allclose(got[:, own], want, atol=2e-6)
+def operands(dtype=jnp.bfloat16, B=2, N=32, h=16):
+  q = jax.ShapeDtypeStruct((B, N, 4, h), dtype)
+  k = jax.ShapeDtypeStruct((B, 2, N, h), dtype)
+  return q, k, k
+
+
+def fork(N=32):
+  return Fork(jnp.ones((2, 8), bool), (N - 8) // 3)
+
+
+@pytest.fixture(autouse=True)
+def heard(monkeypatch):
+  """What is said; and cuDNN is taken to be installed."""
+  lines = []
+  attention._pass_over.cache_clear()
+  monkeypatch.setattr(attention, 'say', lines.append)
+  monkeypatch.setattr(fused_attention_stablehlo, 'check_cudnn_version', lambda: 91000)
+  return lines
+
+
+@pytest.mark.parametrize(
+  ('kind', 'dtype', 'visible', 'want', 'why'),
+  [
+    ('cpu', jnp.bfloat16, Causal(), 'portable', None),
+    ('AMD Instinct MI300X', jnp.bfloat16, Causal(), 'portable', None),
+    ('TPU v5 lite', jnp.bfloat16, Causal(), 'splash', None),
+    ('TPU v5 lite', jnp.float32, fork(), 'splash', None),
+    ('TPU v5 lite', jnp.float16, Causal(), 'portable', 'no float16'),
+    ('NVIDIA H200', jnp.bfloat16, Causal(), 'cudnn', None),
+    ('NVIDIA H200', jnp.bfloat16, fork(), 'portable', None),
+    ('NVIDIA H200', jnp.float32, Causal(), 'portable', 'float32'),
+  ],
+)
+def test_the_rule(kind, dtype, visible, want, why, heard):
+  where = contextlib.nullcontext() if kind == 'cpu' else chip(kind)
+  with where:
+    for _ in range(2):
+      assert attention.choose('auto', *operands(dtype), visible) == want
+    assert attention.choose('portable', *operands(dtype), visible) == 'portable'
+  assert len(heard) == (why is not None)
+  assert all(why in line and '\n' not in line for line in heard)
+
+
+@pytest.mark.parametrize(
+  ('kind', 'dtype', 'name', 'why'),
+  [
+    ('cpu', jnp.bfloat16, 'splash', 'needs a device of kind TPU, and this one is cpu'),
+    ('cpu', jnp.bfloat16, 'cudnn', 'needs a device of kind NVIDIA'),
+    ('NVIDIA H200', jnp.bfloat16, 'splash', 'and this one is NVIDIA H200'),
+    ('NVIDIA H200', jnp.float32, 'cudnn', 'float32'),
+    ('TPU v4', jnp.float16, 'splash', 'TPUs have no float16'),
+  ],
+)
+def test_a_named_one_runs_or_raises(kind, dtype, name, why):
+  where = contextlib.nullcontext() if kind == 'cpu' else chip(kind)
+  with where, pytest.raises(ValueError, match=f'attention={name!r} cannot.*{why}'):
+    attention.choose(name, *operands(dtype), Causal())
+
+
+@pytest.mark.parametrize('packed', [False, True])
+def test_by_rule_a_gpu_s_program_calls_cudnn(packed, heard):
+  """As it is traced in a step: operands that are tracers, in a gradient."""
+  segments = jnp.ones((2, 32), jnp.int32) if packed else None
+
+  def total(q, k, v):
+    return attention.attend(q, k, v, Causal(segments)).astype(jnp.float32).sum()
+
+  with chip('NVIDIA H200'):
+    step = jax.jit(jax.grad(total, (0, 1, 2))).trace(*operands())
+    text = step.lower(lowering_platforms=('cuda',)).as_text()
+  assert text.count('@__cudnn$fmha') == 2
+  assert not heard
+
+
+def test_a_fork_by_cudnn_when_it_is_asked_for():
+  with chip('NVIDIA H200'):
+    assert attention.choose('cudnn', *operands(), fork()) == 'cudnn'
+
+
+def test_many_chips_without_a_mesh(monkeypatch, heard):
+  """A kernel cannot be split by the compiler, nor is it known how it should be."""
+  monkeypatch.setattr(attention, '_device_kind', lambda: 'TPU v5 lite')
+  assert attention.choose('auto', *operands(), Causal()) == 'portable'
+  assert 'no mesh is set' in heard[0]
+
+
+@pytest.mark.parametrize(
+  ('size', 'B', 'want'),
+  [(1, 2, None), (2, 2, (('data', 'fsdp'), 'tensor')), (4, 2, ((), 'tensor'))],
+)
+def test_how_a_mesh_splits_it(size, B, want):
+  with chip('TPU v5 lite', size):
+    q, k, _ = operands(B=B)
+    split = attention._split(q, k)
+    assert (split and split[1:]) == want
+
+
+ARCHITECTURE = transformer.Architecture(
+  vocab_size=64,
+  dim=32,
+  layers=2,
+  heads=4,
+  kv_heads=2,
+  head_dim=8,
+  ffn=64,
+  max_length=64,
+)
+
+
+@pytest.mark.parametrize('case', ['plain', 'packed', 'fork'])
+@pytest.mark.parametrize('name', ['splash', 'cudnn'])
+def test_a_decoder_means_the_same_by_each(name, case, monkeypatch):
+  """States and the gradient of params, through the choice and the wrappers."""
+  monkeypatch.setattr(
+    attention, '_device_kind', lambda: {'splash': 'TPU'}.get(name, 'NVIDIA')
+  )
+  monkeypatch.setattr(jax, 'device_count', lambda: 1)
+  monkeypatch.setattr(cudnn, 'obstacle', lambda *_: None)
+  monkeypatch.setattr(
+    splash, 'attend', functools.partial(splash.attend, interpret=True)
+  )
+  monkeypatch.setattr(cudnn, 'attend', functools.partial(cudnn.attend, library='xla'))
+  rng = np.random.default_rng(0)
+  tokens = jnp.asarray(rng.integers(0, 64, (4, 12)))
+  batch, there = {}, np.ones((4, 12))
+  if case == 'packed':
+    segments = np.repeat([[1, 2, 0]], 4, 0).repeat([5, 4, 3], 1)
+    batch, there = {'segments': jnp.asarray(segments)}, segments > 0
+  if case == 'fork':
+    batch = {'prefix': jnp.asarray([[3, 4, 5], [6, -1, -1]])}
+    batch['positions'] = jnp.asarray([[3], [3], [1], [1]]) + jnp.arange(12)[None]
+  params = policy.build(ARCHITECTURE).init(jax.random.key(0))
+  weight = jnp.asarray(rng.normal(size=(4, 12, 32)) * there[..., None], jnp.float32)
+
+  def of(attention_name):
+    model = policy.build(dataclasses.replace(ARCHITECTURE, attention=attention_name))
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def total(params):
+      states, _ = model.hidden(params, tokens, **batch)
+      return (states * weight).sum(), states
+
+    (_, states), grads = total(params)
+    return states * there[..., None], grads
+
+  (states, grads), (want, want_grads) = of(name), of('portable')
+  np.testing.assert_allclose(states, want, atol=2e-5)
+  scale = max(float(abs(x).max()) for x in jax.tree.leaves(want_grads))
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x / scale, y / scale, atol=1e-6),
+    grads,
+    want_grads,
+  )
+
+
+def test_nothing_of_t_by_t_where_it_is_not_needed():
+  """With splash, no array of the program has two axes of tokens."""
+  T = 1536  # three blocks
+  architecture = dataclasses.replace(ARCHITECTURE, attention='splash', max_length=T)
+  model = policy.build(architecture)
+  with chip('TPU v5 lite'):
+    program = jax.make_jaxpr(
+      jax.grad(lambda p, t, s: model.hidden(p, t, segments=s)[0].sum()),
+    )(policy.shapes(architecture), *[jax.ShapeDtypeStruct((2, T), jnp.int32)] * 2)
+  shapes = str(program)
+  assert 'pallas_call' in shapes
+  assert f'{T},{T}' not in shapes

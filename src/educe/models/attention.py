@@ -1,100 +1,154 @@
-"""Softmax attention, plain and forked: the one place where tokens see each other.
+"""The one place where tokens see each other: what is visible, and who computes it.
 
-Dimensions as in transformer.py: B rows · T queries · S keys · H heads · K kv heads ·
-h head width. Scores and the softmax are float32 whatever the dtypes.
+What a query sees is described, not drawn: `Causal` and `Fork` say it without a mask of
+[T, T], and every implementation reads them. Only a decode step, which looks up a cache by
+position, brings a mask.
+
+  portable   plain XLA; the reference
+  splash     TPU: JAX's splash attention
+  cudnn      NVIDIA GPU: cuDNN's fused attention, 16-bit numbers only
+
+'auto' chooses by a rule that users expect, not by a measurement of ours: the library of
+the chip's maker where it takes the operands, and one line where it does not; elsewhere,
+and for forks on a GPU (cuDNN would make every score between two completions), portable.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jax.sharding import get_abstract_mesh
+from jaxtyping import Array, Bool, Float, Int
 
-# Finite, so that a row of masked scores has a softmax; float32's lowest would overflow
-# when two of them are added.
-MASKED = -1e30
+from educe import sharding
+from educe.kernels.attention import cudnn, portable, splash
+from educe.progress import say
+
+IMPLEMENTATIONS = ('auto', 'portable', 'cudnn', 'splash')
+# How the kind of a device begins → what 'auto' tries there.
+RULE = {'TPU': 'splash', 'NVIDIA': 'cudnn'}
+
+
+class Causal(NamedTuple):
+  """A token sees itself and what came before it, by index, in its own segment."""
+
+  segments: Int[Array, 'B T'] | None = None  # 0 is padding: sees nothing, is not seen
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass, data_fields=['prompt'], meta_fields=['length']
+)
+@dataclasses.dataclass(frozen=True)
+class Fork:
+  """Rows of one prompt and G completions: S tokens that all of them go on from, then G
+  times `length` that see those and, of the others, their own alone."""
+
+  prompt: Bool[Array, 'B S']  # which of the S are there at all
+  length: int
 
 
 def attend(
   q: Float[Array, 'B T H h'],
   k: Float[Array, 'B K S h'],
   v: Float[Array, 'B K S h'],
-  visible: Bool[Array, '#B T S'],
+  visible: Causal | Fork | Bool[Array, '#B T S'],
+  implementation: str = 'auto',
 ) -> Float[Array, 'B T H h']:
   """Softmax attention; H/K queries share a kv head, without repeating k and v.
 
-  q comes scaled by 1/√h. A query that sees no key gets zeros, and zero gradient.
+  q: scaled by 1/√h
+  visible: a mask is always computed by `portable`
+  implementation: 'auto', or one that runs or raises, and never becomes another one
+
+  Scores and the softmax are float32 whatever the dtypes. A query that sees no key gets
+  zeros, and zero gradient.
+
+  Raises ValueError if the named implementation cannot run here.
   """
-  B, T, H, h = q.shape
-  K, S = k.shape[1:3]
-  G = H // K
-  # One axis for the queries of a kv head: XLA's CPU backend is slow (3× in a decode
-  # step) at products whose left side has two free axes.
-  q = jnp.moveaxis(q.reshape(B, T, K, G, h), 1, 3).reshape(B, K, G * T, h)
-  scores = jnp.einsum('bkqh,bksh->bkqs', q, k, preferred_element_type=jnp.float32)
-  scores = scores.reshape(B, K, G, T, S)
-  visible = visible[:, None, None]
-  weights = jax.nn.softmax(jnp.where(visible, scores, MASKED), axis=-1)
-  # Where nothing is visible the softmax above is uniform, not zero.
-  weights = jnp.where(visible, weights, 0).astype(v.dtype)
-  mixed = jnp.einsum('bkqs,bksh->bkqh', weights.reshape(B, K, G * T, S), v)
-  return jnp.moveaxis(mixed.reshape(B, K, G, T, h), 3, 1).reshape(B, T, H, h)
+  if not isinstance(visible, Causal | Fork):
+    return portable.attend(q, k, v, visible)
+  name = choose(implementation, q, k, v, visible)
+  if name == 'portable':
+    if isinstance(visible, Fork):
+      return portable.forked(q, k, v, visible.prompt, visible.length)
+    return portable.causal(q, k, v, visible.segments)
+  segments, fork = _library(q, visible)
+  if name == 'splash':
+    mixed = splash.attend(q, k, v, segments, fork, split=_split(q, k))
+  else:
+    mixed = cudnn.attend(q, k, v, segments, fork)
+  if segments is not None:  # to them, padding is a document like any other
+    mixed = jnp.where(jnp.expand_dims(segments > 0, (2, 3)), mixed, 0)
+  return mixed
 
 
-class Fork(NamedTuple):
-  """Rows of one prompt and G completions: S tokens that all of them go on from, then G
-  times T that see those S and, of the others, their own alone."""
+def choose(implementation: str, q, k, v, visible: Causal | Fork) -> str:
+  """The name of what computes it here; see `attend`."""
+  kind = _device_kind()
+  name = implementation
+  if name == 'auto':
+    name = next((n for start, n in RULE.items() if kind.startswith(start)), 'portable')
+    if name == 'cudnn' and isinstance(visible, Fork):
+      name = 'portable'
+  if name == 'portable':
+    return name
+  obstacle = _obstacle(name, kind, q, k, v, visible)
+  if obstacle is None:
+    return name
+  if implementation == 'auto':
+    _pass_over(name, obstacle)
+    return 'portable'
+  raise ValueError(f'architecture.attention={name!r} cannot run here: {obstacle}')
 
-  prompt: Bool[Array, 'B S']  # which of the S are there at all
-  causal: Bool[Array, '#B T T']  # of a completion
+
+def _obstacle(name: str, kind: str, q, k, v, visible) -> str | None:
+  maker = next(start for start, n in RULE.items() if n == name)
+  if not kind.startswith(maker):
+    return f'it needs a device of kind {maker}, and this one is {kind}'
+  if name == 'cudnn':
+    return cudnn.obstacle(q, k, v, *_library(q, visible))
+  if q.dtype == jnp.float16:
+    return 'TPUs have no float16'
+  if get_abstract_mesh().empty and jax.device_count() > 1:
+    return f'{jax.device_count()} devices are here and no mesh is set (jax.set_mesh)'
+  return None
 
 
-def attend_forked(
-  q: Float[Array, 'B N H h'],
-  k: Float[Array, 'B K N h'],
-  v: Float[Array, 'B K N h'],
-  fork: Fork,
-) -> Float[Array, 'B N H h']:
-  """`attend` where N = S + G·T tokens are a fork: no score is made that none can see.
+@functools.cache
+def _pass_over(name: str, obstacle: str) -> None:
+  say(f'attention: {name} cannot run here, portable runs instead: {obstacle:.200}')
 
-  The prompt's keys are multiplied with all completions' queries at once.
-  """
-  B, N, H, h = q.shape
-  K, S, T = k.shape[1], fork.prompt.shape[1], fork.causal.shape[1]
-  G, R = (N - S) // T, H // K
-  earlier = jnp.tril(jnp.ones((S, S), bool)) & fork.prompt[:, None]
-  stem = attend(q[:, :S], k[:, :, :S], v[:, :, :S], earlier)
-  # Heads before tokens, and the queries of a key together: see `attend`.
-  q = jnp.moveaxis(q[:, S:].reshape(B, G, T, K, R, h), (3, 4), (1, 3))
-  own_k, own_v = (x[:, :, S:].reshape(B, K, G, T, h) for x in (k, v))
-  of_prompt = jnp.einsum(
-    'bkqh,bksh->bkqs',
-    q.reshape(B, K, G * R * T, h),
-    k[:, :, :S],
-    preferred_element_type=jnp.float32,
-  ).reshape(B, K, G, R, T, S)
-  of_own = jnp.einsum(
-    'bkgqh,bkgsh->bkgqs',
-    q.reshape(B, K, G, R * T, h),
-    own_k,
-    preferred_element_type=jnp.float32,
-  ).reshape(B, K, G, R, T, T)
-  of_prompt = jnp.where(fork.prompt[:, None, None, None, None], of_prompt, MASKED)
-  of_own = jnp.where(fork.causal[:, None, None, None], of_own, MASKED)
-  # One softmax over both, without joining them. A token sees itself: no total is 0.
-  top = jnp.maximum(of_prompt.max(-1), of_own.max(-1))[..., None]
-  top = jax.lax.stop_gradient(top)
-  of_prompt, of_own = jnp.exp(of_prompt - top), jnp.exp(of_own - top)
-  total = of_prompt.sum(-1) + of_own.sum(-1)
-  of_prompt, of_own = of_prompt.astype(v.dtype), of_own.astype(v.dtype)
-  mixed = jnp.einsum(
-    'bkqs,bksh->bkqh', of_prompt.reshape(B, K, G * R * T, S), v[:, :, :S]
-  ).reshape(B, K, G, R, T, h)
-  mixed += jnp.einsum(
-    'bkgqs,bkgsh->bkgqh', of_own.reshape(B, K, G, R * T, T), own_v
-  ).reshape(B, K, G, R, T, h)
-  mixed = (mixed / total[..., None]).astype(v.dtype)
-  branches = jnp.moveaxis(mixed, (1, 3), (3, 4)).reshape(B, G * T, H, h)
-  return jnp.concatenate([stem, branches], 1)
+
+def _library(q, visible: Causal | Fork):
+  """(segments, (S, T) of a fork), as the libraries' wrappers read them."""
+  if isinstance(visible, Causal):
+    return visible.segments, None
+  B, S = visible.prompt.shape
+  there = jnp.ones((B, q.shape[1] - S), jnp.int32)
+  segments = jnp.concatenate([visible.prompt.astype(jnp.int32), there], 1)
+  return segments, (S, visible.length)
+
+
+def _device_kind() -> str:
+  """Of the mesh that is set, if it says so: its chips need not be here to compile."""
+  device = get_abstract_mesh().abstract_device
+  return jax.devices()[0].device_kind if device is None else device.device_kind
+
+
+def _split(q, k) -> splash.Split | None:
+  """Rows and heads over the axes of the mesh that they divide by, as sharding.py lays
+  them; None without a mesh, and inside of a shard_map, where all of it is here."""
+  mesh = get_abstract_mesh()
+  if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+    return None
+  rows = tuple(axis for axis in sharding.BATCH[0] if axis in mesh.shape)
+  if q.shape[0] % math.prod(mesh.shape[axis] for axis in rows):
+    rows = ()
+  heads = sharding.RULES['kv_heads']
+  fits = heads in mesh.shape and k.shape[1] % mesh.shape[heads] == 0
+  return splash.Split(mesh, rows, heads if fits else None)

@@ -23,6 +23,7 @@ def load(
   compute_dtype: str = 'float32',
   remat: str = 'none',
   logprob: str = 'auto',
+  attention: str = 'auto',
 ) -> tuple[Model, Params]:
   """The model in a GGUF file, its params in host memory (NumPy).
 
@@ -36,6 +37,7 @@ def load(
     compute_dtype=compute_dtype,
     remat=remat,
     logprob=logprob,
+    attention=attention,
   )
   tensors = {tensor.name: tensor for tensor in reader.tensors}
   rows = weights.plan(architecture, 'gguf', _found(reader), file=file)

@@ -29,6 +29,7 @@ def load(
   compute_dtype: str = 'float32',
   remat: str = 'none',
   logprob: str = 'auto',
+  attention: str = 'auto',
 ) -> tuple[Model, Params]:
   """The model in a llama2.c `.bin` file, its params in host memory (NumPy).
 
@@ -40,6 +41,7 @@ def load(
     compute_dtype=compute_dtype,
     remat=remat,
     logprob=logprob,
+    attention=attention,
   )
   rows = weights.plan(architecture, 'llama2c', _found(tensors), file=file)
   params = weights.read(architecture, 'llama2c', rows, tensors.__getitem__)

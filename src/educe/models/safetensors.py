@@ -53,6 +53,7 @@ def load(
   compute_dtype: str = 'float32',
   remat: str = 'none',
   logprob: str = 'auto',
+  attention: str = 'auto',
 ) -> tuple[Model, Params]:
   """The model in a Hugging Face folder, its params in host memory (NumPy).
 
@@ -65,6 +66,7 @@ def load(
     compute_dtype=compute_dtype,
     remat=remat,
     logprob=logprob,
+    attention=attention,
   )
   rows = weights.plan(architecture, 'huggingface', _found(files), file=folder)
 

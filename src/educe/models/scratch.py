@@ -18,6 +18,7 @@ def load(
   compute_dtype: str = 'float32',
   remat: str = 'none',
   logprob: str = 'auto',
+  attention: str = 'auto',
 ) -> tuple[Model, Params]:
   """The architecture called `preset` with random params, as jax arrays.
 
@@ -29,6 +30,7 @@ def load(
     compute_dtype=compute_dtype,
     remat=remat,
     logprob=logprob,
+    attention=attention,
   )
   model = policy.build(architecture)
   return model, jax.jit(model.init)(jax.random.key(seed))

@@ -24,14 +24,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from educe.kernels.logprob import IMPLEMENTATIONS
-from educe.models.attention import Fork, attend, attend_forked
+from educe.kernels import logprob
+from educe.models import attention
+from educe.models.attention import Causal, Fork, attend
 
 DTYPES = ('float32', 'bfloat16', 'float16')
 REMAT = {
   'none': None,
   'full': jax.checkpoint_policies.nothing_saveable,
   'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+CHOICES = {
+  'param_dtype': DTYPES,
+  'compute_dtype': DTYPES,
+  'remat': tuple(REMAT),
+  'logprob': ('auto', *logprob.IMPLEMENTATIONS),
+  'attention': attention.IMPLEMENTATIONS,
 }
 # A loop over two layers costs a third of a small model's step; so few compile as fast
 # without one. Recomputed layers keep it, or XLA would merge what is to be recomputed.
@@ -57,6 +65,7 @@ class Architecture:
   compute_dtype: str = 'float32'
   remat: str = 'none'  # none | full (recompute all) | dots (keep matmul outputs)
   logprob: str = 'auto'  # or an implementation of kernels/logprob, by name
+  attention: str = 'auto'  # auto | portable | cudnn | splash; decode steps: portable
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
@@ -70,15 +79,9 @@ class Architecture:
       )
     if self.head_dim % 2:
       raise ValueError(f'architecture.head_dim = {self.head_dim} must be even (RoPE)')
-    for name in ('param_dtype', 'compute_dtype'):
-      if getattr(self, name) not in DTYPES:
-        raise ValueError(f'{name} = {getattr(self, name)!r} is none of {DTYPES}')
-    if self.remat not in REMAT:
-      raise ValueError(f'remat = {self.remat!r} is none of {tuple(REMAT)}')
-    if self.logprob not in ('auto', *IMPLEMENTATIONS):
-      raise ValueError(
-        f'logprob = {self.logprob!r} is none of {("auto", *IMPLEMENTATIONS)}'
-      )
+    for name, choices in CHOICES.items():
+      if getattr(self, name) not in choices:
+        raise ValueError(f'{name} = {getattr(self, name)!r} is none of {choices}')
 
 
 class LayerCache(NamedTuple):
@@ -174,8 +177,9 @@ class Attention(nn.Module):
       k = jax.lax.dynamic_update_slice(cache.keys, k, start)
       v = jax.lax.dynamic_update_slice(cache.values, v, start)
       cache = LayerCache(k, v)
-    mix = attend_forked if isinstance(visible, Fork) else attend
-    mixed = mix(q.astype(x.dtype), k, v, visible)
+    # Params are drawn anywhere, also where the model will not run.
+    how = 'portable' if self.is_initializing() else a.attention
+    mixed = attend(q.astype(x.dtype), k, v, visible, how)
     return project(mixed, out), cache
 
 
@@ -233,16 +237,12 @@ class Transformer(nn.Module):
       self.param('head', init, (a.dim, a.vocab_size), a.param_dtype)
     if positions is None:
       positions = jnp.arange(T)[None]
-    # By index, not by position: positions restart in every packed segment.
-    visible: Any = jnp.tril(jnp.ones((T, T), bool))[None]
+    visible: Causal | Fork = Causal(segments)
     if prefix is not None:
-      visible = Fork(prefix >= 0, visible)
+      visible = Fork(prefix >= 0, T)
       start = jnp.broadcast_to(jnp.arange(prefix.shape[1]), prefix.shape)
       tokens = _forked(jnp.maximum(prefix, 0), tokens)
       positions = _forked(start, positions)
-    elif segments is not None:
-      same = segments[:, :, None] == segments[:, None, :]
-      visible = visible & same & (segments > 0)[:, None, :]
     block = Block
     if REMAT[a.remat] is not None:
       block = nn.remat(Block, prevent_cse=False, policy=REMAT[a.remat])

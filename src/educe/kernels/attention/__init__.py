@@ -1,0 +1,1 @@
+"""Softmax attention over arrays, three ways that agree; models/attention.py chooses."""
