@@ -8,6 +8,7 @@ pod; the model and the losses do not know.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -33,21 +34,23 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
   Axes are Auto: the compiler propagates shardings (explicit mode is jax.make_mesh's
   default and would ask every reshape in the model for its output sharding).
   """
-  sizes = {'data': data, 'fsdp': fsdp, 'tensor': tensor}
-  devices = jax.device_count()
+  return mesh_over(jax.devices(), data=data, fsdp=fsdp, tensor=tensor)
+
+
+def mesh_over(devices: Sequence[Any], **sizes: int) -> Mesh:
+  """`make_mesh` of given devices, such as those of a topology that is not here."""
   known = math.prod(size for size in sizes.values() if size != -1)
   free = [name for name, size in sizes.items() if size == -1]
   if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
     raise ValueError(f'mesh={sizes}: sizes are positive, and at most one is -1')
   if free:
-    sizes[free[0]] = devices // known
-  if math.prod(sizes.values()) != devices:
+    sizes[free[0]] = len(devices) // known
+  if math.prod(sizes.values()) != len(devices):
     raise ValueError(
-      f'mesh={sizes} needs {math.prod(sizes.values())} devices; {devices} are here'
+      f'mesh={sizes} needs {math.prod(sizes.values())} devices; {len(devices)} are here'
     )
-  return jax.make_mesh(
-    tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES)
-  )
+  shape, types = tuple(sizes[axis] for axis in AXES), (AxisType.Auto,) * len(AXES)
+  return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
 
 
 def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh):
