@@ -36,6 +36,9 @@ os.environ |= {
   'JAX_PLATFORMS': 'cpu',
   'TPU_SKIP_MDS_QUERY': '1',
   'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+  'TPU_WORKER_HOSTNAMES': 'localhost',
+  'TPU_STDERR_LOG_LEVEL': '3',
+  'TPU_MIN_LOG_LEVEL': '3',
 }
 
 import jax
@@ -166,7 +169,7 @@ def compile_step(
   split = pallas_tpu.Split(mesh, ('data', 'fsdp'), 'tensor')
   kind = mesh.devices.flat[0].device_kind
   kernel = functools.partial(
-    pallas_tpu.logprob, interpret=False, tiles=pallas_tpu.CHIPS[kind], split=split
+    pallas_tpu.logprob, interpret=False, tiles=pallas_tpu.CHIPS.get(kind), split=split
   )
   # By itself it would ask the host for its chip.
   with mock.patch.dict(op.IMPLEMENTATIONS, pallas_tpu=kernel):
