@@ -66,6 +66,20 @@ def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh):
   return PartitionSpec(*dims)
 
 
+def by_row(x: Any) -> Any:
+  """Activations `[B, …]` with their rows split as a batch's are, where a mesh is in use.
+
+  Left to itself the compiler splits their width, for that is how the weights lie, and then
+  every device holds the activations of all rows.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or not {'data', 'fsdp'} <= set(mesh.axis_names):
+    return x
+  if x.shape[0] % (mesh.shape['data'] * mesh.shape['fsdp']):
+    return x
+  return jax.lax.with_sharding_constraint(x, BATCH)
+
+
 def shardings(shapes: Any, axes: Any, mesh: Mesh) -> Any:
   """A tree of NamedShardings for params of these shapes and logical axes."""
   return jax.tree.map(

@@ -56,7 +56,7 @@ def test_bars_are_as_long_as_their_numbers(figure):
 
 def test_a_pods_bar_is_what_a_device_holds(figure):
   found = results('pods')
-  drawn = sum((lengths(axes) for axes in figure.pods(found)[0].axes), [])
+  drawn = [x for axes in figure.pods(found)[0].axes for x in lengths(axes)]
   held = sum(run['arguments_mb'] + run['temporaries_mb'] for run in found['runs'])
   assert sum(drawn) == pytest.approx(held)
 

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from educe.models.attention import Fork, attend, attend_forked
+from educe.sharding import by_row
 
 DTYPES = ('float32', 'bfloat16', 'float16')
 REMAT = {
@@ -199,9 +200,9 @@ class Block(nn.Module):
     a = self.architecture
     y = RMSNorm(a, name='attention_norm')(x)
     y, cache = Attention(a, name='attention')(y, angles, visible, cache, slot)
-    x = x + y
+    x = by_row(x + y)
     x = x + MLP(a, name='mlp')(RMSNorm(a, name='mlp_norm')(x))
-    return x, cache
+    return by_row(x), cache
 
 
 class Transformer(nn.Module):
@@ -240,7 +241,7 @@ class Transformer(nn.Module):
     block = Block
     if REMAT[a.remat] is not None:
       block = nn.remat(Block, prevent_cse=False, policy=REMAT[a.remat])
-    x = embedding[tokens].astype(a.compute_dtype)
+    x = by_row(embedding[tokens].astype(a.compute_dtype))
     x, _ = nn.scan(
       block,
       length=a.layers,
