@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -105,9 +106,10 @@ def test_a_device_holds_the_activations_of_its_own_rows(mesh_of):
 
     return jax.jit(jax.grad(total)).lower(params, tokens).compile()
 
-  everyone = f'[{16 * 128},'  # the shape of what is projected, were it of all rows
+  # The shape of what is projected, were it of all rows.
+  everyone = re.compile(rf'\[{16 * 128},\d\d+\]')
   with_mesh, without = compiled(True), compiled(False)
-  assert everyone in without.as_text()  # or this test tells nothing
-  assert everyone not in with_mesh.as_text()
+  assert everyone.search(without.as_text())  # or this test tells nothing
+  assert not everyone.search(with_mesh.as_text())
   held, much = (x.memory_analysis().temp_size_in_bytes for x in (with_mesh, without))
   assert held < much / 2
