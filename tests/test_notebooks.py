@@ -51,8 +51,25 @@ def thermodynamics_holds(names):
   assert (moved['table'].lost, moved['shared weights'].lost > 5) == (0, True)
 
 
+def the_kernel_was_toured(names):
+  errors, held, chunks = names['errors'], names['megabytes'], names['CHUNKS']
+  assert {'all logits', 'tiles, by hand', 'Pallas, interpreted'} < set(errors)
+  assert max(errors.values()) < 2e-5  # float32, of what is compared with float64
+  assert names['overflowed'] > 0
+  logits = 4 * names['N'] * names['V'] / 1e6
+  assert held['all logits'] > 2 * logits
+  for way in ('{} tokens at a time', 'one pass, {}'):
+    cut = [held[way.format(rows)] for rows in chunks]
+    assert cut == sorted(cut)
+    assert cut[0] < logits / 4
+  assert list(names['allowed'].values()) == [True, True, False, False]
+  assert names['mistaken'] > 0.1
+  assert names['times'].keys() | {'Pallas, interpreted'} == held.keys()
+
+
 CHECKS = {
   'edit_a_loss': a_loss_was_edited,
+  'kernel_tour': the_kernel_was_toured,
   'measure_a_checkpoint': a_checkpoint_was_measured,
   'thermodynamics_of_post_training': thermodynamics_holds,
 }

@@ -1,3 +1,6 @@
+import dataclasses
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,6 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from educe import sharding
+from educe.models import policy, presets
 
 
 def test_minus_one_takes_what_is_left():
@@ -78,3 +82,34 @@ def test_a_loss_that_compares_all_rows_is_not_cut(mesh_of):
   sharding.check_batch(16, 1, mesh_of(2, 4), couples=True)
   with pytest.raises(ValueError, match='microbatches=2: the loss compares rows'):
     sharding.check_batch(16, 2, mesh_of(2, 4), couples=True)
+
+
+def test_a_device_holds_the_activations_of_its_own_rows(mesh_of):
+  """The weights' width lies over fsdp; in use they are gathered, not the rows."""
+  mesh = mesh_of(1, 8)
+  model = policy.build(dataclasses.replace(presets.debug, dim=64))
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  params = jax.tree.map(
+    lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+    shapes,
+    sharding.shardings(shapes, model.axes, mesh),
+  )
+  rows = jax.sharding.NamedSharding(mesh, sharding.BATCH)
+  tokens = jax.ShapeDtypeStruct((16, 128), jnp.int32, sharding=rows)
+
+  def compiled(in_use):
+    def total(params, tokens):
+      if not in_use:
+        return model.hidden(params, tokens)[0].sum()
+      with sharding.using(mesh):
+        return model.hidden(params, tokens)[0].sum()
+
+    return jax.jit(jax.grad(total)).lower(params, tokens).compile()
+
+  # The shape of what is projected, were it of all rows.
+  everyone = re.compile(rf'\[{16 * 128},\d\d+\]')
+  with_mesh, without = compiled(True), compiled(False)
+  assert everyone.search(without.as_text())  # or this test tells nothing
+  assert not everyone.search(with_mesh.as_text())
+  held, much = (x.memory_analysis().temp_size_in_bytes for x in (with_mesh, without))
+  assert held < much / 2

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -34,33 +35,44 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
   Axes are Auto: the compiler propagates shardings (explicit mode is jax.make_mesh's
   default and would ask every reshape in the model for its output sharding).
   """
-  sizes = {'data': data, 'fsdp': fsdp, 'tensor': tensor}
-  devices = jax.device_count()
+  return mesh_over(jax.devices(), data=data, fsdp=fsdp, tensor=tensor)
+
+
+def mesh_over(devices: Sequence[Any], **sizes: int) -> Mesh:
+  """`make_mesh` of given devices, such as those of a topology that is not here."""
   known = math.prod(size for size in sizes.values() if size != -1)
   free = [name for name, size in sizes.items() if size == -1]
   if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
     raise ValueError(f'mesh={sizes}: sizes are positive, and at most one is -1')
   if free:
-    sizes[free[0]] = devices // known
-  if math.prod(sizes.values()) != devices:
+    sizes[free[0]] = len(devices) // known
+  if math.prod(sizes.values()) != len(devices):
     raise ValueError(
-      f'mesh={sizes} needs {math.prod(sizes.values())} devices; {devices} are here'
+      f'mesh={sizes} needs {math.prod(sizes.values())} devices; {len(devices)} are here'
     )
-  return jax.make_mesh(
-    tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES)
-  )
+  shape, types = tuple(sizes[axis] for axis in AXES), (AxisType.Auto,) * len(AXES)
+  return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
 
 
 def using(mesh: Mesh) -> contextlib.AbstractContextManager[Any]:
-  """While it lasts, what is traced knows that it will run on this mesh (`split`)."""
-  return contextlib.nullcontext() if mesh.size == 1 else jax.set_mesh(mesh)
+  """While it lasts, what is traced knows that it will run on this mesh, be it here or not."""
+  if mesh.size == 1:
+    return contextlib.nullcontext()
+  return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def _in_use():
+  """The mesh of `using`; None outside of it, and where its axes are a kernel's own."""
+  mesh = jax.sharding.get_abstract_mesh()
+  ours = mesh.axis_names == AXES and set(mesh.axis_types) == {AxisType.Auto}
+  return mesh if ours else None
 
 
 def split(rows: int, vocab: int) -> tuple[Any, tuple[str, ...], str | None] | None:
   """(mesh in use, axes that `rows` lie over, axis that `vocab` lies over), or None where
   nothing is split: by `BATCH` and RULES, where they divide."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.axis_names != AXES or set(mesh.axis_types) != {AxisType.Auto}:
+  mesh = _in_use()
+  if mesh is None:
     return None
   over, across = BATCH[0], RULES['vocab']
   ways, parts = math.prod(mesh.shape[axis] for axis in over), mesh.shape[across]
@@ -83,6 +95,18 @@ def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh):
     if fits and target:
       used.add(target)
   return PartitionSpec(*dims)
+
+
+def by_row(x: Any) -> Any:
+  """Activations `[B, …]` with their rows split as a batch's are, where a mesh is in use.
+
+  Left to itself the compiler splits their width, for that is how the weights lie, and then
+  every device holds the activations of all rows.
+  """
+  mesh = _in_use()
+  if mesh is None or x.shape[0] % math.prod(mesh.shape[axis] for axis in BATCH[0]):
+    return x
+  return jax.lax.with_sharding_constraint(x, BATCH)
 
 
 def shardings(shapes: Any, axes: Any, mesh: Mesh) -> Any:

@@ -29,6 +29,19 @@ chain = Architecture(
   tied=True,
 )
 
+# … and with room: 8,397,056. The weight of a small language model, on the same tokens.
+chain_8m = Architecture(
+  vocab_size=16,
+  dim=256,
+  layers=8,
+  heads=8,
+  kv_heads=8,
+  head_dim=32,
+  ffn=1024,
+  max_length=16,
+  tied=True,
+)
+
 # The language world (environments/language.py): 18 tokens, 3 + 4 + 1 of them a document.
 language = Architecture(
   vocab_size=18,

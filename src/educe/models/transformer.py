@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Int
 from educe.kernels import logprob
 from educe.models import attention
 from educe.models.attention import Causal, Fork, attend
+from educe.sharding import by_row
 
 DTYPES = ('float32', 'bfloat16', 'float16')
 REMAT = {
@@ -209,9 +210,9 @@ class Block(nn.Module):
     a = self.architecture
     y = RMSNorm(a, name='attention_norm')(x)
     y, cache = Attention(a, name='attention')(y, angles, visible, cache, slot)
-    x = x + y
+    x = by_row(x + y)
     x = x + MLP(a, name='mlp')(RMSNorm(a, name='mlp_norm')(x))
-    return x, cache
+    return by_row(x), cache
 
 
 class Transformer(nn.Module):
@@ -246,7 +247,7 @@ class Transformer(nn.Module):
     block = Block
     if REMAT[a.remat] is not None:
       block = nn.remat(Block, prevent_cse=False, policy=REMAT[a.remat])
-    x = embedding[tokens].astype(a.compute_dtype)
+    x = by_row(embedding[tokens].astype(a.compute_dtype))
     x, _ = nn.scan(
       block,
       length=a.layers,

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from educe import sharding
 from educe.losses.logprobs import lose
 from educe.models import value_head
 from educe.training.optimizer import Optimizer, wide
@@ -101,8 +102,15 @@ def make_step(
       )
     return TrainState(state.step + 1, params, opt_state, state.key, reference), metrics
 
-  out = None if state_shardings is None else (state_shardings, None)
-  return jax.jit(step, donate_argnums=0, out_shardings=out)
+  if state_shardings is None:
+    return jax.jit(step, donate_argnums=0)
+  mesh = jax.tree.leaves(state_shardings)[0].mesh
+
+  def on_mesh(state, batch):
+    with sharding.using(mesh):
+      return step(state, batch)
+
+  return jax.jit(on_mesh, donate_argnums=0, out_shardings=(state_shardings, None))
 
 
 def mixed(params: Params, reference: Params, alpha: float) -> Params:

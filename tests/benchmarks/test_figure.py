@@ -1,0 +1,69 @@
+"""The pictures say the numbers that were kept, and every one kept for a picture has it."""
+
+import importlib
+import json
+import pathlib
+import sys
+
+import matplotlib
+import pytest
+
+HERE = pathlib.Path(__file__).parents[2] / 'benchmarks'
+
+
+@pytest.fixture(scope='module')
+def figure():
+  matplotlib.use('Agg')
+  sys.path.insert(0, str(HERE))
+  try:
+    yield importlib.import_module('figure')
+  finally:
+    sys.path.remove(str(HERE))
+    sys.modules.pop('figure', None)
+
+
+def results(name):
+  return json.loads((HERE / 'results' / f'{name}.json').read_text())
+
+
+def lengths(axes):
+  return [bar.get_width() for bar in axes.patches]
+
+
+def test_bars_are_as_long_as_their_numbers(figure):
+  found = results('logprob_cpu')
+  speed, memory = figure.logprob(found)[0].axes
+  ways = [name for name in found['ways'] if name != 'matmul']
+  assert lengths(speed) == [found['ways'][name]['fraction_of_matmul'] for name in ways]
+  assert lengths(memory) == [found['ways'][name]['temp_mb'] for name in ways]
+  # The first on top, in both panels, which share their axis.
+  assert [x.get_text() for x in speed.get_yticklabels()] == ways
+  assert speed.yaxis_inverted()
+
+  found = results('shared_prompts_cpu')
+  (axes,) = figure.shared_prompts(found)[0].axes
+  assert lengths(axes) == [row['tokens_per_second'] for row in found['ways'].values()]
+
+  found = results('rollout_cpu2')
+  for axes, name in zip(
+    figure.rollout(found)[0].axes, ('10M', 'smollm2_135m'), strict=True
+  ):
+    row = found[name]
+    step, products, read = lengths(axes)
+    assert step == pytest.approx(1e3 * row['step_seconds'])
+    assert max(products, read) / step == pytest.approx(row['fraction_of_bound'])
+
+
+def test_a_pods_bar_is_what_a_device_holds(figure):
+  found = results('pods')
+  drawn = [x for axes in figure.pods(found)[0].axes for x in lengths(axes)]
+  held = sum(run['arguments_mb'] + run['temporaries_mb'] for run in found['runs'])
+  assert sum(drawn) == pytest.approx(held)
+
+
+def test_every_picture_is_drawn_and_committed(figure, tmp_path):
+  for name in figure.DRAWN:
+    path = figure.draw(name, tmp_path)
+    assert path.stat().st_size > 10_000
+    assert (HERE / path.name).exists()
+    assert f'({path.name})' in (HERE / 'README.md').read_text()
