@@ -55,7 +55,7 @@ def mesh_over(devices: Sequence[Any], **sizes: int) -> Mesh:
 
 
 def using(mesh: Mesh) -> contextlib.AbstractContextManager[Any]:
-  """While it lasts, what is traced knows that it will run on this mesh, be it here or not."""
+  """While it lasts, what is traced knows that it will run on this mesh, here or not."""
   if mesh.size == 1:
     return contextlib.nullcontext()
   return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)

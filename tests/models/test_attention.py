@@ -111,7 +111,7 @@ def test_many_chips_without_a_mesh(monkeypatch, heard):
   """A kernel cannot be split by the compiler, nor is it known how it should be."""
   monkeypatch.setattr(attention, '_device_kind', lambda: 'TPU v5 lite')
   assert attention.choose('auto', *operands(), Causal()) == 'portable'
-  assert 'no mesh is set' in heard[0]
+  assert 'no mesh is in use' in heard[0]
 
 
 @pytest.mark.parametrize(

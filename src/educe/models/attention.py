@@ -115,7 +115,9 @@ def _obstacle(name: str, kind: str, q, k, v, visible) -> str | None:
   if q.dtype == jnp.float16:
     return 'TPUs have no float16'
   if get_abstract_mesh().empty and jax.device_count() > 1:
-    return f'{jax.device_count()} devices are here and no mesh is in use (sharding.using)'
+    return (
+      f'{jax.device_count()} devices are here and no mesh is in use (sharding.using)'
+    )
   return None
 
 
