@@ -7,7 +7,8 @@
 This process makes a Llama (256 wide, 4 layers) and its batches, writes them into a folder,
 and starts a worker a side (peers/), which load the same weights. It then asks the sides in
 turn for a matmul and one run of a case; no two work at once. Float32 everywhere, the same
-threads, the same AdamW and clipping:
+threads, the same AdamW and clipping (OMP_WAIT_POLICY=PASSIVE, for torch's threads would
+else spin while they wait, and that would count as CPU seconds):
 
   sft          8 × (64 prompt + 192 completion), the completion trained
   dpo          8 pairs of the same, the reference's log-probs inside the step, as all three
@@ -57,9 +58,9 @@ HERE = pathlib.Path(__file__).parent
 CASES = ('sft', 'dpo', 'grpo', 'generate_8', 'generate_64')
 ROWS, PROMPT, COMPLETION, NEW = 8, 64, 192, 128
 LENGTH = PROMPT + COMPLETION
-OPTIMIZER = dict(
-  learning_rate=1e-4, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip_norm=1.0
-)
+OPTIMIZER = dict(b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip_norm=1.0)
+# Each such that the losses of the steps differ, and none is 0.
+LEARNING_RATES = {'sft': 1e-4, 'dpo': 1e-6, 'grpo': 1e-5}
 AGREE = 1e-4  # nats
 WARM = 2
 
@@ -124,6 +125,7 @@ def write(folder: pathlib.Path, a: Architecture, threads: int) -> None:
     'threads': threads,
     'beta': 0.1,
     'optimizer': OPTIMIZER,
+    'learning_rates': LEARNING_RATES,
   }
   (folder / 'settings.json').write_text(json.dumps(settings))
 
@@ -155,6 +157,7 @@ class Side:
     self.name = name
     environment = os.environ | {
       'JAX_PLATFORMS': 'cpu',
+      'OMP_WAIT_POLICY': 'PASSIVE',
       'CUDA_VISIBLE_DEVICES': '',
       'HF_HUB_OFFLINE': '1',
       'TOKENIZERS_PARALLELISM': 'false',

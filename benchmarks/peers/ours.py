@@ -33,10 +33,15 @@ def load():
   return model, sharding.place(params, model.axes, MESH)
 
 
-def trained(loss, *, reference=False):
+def trained(case, loss, *, reference=False):
   """(model, state, step) of a run that has just begun."""
   model, params = load()
-  tx = optimizer.make(1000, schedule='constant', **SETTINGS['optimizer'])
+  tx = optimizer.make(
+    1000,
+    schedule='constant',
+    learning_rate=SETTINGS['learning_rates'][case],
+    **SETTINGS['optimizer'],
+  )
   state = init_state(params, tx, jax.random.key(0), reference=reference)
   state = sharding.replicate_rest(state, MESH)
   shardings = jax.tree.map(lambda x: x.sharding, state)
@@ -55,14 +60,14 @@ def train(step, state, next_batch):
 
 
 def prepare_sft():
-  _, state, step = trained(sft.loss)
+  _, state, step = trained('sft', sft.loss)
   batch = Batch(ARRAYS['sft_tokens'], ARRAYS['sft_mask'])
   return train(step, state, lambda _: place(batch))
 
 
 def prepare_dpo():
   loss = functools.partial(dpo.loss, beta=SETTINGS['beta'])
-  model, state, step = trained(loss, reference=True)
+  model, state, step = trained('dpo', loss, reference=True)
   read = jax.jit(lambda params, batch: score(model, params, batch).logp)
   tokens, mask = ARRAYS['dpo_tokens'], ARRAYS['dpo_mask']
 
@@ -75,7 +80,7 @@ def prepare_dpo():
 
 
 def prepare_grpo():
-  _, state, step = trained(grpo.loss)
+  _, state, step = trained('grpo', grpo.loss)
   mask = ARRAYS['grpo_mask']
   batch = Batch(
     ARRAYS['grpo_tokens'],

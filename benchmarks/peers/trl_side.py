@@ -24,9 +24,7 @@ def tokenizer():
   """A word a token, for trainers that ask; its end is no token that the model can draw."""
   words = SETTINGS['vocab_size']
   vocabulary = {f'w{i}': i for i in range(words)} | {'<eos>': words}
-  inner = tokenizers.Tokenizer(
-    tokenizers.models.WordLevel(vocabulary, unk_token='w1')  # noqa: S106
-  )
+  inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token='w1'))
   return transformers.PreTrainedTokenizerFast(
     tokenizer_object=inner, pad_token='w0', eos_token='<eos>', unk_token='w1'
   )
@@ -38,12 +36,12 @@ def load():
   return model
 
 
-def options(rows: int):
+def options(case: str, rows: int):
   o = SETTINGS['optimizer']
   return dict(
     output_dir=tempfile.mkdtemp(),
     per_device_train_batch_size=rows,
-    learning_rate=o['learning_rate'],
+    learning_rate=SETTINGS['learning_rates'][case],
     adam_beta1=o['b1'],
     adam_beta2=o['b2'],
     adam_epsilon=o['eps'],
@@ -61,6 +59,7 @@ def options(rows: int):
 
 def train(trainer, inputs, count=None):
   """One update as transformers' Trainer makes it: backward, clip, step, zero."""
+  trainer.current_gradient_accumulation_steps = 1  # as its loop says
   trainer.create_optimizer()
   model, optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
   bound = trainer.args.max_grad_norm
@@ -84,7 +83,7 @@ def prepare_sft():
   labels = tokens.masked_fill(~mask, -100)
   rows = {'input_ids': tokens.tolist(), 'labels': labels.tolist()}
   config = trl.SFTConfig(
-    **options(len(tokens)),
+    **options('sft', len(tokens)),
     max_length=tokens.shape[1],
     dataset_kwargs={'skip_prepare_dataset': True},
   )
@@ -107,7 +106,9 @@ def prepare_dpo():
   trainer = trl.DPOTrainer(
     load(),
     args=trl.DPOConfig(
-      **options(len(tokens) // 2), beta=SETTINGS['beta'], max_length=tokens.shape[1]
+      **options('dpo', len(tokens) // 2),
+      beta=SETTINGS['beta'],
+      max_length=tokens.shape[1],
     ),
     train_dataset=datasets.Dataset.from_dict(text),
     processing_class=tokenizer(),
@@ -125,7 +126,7 @@ def grpo_trainer(rows: int, *, group: int, **more):
     load(),
     lambda completions, **_: [0.0] * len(completions),
     args=trl.GRPOConfig(
-      **options(rows),
+      **options('grpo', rows),
       num_generations=group,
       max_completion_length=SETTINGS['new_tokens'],
       steps_per_generation=1,

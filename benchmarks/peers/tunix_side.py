@@ -62,8 +62,8 @@ def load():
   )
 
 
-def optimizer():
-  o = dict(SETTINGS['optimizer'])
+def optimizer(case: str):
+  o = {**SETTINGS['optimizer'], 'learning_rate': SETTINGS['learning_rates'][case]}
   return optax.chain(optax.clip_by_global_norm(o.pop('clip_norm')), optax.adamw(**o))
 
 
@@ -81,7 +81,7 @@ def train(trainer, batch):
 def prepare_sft():
   tokens, mask = ARRAYS['sft_tokens'], ARRAYS['sft_mask']
   config = peft_trainer.TrainingConfig(eval_every_n_steps=1000)
-  trainer = peft_trainer.PeftTrainer(load(), optimizer(), config)
+  trainer = peft_trainer.PeftTrainer(load(), optimizer('sft'), config)
   real = jnp.ones(tokens.shape, bool)
   trainer.with_gen_model_input_fn(
     lambda batch: {
@@ -91,7 +91,9 @@ def prepare_sft():
       'attention_mask': common.make_causal_attn_mask(real),
     }
   )
-  return train(trainer, peft_trainer.TrainingInput(input_tokens=tokens, input_mask=mask))
+  return train(
+    trainer, peft_trainer.TrainingInput(input_tokens=tokens, input_mask=mask)
+  )
 
 
 def prepare_dpo():
@@ -106,7 +108,7 @@ def prepare_dpo():
     rejected_mask=mask[1::2, prompt:].astype(np.int32),
   )
   config = dpo_trainer.DPOTrainingConfig(eval_every_n_steps=1000, beta=SETTINGS['beta'])
-  return train(dpo_trainer.DPOTrainer(load(), load(), optimizer(), config), batch)
+  return train(dpo_trainer.DPOTrainer(load(), load(), optimizer('dpo'), config), batch)
 
 
 def prepare_grpo():
@@ -114,7 +116,10 @@ def prepare_grpo():
   config = grpo_learner.GRPOConfig(num_generations=len(tokens), beta=0.0)
   config.temperature = 1.0  # which its learner takes from the rollouts' settings
   trainer = rl_trainer.Trainer(
-    load(), optimizer(), peft_trainer.TrainingConfig(eval_every_n_steps=1000), dict
+    load(),
+    optimizer('grpo'),
+    peft_trainer.TrainingConfig(eval_every_n_steps=1000),
+    dict,
   )
   # As its learner sets its trainer up.
   trainer.with_loss_fn(
