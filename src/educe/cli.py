@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from educe import paths
+from educe import memory, paths
 from educe.measure import measure
 from educe.models import safetensors, weights
 from educe.policies import loader_of, open_policy
@@ -187,6 +187,7 @@ def _section(name: str | None, flags: Sequence[str]) -> dict[str, Any] | None:
 def main(argv: Sequence[str]) -> int:
   """The exit code: 0 done (or stopped by SIGTERM and saved), 1 with one line why not."""
   arguments, rest = parser().parse_known_args(argv)
+  memory.keep()
   # Libraries log what they also raise; a mistake is told once, in one line.
   logging.getLogger('absl').setLevel(logging.CRITICAL)
   checkpoint.quiet()

@@ -55,14 +55,14 @@ def test_a_prompt_is_there_once():
   batch = rows()
   shared = sharing.share(batch, 4)
   assert shared.prefix.shape == (2, 48)  # buckets of 16
-  assert shared.tokens.shape == (8, 16)
+  assert shared.tokens.shape == (8, 17)  # and the last one, which is not read
   for row in range(8):
     prompt, start = shared.prefix[row // 4], 39 if row < 4 else 22
     assert (prompt >= 0).sum() == start
     np.testing.assert_array_equal(prompt[:start], batch.tokens[row, :start])
-    span = batch.tokens[row, start : start + 16]
+    span = batch.tokens[row, start : start + 17]
     np.testing.assert_array_equal(shared.tokens[row, : len(span)], span)
-    assert shared.positions[row].tolist() == list(range(start, start + 16))
+    assert shared.positions[row].tolist() == list(range(start, start + 17))
   assert shared.mask.sum() == batch.mask.sum()
   assert (shared.mask[:, 0] == 0).all()
   trained = [x.old_logp[x.mask > 0] for x in (batch, shared)]

@@ -7,7 +7,8 @@ Completions of one prompt, or the two sides of a pair, attend to one copy of it:
 tokens of prompt, 512 of completion and groups of 8 that is 5,120 tokens in place of
 12,288. The prompt's last token stays in each row, for the first token of a completion is
 predicted from it; so every row still has a column 0 that nothing predicts, and nobody who
-reads scores has to know (losses/logprobs.py).
+reads scores has to know (losses/logprobs.py). The last column predicts nothing that is
+trained on: no model has to read it, and rows are one longer than a width that suits one.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ def share(batch: Batch, group: int, parts: int = 1) -> Batch:
   # Behind the last token that is trained on nothing matters.
   ends = np.where(mask > 0, np.arange(length) + 1, 0).max(-1)
   width = bucket(max(int(shared.max()), 1))
-  rest = bucket(max(int((ends - start).max()), 2))
+  rest = 1 + bucket(max(int((ends - start).max()) - 1, 1))
   prompts = rows // group
-  if prompts * width + rows * rest > WORTH * rows * length:
+  if prompts * width + rows * (rest - 1) > WORTH * rows * length:
     return batch
   place = np.arange(width)
   prefix = np.where(place < shared[:, None], _columns(tokens[::group], place, 0), -1)

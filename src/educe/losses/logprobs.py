@@ -111,23 +111,31 @@ def _split(batch: Batch, head) -> Split | None:
 
 
 def _said(batch: Batch):
-  """What a model is given; a prefix only where there is one."""
-  prefix = () if batch.prefix is None else (batch.prefix,)
-  return batch.tokens, batch.positions, batch.segments, *prefix
+  """What a model is given: of rows that share a prefix, without their last tokens."""
+  if batch.prefix is None:
+    return batch.tokens, batch.positions, batch.segments
+  assert batch.positions is not None, 'a shared batch has positions (data/sharing.py)'
+  return batch.tokens[:, :-1], batch.positions[:, :-1], None, batch.prefix
 
 
 def _read(model: Model, params: Params, batch: Batch):
-  """States `[B, T, D]`, those that predict a token `[B·(T−1), D]`, and the head."""
+  """All states, those that predict a token `[B·(T−1), D]`, and the head."""
   states, aux = model.hidden(params, *_said(batch))
   if aux:
     raise ValueError(f'score: auxiliary losses {sorted(aux)} have no consumer yet')
-  return states, states[:, :-1].reshape(-1, states.shape[-1]), model.head(params)
+  flat = _ahead(batch, states).reshape(-1, states.shape[-1])
+  return states, flat, model.head(params)
 
 
 def _values(model: Model, params: Params, batch: Batch, states):
   if model.values is None:
     return None
-  return model.values(params, states, *_said(batch))[:, :-1]
+  return _ahead(batch, model.values(params, states, *_said(batch)))
+
+
+def _ahead(batch: Batch, x):
+  """x [B, …] of the tokens that another one follows."""
+  return x[:, : batch.tokens.shape[1] - 1]
 
 
 def _aligned(batch: Batch, scores: Scores, values, distance=None) -> Scores:
