@@ -87,7 +87,7 @@ def test_smollm2_logits_are_those_of_transformers(smollm2, request):
       assert error[1:].max() <= 1.2e-4
       assert error[0].max() <= 2.5e-4
     error = (logits - lse[:, None]) - (golden[f'exact{n}'] - golden[f'lse{n}'][:, None])
-    assert np.abs(error).max() <= 1e-4
+    assert np.abs(error).max() <= 1.2e-4  # 1e-4 with XLA's optimisations
     np.testing.assert_array_equal(best, golden[f'argmax{n}'])
 
 

@@ -94,36 +94,37 @@ def forked(
   # Heads before tokens, and the queries of a key together: see `attend`.
   q = jnp.moveaxis(q[:, S:].reshape(B, G, T, K, R, h), (3, 4), (1, 3))
   own_k, own_v = (x[:, :, S:].reshape(B, K, G, T, h) for x in (k, v))
-  of_prompt = jnp.einsum(
-    'bkqh,bksh->bkqs',
-    q.reshape(B, K, G * R * T, h),
-    k[:, :, :S],
-    preferred_element_type=jnp.float32,
-  ).reshape(B, K, G, R, T, S)
-  of_own = jnp.einsum(
-    'bkgqh,bkgsh->bkgqs',
-    q.reshape(B, K, G, R * T, h),
-    own_k,
-    preferred_element_type=jnp.float32,
-  ).reshape(B, K, G, R, T, T)
-  of_prompt = jnp.where(prompt[:, None, None, None, None], of_prompt, MASKED)
-  earlier = jnp.tril(jnp.ones((T, T), bool))
-  of_own = jnp.where(jnp.expand_dims(earlier, (0, 1, 2, 3)), of_own, MASKED)
-  # One softmax over both, without joining them. A token sees itself: no total is 0.
-  top = jnp.maximum(of_prompt.max(-1), of_own.max(-1))[..., None]
-  top = jax.lax.stop_gradient(top)
-  of_prompt, of_own = jnp.exp(of_prompt - top), jnp.exp(of_own - top)
-  total = of_prompt.sum(-1) + of_own.sum(-1)
-  of_prompt, of_own = of_prompt.astype(v.dtype), of_own.astype(v.dtype)
-  mixed = _mix(
-    'bkqs,bksh->bkqh', of_prompt.reshape(B, K, G * R * T, S), v[:, :, :S]
-  ).reshape(B, K, G, R, T, h)
-  mixed += _mix('bkgqs,bkgsh->bkgqh', of_own.reshape(B, K, G, R * T, T), own_v).reshape(
-    B, K, G, R, T, h
-  )
-  mixed = (mixed / total[..., None]).astype(v.dtype)
-  branches = jnp.moveaxis(mixed, (1, 3), (3, 4)).reshape(B, G * T, H, h)
-  return jnp.concatenate([stem, branches], 1)
+  out = []
+  for start, end in blocks(T):
+    t, part = end - start, q[:, :, :, :, start:end]
+    of_prompt = jnp.einsum(
+      'bkqh,bksh->bkqs',
+      part.reshape(B, K, G * R * t, h),
+      k[:, :, :S],
+      preferred_element_type=jnp.float32,
+    ).reshape(B, K, G, R, t, S)
+    of_own = jnp.einsum(
+      'bkgqh,bkgsh->bkgqs',
+      part.reshape(B, K, G, R * t, h),
+      own_k[:, :, :, :end],
+      preferred_element_type=jnp.float32,
+    ).reshape(B, K, G, R, t, end)
+    of_prompt = jnp.where(prompt[:, None, None, None, None], of_prompt, MASKED)
+    earlier = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None]
+    of_own = jnp.where(jnp.expand_dims(earlier, (0, 1, 2, 3)), of_own, MASKED)
+    # One softmax over both, without joining them. A token sees itself: no total is 0.
+    top = jnp.maximum(of_prompt.max(-1), of_own.max(-1))[..., None]
+    top = jax.lax.stop_gradient(top)
+    of_prompt, of_own = jnp.exp(of_prompt - top), jnp.exp(of_own - top)
+    total = of_prompt.sum(-1) + of_own.sum(-1)
+    of_prompt = of_prompt.astype(v.dtype).reshape(B, K, G * R * t, S)
+    of_own = of_own.astype(v.dtype).reshape(B, K, G, R * t, end)
+    mixed = _mix('bkqs,bksh->bkqh', of_prompt, v[:, :, :S]).reshape(part.shape)
+    own = _mix('bkgqs,bkgsh->bkgqh', of_own, own_v[:, :, :, :end])
+    mixed += own.reshape(part.shape)
+    out.append((mixed / total[..., None]).astype(v.dtype))
+  branches = jnp.moveaxis(jnp.concatenate(out, 4), (1, 3), (3, 4))
+  return jnp.concatenate([stem, branches.reshape(B, G * T, H, h)], 1)
 
 
 def _mix(formula: str, weights, v):
