@@ -287,7 +287,7 @@ def uneven():
   return (model, table), prompts, options, alone
 
 
-@pytest.mark.parametrize('first', [256, 3])  # a whole ring, one that grows twice
+@pytest.mark.parametrize('first', [64, 3])  # a whole ring, one that grows twice
 @pytest.mark.parametrize('batch_size', [1, 2, 5, 20])
 def test_a_slot_used_again_gives_what_a_fresh_one_gives(
   uneven, batch_size, first, monkeypatch

@@ -23,9 +23,10 @@ from educe.rollouts import slots as slots_lib
 from educe.rollouts.draw import Settings
 from educe.types import Model, Params, Samples
 
-# A prefill reads about this many tokens at once: enough to be a matmul rather than a
-# walk through the weights, few enough that one prompt alone wastes little padding.
-PREFILL = 128
+# A prefill reads about so many tokens at once: enough to be a matmul rather than a walk
+# through the weights, few enough that one prompt alone wastes little padding; and where
+# more than that wait, as at the start, MANY of them.
+PREFILL, MANY = 128, 1024
 
 
 def sample(
@@ -142,7 +143,9 @@ def _blank(rows: int, room: int) -> Samples:
 
 def _next_entries(prompts, seeds, waiting, free, width, rows):
   """(Entries, their rows): those who wait, as far as slots and one prefill reach."""
-  many = max(1, PREFILL // width)
+  waits = len({tuple(prompts[row][:-1]) for row in waiting[-len(free) :]})
+  sizes = [min(max(1, tokens // width), rows) for tokens in (PREFILL, MANY)]
+  many = sizes[waits > sizes[0]]
   known: dict[tuple[int, ...], int] = {}  # a prompt -> its place in the prefill
   entered: list[int] = []
   entries = slots_lib.Entries(

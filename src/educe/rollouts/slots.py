@@ -30,8 +30,8 @@ from educe.rollouts import draw as draw_lib
 from educe.rollouts.draw import Settings, draw
 from educe.types import Cache, Head, Params
 
-FIRST_RING = 256
-GROWTH = 4  # rings of 256, 1,024, …: each is a program, compiled when it is reached
+FIRST_RING = 64
+GROWTH = 4  # rings of 64, 256, 1,024, …: each is a program, compiled when it is reached
 
 
 class Functions(NamedTuple):
