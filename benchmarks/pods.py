@@ -1,9 +1,9 @@
 """educe's training step compiled for TPUs that are not here: what a chip would hold and do.
 
   python benchmarks/pods.py [--topology=v5e:2x4] [--preset=six_million] [--loss=sft,grpo]
-    [--rows=8] [--length=512] [--mesh=fsdp=4,tensor=2] [--implementation=pallas_tpu]
+    [--rows=8] [--length=512] [--mesh=fsdp=4,tensor=2] [--logprob=pallas_tpu]
 
-libtpu compiles it on any host (pip install -e .[tpu]), in minutes that the size of the
+libtpu compiles it on any host (pip install -e .[dev]), in minutes that the size of the
 graph decides and the number of chips does not. Per device: arguments, temporaries and the
 most that is held at once. FLOPs come from a formula (XLA counts the body of a loop over
 layers once), and the time is the longest of three floors:
@@ -14,8 +14,8 @@ layers once), and the time is the longest of three floors:
   exchange   weights gathered for either pass and gradients scattered,
              3·bytes·(fsdp − 1)/fsdp, of what a tensor shard holds / the chip's links
 
-None of them was measured: no TPU has run this. --implementation is of the log-prob; by
-default it is what training takes. Prints a table and, as its last line, one JSON object;
+None of them was measured: no TPU has run this. --logprob is that of `config.model`. Prints
+a table and, as its last line, one JSON object;
 --keep adds it to results/pods.json.
 """
 
@@ -29,7 +29,6 @@ import os
 import pathlib
 import time
 from typing import Any, NamedTuple
-from unittest import mock
 
 # Before jax looks for chips. A second process would abort on the lock of a first.
 os.environ |= {
@@ -48,9 +47,6 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from educe import sharding
-from educe.kernels import logprob as op
-from educe.kernels.logprob import pallas_tpu
-from educe.losses.logprobs import score
 from educe.models import policy, presets
 from educe.models.transformer import Architecture
 from educe.training import optimizer
@@ -131,7 +127,6 @@ def compile_step(
   rows: int,
   length: int,
   microbatches: int = 1,
-  implementation: str | None = None,
   **options: Any,
 ) -> Any:
   """The step of `training/step.py`, compiled for the mesh's devices.
@@ -152,27 +147,14 @@ def compile_step(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows_over),
     jax.eval_shape(functools.partial(train_batch, architecture, rows, length)),
   )
-  scorer = None
-  if implementation is not None:
-
-    def scorer(params, reference, batch):
-      return score(model, params, batch, implementation=implementation)
-
   step = make_step(
     model,
     loss,
     tx,
     microbatches=microbatches,
-    scorer=scorer,
     state_shardings=jax.tree.map(lambda x: x.sharding, state),
   )
-  split = pallas_tpu.Split(mesh, ('data', 'fsdp'), 'tensor')
-  kind = mesh.devices.flat[0].device_kind
-  kernel = functools.partial(
-    pallas_tpu.logprob, interpret=False, tiles=pallas_tpu.CHIPS.get(kind), split=split
-  )
-  # By itself it would ask the host for its chip.
-  with mock.patch.dict(op.IMPLEMENTATIONS, pallas_tpu=kernel):
+  with sharding.using(mesh):
     return step.lower(state, batch).compile()
 
 
@@ -233,7 +215,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
   parser.add_argument('--length', type=int, default=512)
   parser.add_argument('--mesh', default='fsdp=4,tensor=2')
   parser.add_argument('--microbatches', type=int, default=1)
-  parser.add_argument('--implementation', choices=op.IMPLEMENTATIONS)
+  parser.add_argument('--logprob', default='auto')
   parser.add_argument('--remat', default='dots')
   parser.add_argument('--keep', action='store_true')
   args = parser.parse_args(argv)
@@ -241,6 +223,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     OWN.get(args.preset) or presets.get(args.preset),
     compute_dtype='bfloat16',
     remat=args.remat,
+    logprob=args.logprob,
   )
   axes = (part.split('=') for part in args.mesh.split(','))
   mesh = mesh_of(args.topology, **{name: int(size) for name, size in axes})
@@ -261,7 +244,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
       rows=args.rows,
       length=args.length,
       microbatches=args.microbatches,
-      implementation=args.implementation,
     )
     took = time.perf_counter() - start
     run = report(compiled, architecture, mesh, args.rows, args.length)
@@ -278,7 +260,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
   result = {'benchmark': 'pods', 'jax': jax.__version__, 'runs': runs}
   if args.keep:
     kept = json.loads(RESULTS.read_text())['runs'] if RESULTS.exists() else []
-    chosen = ('topology', 'preset', 'mesh', 'rows', 'length', 'loss', 'implementation')
+    chosen = ('topology', 'preset', 'mesh', 'rows', 'length', 'loss', 'logprob')
     merged = {str([run[key] for key in chosen]): run for run in [*kept, *runs]}
     RESULTS.write_text(
       json.dumps({**result, 'runs': list(merged.values())}, indent=1) + '\n'

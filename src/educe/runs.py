@@ -141,6 +141,8 @@ def train(
   ways = grid.shape['data'] * grid.shape['fsdp'] // jax.process_count()
 
   def place(batch: Batch, shares: int = 1) -> Batch:
+    if jax.process_count() > 1:  # each would choose widths of its own
+      shares = 1
     return sharding.place_batch(share(batch, shares, ways * microbatches), grid)
 
   net, params = call('model', model)

@@ -16,6 +16,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from educe.types import Split
+
 AXES = ('data', 'fsdp', 'tensor')
 BATCH = PartitionSpec(('data', 'fsdp'))
 
@@ -68,20 +70,18 @@ def _in_use():
   return mesh if ours else None
 
 
-def split(rows: int, vocab: int) -> tuple[Any, tuple[str, ...], str | None] | None:
-  """(mesh in use, axes that `rows` lie over, axis that `vocab` lies over), or None where
-  nothing is split: by `BATCH` and RULES, where they divide."""
+def split(rows: int, size: int, axis: str) -> Split | None:
+  """How `rows`, and `size` of the logical axis `axis`, lie on the mesh in use, by BATCH and
+  RULES where they divide; None where nothing is split."""
   mesh = _in_use()
   if mesh is None:
     return None
-  over, across = BATCH[0], RULES['vocab']
-  ways, parts = math.prod(mesh.shape[axis] for axis in over), mesh.shape[across]
-  ways, parts = (
-    n if size % n == 0 else 1 for size, n in ((rows, ways), (vocab, parts))
-  )
-  if ways * parts == 1:
+  over, across = BATCH[0], RULES[axis]
+  ways, parts = math.prod(mesh.shape[name] for name in over), mesh.shape[across]
+  by_rows, by_size = ways > 1 and rows % ways == 0, parts > 1 and size % parts == 0
+  if not (by_rows or by_size):
     return None
-  return mesh, over if ways > 1 else (), across if parts > 1 else None
+  return Split(mesh, over if by_rows else (), across if by_size else None)
 
 
 def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh):

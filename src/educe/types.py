@@ -74,6 +74,15 @@ class Max(NamedTuple):
     return Max(jnp.maximum(self.value, other.value))
 
 
+class Split(NamedTuple):
+  """How operands lie on a mesh: rows over `rows`, the other dimension that is split (the
+  vocabulary, heads) over `across`. Each divides by its axes."""
+
+  mesh: Any  # jax.sharding.Mesh or AbstractMesh
+  rows: tuple[str, ...] = ()
+  across: str | None = None
+
+
 class Head(NamedTuple):
   """hidden @ matrix · scale, soft-capped, are the logits."""
 

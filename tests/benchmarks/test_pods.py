@@ -94,23 +94,20 @@ def test_the_floors_are_the_formulas(pods):
 
 
 needs_libtpu = pytest.mark.skipif(
-  importlib.util.find_spec('libtpu') is None, reason='pip install -e .[tpu]'
+  importlib.util.find_spec('libtpu') is None, reason='pip install -e .[dev]'
 )
 
 
 @needs_libtpu
-@pytest.mark.parametrize(
-  ('loss', 'implementation'), [('grpo', None), ('sft', 'pallas_tpu')]
-)
-def test_the_real_step_compiles_for_four_chips(pods, loss, implementation):
+@pytest.mark.parametrize(('loss', 'logprob'), [('grpo', 'auto'), ('sft', 'pallas_tpu')])
+def test_the_real_step_compiles_for_four_chips(pods, loss, logprob):
   mesh = pods.mesh_of('v5e:2x2', fsdp=2, tensor=2)
-  compiled = pods.compile_step(
-    TINY, pods.LOSSES[loss], mesh, rows=4, length=33, implementation=implementation
-  )
+  architecture = dataclasses.replace(TINY, logprob=logprob)
+  compiled = pods.compile_step(architecture, pods.LOSSES[loss], mesh, rows=4, length=33)
   said = pods.report(compiled, TINY, mesh, 4, 33)
   assert said['devices'] == 4
   assert said['fits']
-  assert said['pallas_logprob'] == (implementation == 'pallas_tpu')
+  assert said['pallas_logprob'] == (logprob == 'pallas_tpu')
   # The params and two moments, of which a device has a quarter, or half where an axis
   # has no rule or does not divide.
   state = 3 * 4 * said['params'] / 1e6

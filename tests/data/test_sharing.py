@@ -69,6 +69,26 @@ def test_a_prompt_is_there_once():
   np.testing.assert_array_equal(*trained)
 
 
+def test_pairs_of_all_lengths_make_few_programs():
+  rng = np.random.default_rng(0)
+  shapes, tokens, whole = set(), 0, 0
+  for _ in range(100):
+    prompts = np.clip(rng.lognormal(5, 0.8, 4), 8, 700).astype(int)
+    batch = Batch(*(np.zeros((8, 1024), kind) for kind in (np.int32, np.float32)))
+    for row in range(8):
+      length = prompts[row // 2]
+      end = min(length + int(np.clip(rng.lognormal(4.5, 0.8), 4, 300)), 1024)
+      batch.tokens[row, :length] = row // 2 + 1
+      batch.tokens[row, length:end] = rng.integers(9, 99, end - length)
+      batch.mask[row, length:end] = 1
+    shared = sharing.share(batch, 2)
+    prefix = np.zeros((4, 0)) if shared.prefix is None else shared.prefix
+    shapes.add((prefix.shape, shared.tokens.shape))
+    tokens, whole = tokens + prefix.size + shared.tokens.size, whole + batch.tokens.size
+  assert len(shapes) <= 10
+  assert tokens < 0.75 * whole
+
+
 def test_what_comes_out_goes_back_to_its_place():
   batch = rows()
   shared = sharing.share(batch, 4)

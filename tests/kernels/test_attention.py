@@ -15,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from educe.kernels.attention import cudnn, portable, splash
+from educe.types import Split
 
 B, H, K, h = 2, 6, 3, 8
 PACKED = np.array([[1] * 40 + [2] * 75 + [3] * 15 + [0] * 12, [1] * 142])
@@ -199,7 +200,7 @@ def test_splash_on_a_mesh():
   *args, out = draw(6, T)
   segments = jnp.asarray(PACKED)
   want = run(functools.partial(portable.causal, segments=segments), *args, out)
-  split = splash.Split(mesh, ('data',), 'tensor')
+  split = Split(mesh, ('data',), 'tensor')
   there = np.expand_dims(PACKED > 0, (2, 3))
   attend = functools.partial(
     splash.attend, segments=segments, split=split, interpret=True
@@ -211,7 +212,7 @@ def test_splash_on_a_mesh():
     )
   ]
   check(run(attend, *placed, out, there), want, 2e-5)
-  replicated = functools.partial(attend, split=splash.Split(mesh))
+  replicated = functools.partial(attend, split=Split(mesh))
   check(run(replicated, *args, out, there), want, 2e-5)
 
 

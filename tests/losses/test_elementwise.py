@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from educe.losses import dpo, grpo, ppo, sft
-from educe.losses.elementwise import elementwise
+from educe.losses.elementwise import couples_rows, elementwise
 from educe.types import Batch, Mean, Scores
 
 SHAPE = (4, 6)
@@ -84,6 +84,31 @@ MIXED = {
   'a loop': lambda x: jax.lax.scan(lambda c, y: (c * y.sum(), None), 1.0, x)[0],
   'reversed': lambda x: (x * x[:, ::-1]).sum(),
 }
+
+
+@pytest.mark.parametrize('name', LOSSES)
+def test_none_of_ours_that_is_elementwise_couples_rows(name):
+  loss, is_elementwise = LOSSES[name]
+  assert not (is_elementwise and couples_rows(loss, *draw()))
+
+
+COUPLED = {
+  'whitened': lambda a: (a - a.mean()) / a.std(),
+  'ranked': lambda a: jnp.argsort(a, 0) * 1.0,
+  'less the row before': lambda a: a - jnp.cumsum(a, 0),
+  'in a call': jax.jit(lambda a: a / jnp.abs(a).max()),
+}
+
+
+@pytest.mark.parametrize('name', COUPLED)
+def test_advantages_that_a_loss_makes_of_all_rows_are_found_out(name):
+  def loss(scores, batch):
+    weights = COUPLED[name](batch.advantages)
+    return Mean(-(weights * scores.logp * batch.mask).sum(), batch.mask.sum()), {}
+
+  scores, batch = draw()
+  assert elementwise(loss, scores, batch)
+  assert couples_rows(loss, scores, batch)
 
 
 @pytest.mark.parametrize('name', MIXED)

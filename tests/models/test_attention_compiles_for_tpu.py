@@ -16,7 +16,7 @@ from educe.models.transformer import Architecture
 
 if importlib.util.find_spec('libtpu') is None:
   pytest.skip(
-    'libtpu is not installed (pip install -e .[tpu])', allow_module_level=True
+    'libtpu is not installed (pip install -e .[dev])', allow_module_level=True
   )
 
 B, T, H, K, h = 2, 4096, 8, 4, 64  # h: half of a chip's 128 lanes, as in SmolLM2

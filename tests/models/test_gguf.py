@@ -1,5 +1,7 @@
 """GGUF: SmolLM2-135M against transformers, a tiny file against ours, bad files."""
 
+import functools
+
 import gguf as library
 import jax
 import numpy as np
@@ -74,7 +76,8 @@ def test_smollm2_logits_are_those_of_transformers(smollm2, request):
   golden = np.load(request.config.rootpath / 'tests' / 'golden' / 'smollm2.npz')
   columns = golden['columns']
 
-  @jax.jit
+  # As it is run: without XLA's optimisations, as tests compile, sums are rounded worse.
+  @functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 3})
   def read(params, tokens):
     logits = model.hidden(params, tokens)[0][0] @ model.head(params).matrix
     return logits[:, columns], jax.nn.logsumexp(logits, -1), logits.argmax(-1)
@@ -84,10 +87,10 @@ def test_smollm2_logits_are_those_of_transformers(smollm2, request):
     logits, lse = np.asarray(logits, np.float64), np.asarray(lse, np.float64)
     for judge in ('logits', 'exact'):
       error = np.abs(logits - golden[f'{judge}{n}'])
-      assert error[1:].max() <= 1.2e-4
+      assert error[1:].max() <= 1e-4
       assert error[0].max() <= 2.5e-4
     error = (logits - lse[:, None]) - (golden[f'exact{n}'] - golden[f'lse{n}'][:, None])
-    assert np.abs(error).max() <= 1.2e-4  # 1e-4 with XLA's optimisations
+    assert np.abs(error).max() <= 1e-4
     np.testing.assert_array_equal(best, golden[f'argmax{n}'])
 
 

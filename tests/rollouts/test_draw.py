@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from educe.rollouts import draw as draw_lib
 from educe.rollouts.draw import Settings, draw, standing
 
 # χ² with k degrees of freedom exceeds k + 4·sqrt(2k) with probability about 1e-4.
@@ -98,9 +99,10 @@ def test_frequencies_follow_the_distribution(options, numbers):
   settings = Settings(
     options.get('temperature', 1.0), options.get('top_k'), None, options.get('min_p')
   )
-  uniforms = jax.random.uniform(jax.random.key(3), (draws, numbers))
+  draw_noise = jax.random.uniform if numbers == 2 else jax.random.gumbel
+  noise = draw_noise(jax.random.key(3), (draws, numbers))
   rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (draws, 300))
-  tokens = np.asarray(draw(rows, uniforms, settings).token)
+  tokens = np.asarray(draw(rows, noise, settings).token)
   # Pool what is expected fewer than 20 times: the χ² law needs full cells.
   rare = (p * draws < 20) & (p > 0)
   counts = np.bincount(tokens, minlength=300).astype(float)
@@ -133,11 +135,20 @@ def test_extreme_uniforms_never_draw_a_weightless_token():
     draw(jnp.asarray(logits), jnp.asarray(uniforms), Settings()).token
   )
   assert np.isfinite(logits[range(4), tokens]).all()
-  for extreme in (0, almost_one):
-    noise = np.full((4, 400), extreme)
-    noise[1::2, 5] = almost_one - extreme
-    tokens = draw(jnp.asarray(logits), jnp.asarray(noise), Settings()).token
-    assert np.isfinite(logits[range(4), tokens]).all()
+
+
+def test_gumbel_noise_is_fine_where_it_is_large(monkeypatch):
+  """Of 23 random bits e^−g would be a whole multiple of 2^-23, and what is less likely
+  than a few of those would hardly be drawn: a token of 2e-7 two times of three."""
+  monkeypatch.setattr(draw_lib, 'device_kind', lambda: 'TPU v5')
+  noise = jax.jit(lambda key: draw_lib.noise(key, 1 << 20))(jax.random.key(0))
+  rarest = np.exp(-np.sort(np.float64(noise))[-64:]) * 2**23
+  assert rarest.max() < 2000
+  assert (np.abs(rarest - rarest.round()) > 0.1).sum() > 32
+  # … and it is Gumbel's: P(g < x) = exp(−e^−x).
+  for x in (-1.0, 0.0, 2.0):
+    share = np.exp(-np.exp(-x))
+    assert abs((noise < x).mean() - share) < 4 * (share * (1 - share) / 2**20) ** 0.5
 
 
 def test_greedy_takes_the_lowest_id_of_a_tie_and_reports_temperature_one():

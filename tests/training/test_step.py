@@ -117,7 +117,14 @@ def by_sequence(scores, batch):
   return Mean((total**2).sum() / 100, batch.mask.sum()), {}
 
 
-@pytest.mark.parametrize('loss', [sft.loss, by_sequence])
+def by_weights_of_all_rows(scores, batch):
+  """… and one whose weights at a token read the whole batch's tokens."""
+  weights = batch.tokens / batch.tokens.max()
+  total = -(weights * scores.logp * batch.mask).sum()
+  return Mean(total, batch.mask.sum()), {}
+
+
+@pytest.mark.parametrize('loss', [sft.loss, by_sequence, by_weights_of_all_rows])
 @pytest.mark.parametrize('shape', [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)])
 def test_eight_devices_equal_one(mesh_of, shape, loss):
   batch = draw()

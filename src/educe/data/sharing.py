@@ -37,8 +37,14 @@ def share(batch: Batch, group: int, parts: int = 1) -> Batch:
   start = np.repeat(shared, group)  # of a row: the first token that stays in it
   # Behind the last token that is trained on nothing matters.
   ends = np.where(mask > 0, np.arange(length) + 1, 0).max(-1)
-  width = bucket(max(int(shared.max()), 1))
-  rest = 1 + bucket(max(int((ends - start).max()) - 1, 1))
+  # Each pair of widths is a program. Pairs of a data set come in all lengths, and have
+  # quarters of a row; the more rows share a prompt, the more a narrow rest saves.
+  grain = max(16, length // min(2 * group, 16))
+  width, rest = (
+    -(-max(int(x), 1) // grain) * grain
+    for x in (shared.max(), (ends - start).max() - 1)
+  )
+  rest += 1
   prompts = rows // group
   if prompts * width + rows * (rest - 1) > WORTH * rows * length:
     return batch

@@ -32,17 +32,50 @@ MEASURED: dict[tuple[str, str], Measurement] = {
 PORTABLE = ('chunked', 'reference')  # the first that a table has
 
 
+class Trial(NamedTuple):
+  """What a kernel must compile to be taken: `wrap` of it, for operands of these shapes."""
+
+  wrap: Callable[[Op], Op]
+  operands: Any
+  settings: str  # what else the program depends on
+
+
+def device_kind() -> str:
+  """Of the mesh that is in use, whose chips need not be here; else of this machine."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.devices()[0].device_kind if device is None else device.device_kind
+
+
+def interpreted(name: str) -> bool:
+  """Whether a kernel for TPUs runs as plain XLA: right and slow, and one line says so."""
+  if device_kind().startswith('TPU'):
+    return False
+  _say_once(f'{name}: there is no TPU here, it is interpreted, slowly')
+  return True
+
+
+_say_once = functools.cache(say)
+
+
+def candidates(op: str, table: Mapping[str, Op]) -> tuple[str, ...]:
+  """Names in the table, best first; the last is portable, and always runs."""
+  portable = next(name for name in PORTABLE if name in table)
+  found = MEASURED.get((op, device_kind()))
+  names = found.names if found else ()
+  before = names[: names.index(portable)] if portable in names else names
+  return (*before, portable)
+
+
 def choose(
   op: str,
   table: Mapping[str, Op],
   implementation: str | None = None,
-  trial: tuple[Any, ...] = (),
-  **static: Any,
+  trial: Trial | None = None,
 ) -> Op:
   """The function to call for `op`.
 
-  trial, static: what it will be called with; a kernel that does not compile for these
-    shapes is passed over, and one line says so, once
+  trial: a kernel that does not compile is passed over, and one line says so, once; where
+    the chip is not here to ask, it is taken
 
   Raises ValueError if `implementation` is not in the table.
   """
@@ -53,10 +86,9 @@ def choose(
         f'choose one of {sorted(table)} or None'
       )
     return table[implementation]
-  portable = next(name for name in PORTABLE if name in table)
-  found = MEASURED.get((op, jax.devices()[0].device_kind))
-  for name in found.names if found else ():
-    if name == portable or _runs(op, name, table[name], trial, static, portable):
+  *kernels, portable = candidates(op, table)
+  for name in kernels:
+    if trial is None or _compiles(op, name, table[name], trial, portable):
       return table[name]
   return table[portable]
 
@@ -64,13 +96,19 @@ def choose(
 _known: dict[Any, bool] = {}
 
 
-def _runs(op: str, name: str, function: Op, trial, static, portable: str) -> bool:
-  """Whether it compiles for these shapes, tried once."""
-  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trial)
-  key = (op, name, str(shapes), str(sorted(static.items())))
+def _compiles(op: str, name: str, function: Op, trial: Trial, portable: str) -> bool:
+  """Tried once."""
+  if device_kind() != jax.devices()[0].device_kind:
+    return True
+  shapes = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trial.operands
+  )
+  key = (op, name, str(shapes), trial.settings)
   if key not in _known:
     try:
-      jax.jit(functools.partial(function, **static)).lower(*shapes).compile()
+      # On one device, whatever the mesh that the operands of the call lie on.
+      with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        jax.jit(trial.wrap(function)).lower(*shapes).compile()
       _known[key] = True
     except Exception as error:  # a compiler's own: out of vector memory, no lowering, …
       _known[key] = False

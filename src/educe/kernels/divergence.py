@@ -149,7 +149,7 @@ def _backward(settings, arrays, cotangent):
     log_p, _ = _log_softmax(teacher, teacher_head, temperature, teacher_softcap)
     ds = g[:, None] * _slope(log_p, log_q, beta) * slope
     d_hidden, d_head = products(ds, h, head, d_head)
-    return d_head, d_hidden
+    return d_head, d_hidden.astype(h.dtype)
 
   zeros = jnp.zeros(head.shape, jnp.float32)
   xs = _chunks(chunk, hidden, teacher_hidden, cotangent)

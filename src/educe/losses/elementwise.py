@@ -43,13 +43,45 @@ def elementwise(loss: LossFn, scores: Scores, batch: Batch) -> bool:
   scores, batch: arrays or their shapes; what the loss raises, this raises
   """
 
+  jaxpr = _cotangents(loss, scores, batch)
+  read = len(jax.tree.leaves(scores))
+  inputs = [index < read for index in range(len(jaxpr.invars))]
+  return _follow(jaxpr, inputs) is not None
+
+
+def couples_rows(loss: LossFn, scores: Scores, batch: Batch) -> bool:
+  """Whether the cotangents of `loss` are made of anything summed, sorted or run over the
+  rows, as of advantages that it whitens itself: a device's own rows would not do."""
+  return _reduces_rows(_cotangents(loss, scores, batch))
+
+
+def _cotangents(loss: LossFn, scores: Scores, batch: Batch) -> Any:
+  """The program of ∂total/∂scores."""
+
   def cotangents(scores, batch):
     return jax.grad(lambda scores: loss(scores, batch)[0].total)(scores)
 
-  closed = jax.make_jaxpr(cotangents)(scores, batch)
-  read = len(jax.tree.leaves(scores))
-  inputs = [index < read for index in range(len(closed.jaxpr.invars))]
-  return _follow(closed.jaxpr, inputs) is not None
+  return jax.make_jaxpr(cotangents)(scores, batch).jaxpr
+
+
+def _reduces_rows(jaxpr: Any) -> bool:
+  """Whether its outputs need an operation along axis 0, or one that may be."""
+  needed = _needed(jaxpr)
+  for eqn in jaxpr.eqns:
+    if not any(v in needed for v in eqn.outvars):
+      continue
+    inner = _body(eqn)
+    if inner is not None:
+      if _reduces_rows(inner):
+        return True
+      continue
+    given = eqn.params
+    along = [given[name] for name in ('axis', 'dimension') if name in given]
+    if 0 in (*(given.get('axes') or ()), *along):
+      return True
+    if eqn.primitive.name in ('scan', 'while', 'cond', 'dot_general', 'rev', 'gather'):
+      return True
+  return False
 
 
 def _follow(jaxpr: Any, tainted: list[bool]) -> list[bool] | None:

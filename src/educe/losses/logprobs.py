@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient as sg
 
+from educe import sharding
 from educe.kernels.divergence import divergence
-from educe.kernels.logprob import Split, logprob, one_pass
-from educe.losses.elementwise import elementwise
-from educe.sharding import split
-from educe.types import Batch, LossFn, Max, Mean, Model, Params, Scores
+from educe.kernels.logprob import in_one_pass, logprob, one_pass
+from educe.losses.elementwise import couples_rows, elementwise
+from educe.types import Batch, LossFn, Max, Mean, Model, Params, Scores, Split
 
 
 def score(
@@ -23,7 +23,6 @@ def score(
   temperature: float = 1.0,
   teacher: tuple[Model, Params] | None = None,
   beta: float = 0.5,
-  implementation: str | None = None,
 ) -> Scores:
   """Log-probs and entropies of `batch.tokens` under the policy, `[B, T]`, in nats.
 
@@ -40,7 +39,6 @@ def score(
     teacher: another model of the same vocabulary, held constant; with it `divergence` is
       how far its next-token distributions are from the policy's.
     beta: of that divergence (kernels/divergence.py); read with a teacher alone.
-    implementation: of the op; None: what the model's architecture says.
   """
   states, flat, head = _read(model, params, batch)
   scores = logprob(
@@ -51,7 +49,7 @@ def score(
     temperature=temperature,
     softcap=head.softcap,
     split=_split(batch, head),
-    implementation=implementation or _named(model),
+    implementation=_named(model),
   )
   distance = None
   if teacher is not None:
@@ -65,14 +63,17 @@ def lose(
 ) -> tuple[Mean, dict[str, Mean | Max]]:
   """loss(score(…), batch), with the gradient formed while the logits are there.
 
-  Where the loss allows it (elementwise.py) and the architecture names no other way: it
-  saves making them again, a quarter of the head's matmuls. Else it is what it says.
+  Where the loss allows it (elementwise.py) and neither the architecture nor a measurement
+  names another way: it saves making them again, a quarter of the head's matmuls.
   """
   like: Any = jax.ShapeDtypeStruct(batch.tokens.shape, jnp.float32)
   scores = Scores(like, like, like if model.values else None, mean_logp=like)
-  if _named(model) or not elementwise(loss, scores, batch):
+  if _named(model) or not in_one_pass() or not elementwise(loss, scores, batch):
     return loss(score(model, params, batch, temperature=temperature), batch)
   states, flat, head = _read(model, params, batch)
+  split = _split(batch, head)
+  if split and split.rows and couples_rows(loss, scores, batch):
+    return loss(score(model, params, batch, temperature=temperature), batch)
   scaled = flat * jnp.asarray(head.scale, flat.dtype)
   values = _values(model, params, batch, states)
 
@@ -89,7 +90,7 @@ def lose(
     needed=(batch.mask[:, 1:] > 0).reshape(-1),
     temperature=temperature,
     softcap=head.softcap,
-    split=_split(batch, head),
+    split=split,
   )
   mean, metrics = loss(_aligned(batch, scores, values), batch)
   found = (d_hidden, d_matrix)
@@ -103,11 +104,9 @@ def _named(model: Model) -> str | None:
 
 
 def _split(batch: Batch, head) -> Split | None:
-  """How tokens and vocabulary lie on the mesh in use. Rows that share a prompt lie
-  together."""
+  """Of tokens and vocabulary. Rows that share a prompt lie together."""
   rows = len(batch.tokens if batch.prefix is None else batch.prefix)
-  found = split(rows, head.matrix.shape[1])
-  return None if found is None else Split(*found)
+  return sharding.split(rows, head.matrix.shape[1], 'vocab')
 
 
 def _said(batch: Batch):

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -27,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from educe import sharding
 from educe.kernels.attention import cudnn, portable, splash
+from educe.kernels.dispatch import device_kind
 from educe.progress import say
 
 IMPLEMENTATIONS = ('auto', 'portable', 'cudnn', 'splash')
@@ -79,7 +79,8 @@ def attend(
     return portable.causal(q, k, v, visible.segments)
   segments, fork = _library(q, visible)
   if name == 'splash':
-    mixed = splash.attend(q, k, v, segments, fork, split=_split(q, k))
+    split = sharding.split(len(q), k.shape[1], 'kv_heads')
+    mixed = splash.attend(q, k, v, segments, fork, split=split)
   else:
     mixed = cudnn.attend(q, k, v, segments, fork)
   if segments is not None:  # to them, padding is a document like any other
@@ -89,7 +90,7 @@ def attend(
 
 def choose(implementation: str, q, k, v, visible: Causal | Fork) -> str:
   """The name of what computes it here; see `attend`."""
-  kind = _device_kind()
+  kind = device_kind()
   name = implementation
   if name == 'auto':
     name = next((n for start, n in RULE.items() if kind.startswith(start)), 'portable')
@@ -134,23 +135,3 @@ def _library(q, visible: Causal | Fork):
   there = jnp.ones((B, q.shape[1] - S), jnp.int32)
   segments = jnp.concatenate([visible.prompt.astype(jnp.int32), there], 1)
   return segments, (S, visible.length)
-
-
-def _device_kind() -> str:
-  """Of the mesh that is set, if it says so: its chips need not be here to compile."""
-  device = get_abstract_mesh().abstract_device
-  return jax.devices()[0].device_kind if device is None else device.device_kind
-
-
-def _split(q, k) -> splash.Split | None:
-  """Rows and heads over the axes of the mesh that they divide by, as sharding.py lays
-  them; None without a mesh, and inside of a shard_map, where all of it is here."""
-  mesh = get_abstract_mesh()
-  if mesh.empty or mesh.size == 1 or mesh.manual_axes:
-    return None
-  rows = tuple(axis for axis in sharding.BATCH[0] if axis in mesh.shape)
-  if q.shape[0] % math.prod(mesh.shape[axis] for axis in rows):
-    rows = ()
-  heads = sharding.RULES['kv_heads']
-  fits = heads in mesh.shape and k.shape[1] % mesh.shape[heads] == 0
-  return splash.Split(mesh, rows, heads if fits else None)

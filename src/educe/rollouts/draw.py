@@ -4,9 +4,9 @@ Everything is float32 whatever the model's dtype, and nothing is ever sorted:
 a truncation threshold is found by bisecting the bit patterns of the weights, and
 a token by inverting the cumulative sum in two levels (a block, then a token in it).
 On a CPU at V = 49,152 that is ~20 times cheaper than the Gumbel trick, which needs
-B·V random numbers where this needs 2·B. On an accelerator those numbers cost nothing,
-while each cumulative sum and gather is a pass of its own: there the trick is used,
-argmax_v log w_v − log(−log u_v) (Gumbel 1954; `numbers` says which it is).
+B·V random numbers where this needs 2·B. On an accelerator those numbers are taken to be
+cheap, while each cumulative sum and gather is a pass of its own: there the trick is used,
+argmax_v log w_v + g_v with Gumbel's g_v = −log(−log u_v) (1954; see `noise`).
 
 Truncations apply in the order top-k, top-p, min-p, as in most samplers:
   top-k   the k largest                                  Fan et al. 2018, 1805.04833
@@ -23,7 +23,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from educe.kernels.dispatch import device_kind
 
 BLOCK = 128
 _ONE = 0x3F800000  # the bit pattern of float32 1.0
@@ -45,21 +47,28 @@ class Draw(NamedTuple):
   kept: Float[Array, 'B']  # mass that truncation left standing, 1 when off
 
 
-def numbers(vocabulary: int) -> int:
-  """How many random numbers a row needs on this backend: two, or one a token."""
-  return 2 if jax.default_backend() == 'cpu' else vocabulary
+def noise(key: Key[Array, ''], vocabulary: int) -> Float[Array, 'n']:
+  """What a row is drawn with on this backend: two uniform numbers, or one of Gumbel's a
+  token.
+
+  Of two words of random bits each: from one, tokens of a probability near 2^-23 would
+  hardly ever win.
+  """
+  if device_kind() == 'cpu':
+    return jax.random.uniform(key, (2,))
+  return jax.random.gumbel(key, (vocabulary,), mode='high')
 
 
 def draw(
-  logits: Float[Array, 'B V'], uniforms: Float[Array, 'B n'], settings: Settings
+  logits: Float[Array, 'B V'], noise: Float[Array, 'B n'], settings: Settings
 ) -> Draw:
   """One token a row, with its log-probability before any truncation.
 
   Greedy decoding (temperature None) takes the most likely token, the lowest id of a
   tie, and reports its log-probability at temperature 1.
 
-  uniforms: n independent numbers in [0, 1) a row, unused when greedy. n = 2: the inverse
-    of the cumulative distribution; n = V: Gumbel noise
+  noise: unused when greedy. n = 2: uniform in [0, 1), for the inverse of the cumulative
+    distribution; n = V: Gumbel's
   """
   logits = logits.astype(jnp.float32)
   temperature = settings.temperature
@@ -75,8 +84,10 @@ def draw(
     if keep is not None:
       weights = jnp.where(keep, weights, 0)
       kept = weights.sum(-1) / total
-    invert = uniforms.shape[1] == 2
-    token = _invert(weights, uniforms) if invert else _noisiest(weights, uniforms)
+    if noise.shape[1] == 2:
+      token = _invert(weights, noise)
+    else:
+      token = jnp.argmax(jnp.log(weights) + noise, -1)
   chosen = jnp.take_along_axis(scaled, token[:, None], -1)[:, 0]
   return Draw(token.astype(jnp.int32), chosen - peak - jnp.log(total), kept)
 
@@ -121,13 +132,6 @@ def _threshold(weights, mass, target):
   low = jnp.zeros(weights.shape[0], jnp.int32)
   low, _ = jax.lax.fori_loop(0, 30, halve, (low, jnp.full_like(low, _ONE + 1)))
   return jax.lax.bitcast_convert_type(low, jnp.float32)[:, None]
-
-
-def _noisiest(weights, uniforms):
-  """The token that is first once each log-weight has Gumbel noise of its own."""
-  # A number of 0 may not stop the only token that is left.
-  uniforms = jnp.maximum(uniforms, jnp.finfo(jnp.float32).tiny)
-  return jnp.argmax(jnp.log(weights) - jnp.log(-jnp.log(uniforms)), -1)
 
 
 def _invert(weights, uniforms):

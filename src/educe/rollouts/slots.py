@@ -3,8 +3,8 @@
 B slots decode side by side. A slot's cache has W places for a prompt, then a ring of R for
 what is decoded. Rows enter at different times but step together: at step s each writes
 its key at the same place, s mod R, with a position of its own. R is the most that a row
-may decode, so nothing that a living row still reads is ever written over, and one
-`dynamic_update_slice` serves all rows.
+may decode by the time that a ring comes round, so nothing that a living row still reads
+is ever written over, and one `dynamic_update_slice` serves all rows.
 
 Every step attends to all W + R places, written or not. So a long ring begins short and
 grows when it is full for the first time (`ring`, `grow`): a few programs more, and the
@@ -192,10 +192,8 @@ def advance(
       width + at,
     )
     z = logits(weights.head, states[:, 0])
-    uniforms = jax.vmap(_uniforms, (0, 0, None))(
-      keys, slots.drawn, draw_lib.numbers(z.shape[-1])
-    )
-    new = draw(z, uniforms, settings)
+    noise = jax.vmap(_noise, (0, 0, None))(keys, slots.drawn, z.shape[-1])
+    new = draw(z, noise, settings)
     ends = (new.token[:, None] == eos_ids[None]).any(-1)
     matched = slots.matched
     if stop is not None:
@@ -227,8 +225,8 @@ def logits(head: Head, states: Float[Array, '... D']) -> Float[Array, '... V']:
   return out if head.softcap is None else head.softcap * jnp.tanh(out / head.softcap)
 
 
-def _uniforms(key, index, count):
-  return jax.random.uniform(jax.random.fold_in(key, index), (count,))
+def _noise(key, index, vocabulary):
+  return draw_lib.noise(jax.random.fold_in(key, index), vocabulary)
 
 
 def _column(table, values, live, at):

@@ -14,6 +14,8 @@ passes over what a step of the model dwarfs. Both were written for Pallas, and l
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,7 +43,8 @@ def gae(
   `losses.advantages.gae` in float32, for code under jit; its arguments, but for
 
     segments: ids of 0 and above
-    implementation: a name in IMPLEMENTATIONS, or None for this backend's best
+    implementation: a name in IMPLEMENTATIONS; None: what was measured best here, else
+      reference
 
   No gradient flows through: to a policy's loss both are constants.
 
@@ -56,7 +59,8 @@ def gae(
   which = None if segments is None else jnp.asarray(segments, jnp.int32)
   operands = jax.lax.stop_gradient((*numbers, which))
   how = dict(gamma=gamma, lam=lam)
-  op = dispatch.choose('gae', IMPLEMENTATIONS, implementation, operands, **how)
+  trial = dispatch.Trial(lambda op: partial(op, **how), operands, str(how))
+  op = dispatch.choose('gae', IMPLEMENTATIONS, implementation, trial)
   return op(*operands, **how)
 
 

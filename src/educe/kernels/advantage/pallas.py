@@ -22,6 +22,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from educe.kernels.dispatch import interpreted
+
 SUBLANES, LANES = 8, 128
 # Rows, tokens. On v5e tiles of (8, 128) make 2.6 times as many bundles; larger, no fewer.
 TILE = 64, 512
@@ -46,7 +48,7 @@ def gae(
   interpret: run it as plain XLA; None: where there is no TPU
   """
   if interpret is None:
-    interpret = jax.devices()[0].platform != 'tpu'
+    interpret = interpreted('pallas')
   count, length = mask.shape
   rows = min(tile[0], -(-count // SUBLANES) * SUBLANES)
   width = min(tile[1], -(-length // LANES) * LANES)

@@ -7,8 +7,6 @@ Which tokens are there, and which document they are of, is not; it comes as segm
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,16 +21,10 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from educe.types import Split
+
 LANES = 128  # a block is a multiple of them
 BLOCK = 512  # queries, and keys, at most
-
-
-class Split(NamedTuple):
-  """How the operands lie on a mesh: rows over `rows`, heads of both kinds over `heads`."""
-
-  mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
-  rows: tuple[str, ...] = ()
-  heads: str | None = None
 
 
 class ForkMask(Mask):
@@ -102,8 +94,8 @@ def attend(
   if split is None:
     return run(q, k, v, segments)
   rows = split.rows or None
-  of_q = PartitionSpec(rows, None, split.heads)
-  of_kv = PartitionSpec(rows, split.heads)
+  of_q = PartitionSpec(rows, None, split.across)
+  of_kv = PartitionSpec(rows, split.across)
   of_segments = None if segments is None else PartitionSpec(rows)
   return jax.shard_map(
     run,

@@ -4,11 +4,23 @@
   log p(y) = z_y − lse(z)     H = lse(z) − Σ_v p_v z_v     (nats)
 
 Never holding the [N, V] logits is what makes long sequences and large vocabularies
-trainable; see `chunked` for how, and `reference` for what.
+trainable. The ways:
+
+  reference    the definition, on all logits
+  chunked      a loop over chunks of tokens, in plain XLA; tokens that nobody needs left out
+  one_pass     chunked, with the gradients formed where the loss allows it
+  vocabulary   a loop over chunks of the vocabulary: the least memory; by name only
+  pallas_tpu   Pallas for TPU
+  pallas_gpu   Mosaic GPU for Hopper, 16-bit operands
+
+What was measured to be best here runs, else `chunked` (kernels/dispatch.py).
 """
 
 from __future__ import annotations
 
+import math
+
+import jax
 from jaxtyping import Array, Bool, Float, Int
 
 from educe.kernels import dispatch
@@ -20,8 +32,7 @@ from educe.kernels.logprob import (
   vocabulary,
 )
 from educe.kernels.logprob.chunked import one_pass as one_pass
-from educe.kernels.logprob.op import Split as Split
-from educe.types import Scores
+from educe.types import Scores, Split
 
 IMPLEMENTATIONS = {
   'reference': reference.logprob,
@@ -55,7 +66,7 @@ def logprob(
       where the implementation can leave them out. None: all.
     split: how the operands lie on a mesh, so that each device leaves out its own tokens;
       None: they are on one, or the compiler divides the work.
-    implementation: a name in IMPLEMENTATIONS, or None for this backend's best.
+    implementation: a name in IMPLEMENTATIONS, or None: see above.
 
   All sums are float32 whatever the dtype of `hidden` and `head`; gradients come back
   in their own dtypes.
@@ -64,7 +75,35 @@ def logprob(
     raise ValueError(f'logprob: temperature={temperature} must be > 0')
   if softcap is not None and not softcap > 0:
     raise ValueError(f'logprob: softcap={softcap} must be > 0, or None for no cap')
-  how = dict(temperature=temperature, softcap=softcap, split=split)
-  operands = (hidden, head, targets)
-  op = dispatch.choose('logprob', IMPLEMENTATIONS, implementation, operands, **how)
-  return op(*operands, needed=needed, **how)
+  how = dict(temperature=temperature, softcap=softcap)
+  trial = _trial(hidden, head, targets, how, split)
+  op = dispatch.choose('logprob', IMPLEMENTATIONS, implementation, trial)
+  return op(hidden, head, targets, needed=needed, split=split, **how)
+
+
+def in_one_pass() -> bool:
+  """Whether `one_pass` is the best that is known here of a loss that allows it."""
+  return dispatch.candidates('logprob', IMPLEMENTATIONS)[0] == 'chunked'
+
+
+def _trial(hidden, head, targets, how, split: Split | None) -> dispatch.Trial:
+  """Forward and backward, of what one device holds."""
+  rows, parts = 1, 1
+  if split:
+    rows = math.prod(split.mesh.shape[axis] for axis in split.rows)
+    parts = split.mesh.shape[split.across] if split.across else 1
+  (N, D), V = hidden.shape, head.shape[1]
+
+  def wrap(op):
+    def total(hidden, head, targets):
+      scores = op(hidden, head, targets, **how)
+      return scores.logp.sum() + scores.entropy.sum()
+
+    return jax.grad(total, (0, 1))
+
+  operands = (
+    jax.ShapeDtypeStruct((N // rows, D), hidden.dtype),
+    jax.ShapeDtypeStruct((D, V // parts), head.dtype),
+    jax.ShapeDtypeStruct((N // rows,), targets.dtype),
+  )
+  return dispatch.Trial(wrap, operands, str(how))

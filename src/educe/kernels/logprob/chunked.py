@@ -21,11 +21,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from educe.kernels.dispatch import device_kind
 from educe.kernels.logprob import op, tile
-from educe.types import Scores
+from educe.types import Scores, Split
 
-TILE_BYTES = 64 << 20  # of one float32 [C, V] tile; larger gains nothing on CPU or GPU
-LEAST_ROWS = 256  # a product of fewer walks through W for little
+TILE_BYTES = 64 << 20  # of one float32 [C, V] tile; larger gains nothing on a CPU
+ROWS = 256  # on a CPU, no more where that makes several chunks: masks save whole ones
+# A product of C rows does C operations a byte of a 16-bit W; chips need 150 to 600 of them
+# (operations over bytes a second) not to wait for memory.
+ROWS_OF_CHIPS = 2048
 
 
 class Walk(NamedTuple):
@@ -58,7 +62,7 @@ def one_pass(
   temperature=1.0,
   softcap=None,
   needed=None,
-  split: op.Split | None = None,
+  split: Split | None = None,
 ):
   """(Scores, dH, dW) of a loss whose cotangents at a token read its own scores alone.
 
@@ -103,9 +107,11 @@ def one_pass(
 
 
 def chunk_rows(rows: int, vocab: int) -> int:
-  """C: at most TILE_BYTES a tile, in even chunks, of LEAST_ROWS where there are more."""
-  fit = max(TILE_BYTES // (4 * vocab), 1)
-  chunks = max(-(-rows // fit), rows // LEAST_ROWS, 1)
+  """C, of even chunks: about ROWS and at most TILE_BYTES a tile; see ROWS_OF_CHIPS."""
+  chunks = -(-rows // ROWS_OF_CHIPS)
+  if device_kind() == 'cpu':
+    fit = max(TILE_BYTES // (4 * vocab), 1)
+    chunks = max(-(-rows // fit), rows // ROWS, 1)
   return max(-(-rows // chunks), 1)
 
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from educe.kernels.logprob import tile
-from educe.types import Scores
+from educe.types import Scores, Split
 
 
 class How(NamedTuple):
@@ -35,15 +35,6 @@ class How(NamedTuple):
 class Passes(NamedTuple):
   moments: Callable[..., tile.Moments]
   gradients: Callable[..., tuple[Any, Any]]
-
-
-class Split(NamedTuple):
-  """How the operands lie on a mesh: tokens over `rows`, the vocabulary over `vocab`.
-  Both divide by their axes."""
-
-  mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
-  rows: tuple[str, ...] = ()
-  vocab: str | None = None
 
 
 def apply(passes: Passes, how, split: Split | None, hidden, head, targets, needed):
@@ -61,7 +52,7 @@ def over(split: Split | None, function, into: str, out: str):
   if split is None:
     return function
   P = jax.sharding.PartitionSpec
-  specs = {'r': P(split.rows or None), 'h': P(None, split.vocab)}
+  specs = {'r': P(split.rows or None), 'h': P(None, split.across)}
 
   def of(names):
     return tuple(specs[name] for name in names)
@@ -78,34 +69,34 @@ def over(split: Split | None, function, into: str, out: str):
 
 def own(split: Split | None, targets, head):
   """Targets as places in this device's part of the vocabulary; −1: not in it."""
-  if split is None or split.vocab is None:
+  if split is None or split.across is None:
     return targets
   size = head.shape[1]
-  place = targets - jax.lax.axis_index(split.vocab) * size
+  place = targets - jax.lax.axis_index(split.across) * size
   return jnp.where((place >= 0) & (place < size), place, -1)
 
 
 def merged(split: Split | None, found: tile.Moments, size: int) -> tile.Moments:
   """Over all parts of the vocabulary, each of `size` entries."""
-  if split is None or split.vocab is None:
+  if split is None or split.across is None:
     return found
-  top = jax.lax.pmax(found.top, split.vocab)
+  top = jax.lax.pmax(found.top, split.across)
   found = tile.about(found, top, size)
-  return tile.Moments(top, *jax.lax.psum(found[1:], split.vocab))
+  return tile.Moments(top, *jax.lax.psum(found[1:], split.across))
 
 
 def parts_of(split: Split | None, hidden, head):
   """The dtypes of a device's dH and dW: parts of a sum are rounded after it."""
   return (
-    jnp.float32 if split and split.vocab else hidden.dtype,
+    jnp.float32 if split and split.across else hidden.dtype,
     jnp.float32 if split and split.rows else head.dtype,
   )
 
 
 def summed(split: Split | None, d_hidden, d_head, hidden, head):
   """dH and dW of all devices, rounded to the operands' dtypes."""
-  if split and split.vocab:
-    d_hidden = jax.lax.psum(d_hidden, split.vocab)
+  if split and split.across:
+    d_hidden = jax.lax.psum(d_hidden, split.across)
   if split and split.rows:
     d_head = jax.lax.psum(d_head, split.rows)
   return d_hidden.astype(hidden.dtype), d_head.astype(head.dtype)

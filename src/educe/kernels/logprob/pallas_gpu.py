@@ -28,7 +28,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float, Int
 
 from educe.kernels.logprob import op, tile
-from educe.types import Scores
+from educe.types import Scores, Split
 
 ROWS, VOCAB, WIDTH = 64, 256, 64  # of a warpgroup's tile, and of D at a time
 WARPGROUPS = 2  # that multiply
@@ -53,7 +53,7 @@ def logprob(
   temperature: float = 1.0,
   softcap: float | None = None,
   needed: Bool[Array, 'N'] | None = None,
-  split: op.Split | None = None,
+  split: Split | None = None,
   multiprocessors: int | None = None,
 ) -> Scores:
   """See `educe.kernels.logprob.logprob`. hidden and head in one dtype of 16 bits.

@@ -22,9 +22,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
+from educe.kernels.dispatch import device_kind, interpreted
 from educe.kernels.logprob import op, tile
 from educe.kernels.logprob.tpu_chips import CHIPS, LANES, SMALLEST, Tiles, divisor
-from educe.types import Scores
+from educe.types import Scores, Split
 
 
 class Settings(NamedTuple):
@@ -42,7 +43,7 @@ def logprob(
   temperature: float = 1.0,
   softcap: float | None = None,
   needed: Bool[Array, 'N'] | None = None,
-  split: op.Split | None = None,
+  split: Split | None = None,
   tiles: Tiles | None = None,
   interpret: bool | None = None,
 ) -> Scores:
@@ -51,11 +52,11 @@ def logprob(
   tiles: None: those of this chip, or of the smallest
   interpret: run it as plain XLA; None: where there is no TPU
   """
-  here = jax.devices()[0]
+  kind = device_kind()
   if interpret is None:
-    interpret = here.platform != 'tpu'
+    interpret = interpreted('pallas_tpu')
   if tiles is None:
-    tiles = CHIPS.get(here.device_kind, SMALLEST)
+    tiles = CHIPS.get(kind, SMALLEST)
   width = hidden.shape[1]
   step = divisor(width, tiles.width)
   if not step:  # no piece of lanes divides D: zeros add nothing to a product
