@@ -257,7 +257,7 @@ def one_passes(size: Size) -> dict[str, Callable]:
     def way(hidden, head, targets, worth):
       with mock.patch.object(chunked, 'chunk_rows', lambda N, _: min(rows, N)):
         scores, *gradients = chunked.one_pass(
-          hidden, head, targets, jax.grad(lambda scores: value(scores, worth))
+          hidden, head, targets, jax.grad(value), worth
         )
       return scores, gradients
 

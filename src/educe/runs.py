@@ -160,7 +160,6 @@ def train(
   params = sharding.place(params, net.axes, grid)
 
   with contextlib.ExitStack() as closing:  # also when something below is refused
-    closing.enter_context(sharding.using(grid))
     # Where batches come from.
     supply = dict(
       model=net, params=params, tokenizer=words, environment=world, seed=seed

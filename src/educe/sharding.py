@@ -63,6 +63,13 @@ def using(mesh: Mesh) -> contextlib.AbstractContextManager[Any]:
   return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
+def using_that_of(params: Any) -> contextlib.AbstractContextManager[Any]:
+  """`using` the mesh that these arrays lie on; nothing if they lie on none."""
+  where = getattr(jax.tree.leaves(params)[0], 'sharding', None)
+  on_mesh = isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh)
+  return using(where.mesh) if on_mesh else contextlib.nullcontext()
+
+
 def _in_use():
   """The mesh of `using`; None outside of it, and where its axes are a kernel's own."""
   mesh = jax.sharding.get_abstract_mesh()

@@ -21,6 +21,6 @@ def test_parameter_count(name, parameters):
 
 def test_an_unknown_name_lists_the_known_ones():
   with pytest.raises(
-    ValueError, match=r"'gpt5'; there are \['chain', 'debug', 'language'"
+    ValueError, match=r"'gpt5'; there are \['chain', 'chain_8m', 'debug'"
   ):
     presets.get('gpt5')

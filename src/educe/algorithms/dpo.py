@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from educe import sharding
 from educe.algorithms import reference_logp
 from educe.data import pipeline
 from educe.data.pipeline import Batches
@@ -79,7 +80,8 @@ def make(
   def logp(params, tokens, mask) -> np.ndarray:
     """`[B, T]`; 0 where the mask is."""
     batch = place(Batch(tokens, mask), data.group)
-    return restore(np.asarray(read(params, batch)), batch, tokens.shape[1])
+    with sharding.using_that_of(params):
+      return restore(np.asarray(read(params, batch)), batch, tokens.shape[1])
 
   stored = None
   if precompute is not None:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from educe import sharding
 from educe.data.sharing import restore
 from educe.data.tokenizer import Tokenizer
 from educe.losses.logprobs import score
@@ -74,7 +75,8 @@ def reader(
     shares = rollouts.group if model.values is None else 1
     cuts = [slice(at, at + size) for at in range(0, len(tokens), size)]
     batches = [place(Batch(tokens[cut], mask[cut]), shares) for cut in cuts]
-    found = [parts(params, batch) for batch in batches]
+    with sharding.using_that_of(params):
+      found = [parts(params, batch) for batch in batches]
     logp = [
       restore(np.asarray(x), batch, tokens.shape[1])
       for batch, (x, _) in zip(batches, found, strict=True)
