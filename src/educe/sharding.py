@@ -66,8 +66,9 @@ def using(mesh: Mesh) -> contextlib.AbstractContextManager[Any]:
 def using_that_of(params: Any) -> contextlib.AbstractContextManager[Any]:
   """`using` the mesh that these arrays lie on; nothing if they lie on none."""
   where = getattr(jax.tree.leaves(params)[0], 'sharding', None)
-  on_mesh = isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh)
-  return using(where.mesh) if on_mesh else contextlib.nullcontext()
+  if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh):
+    return using(where.mesh)
+  return contextlib.nullcontext()
 
 
 def _in_use():
