@@ -11,6 +11,7 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
+from educe import sharding
 from educe.kernels.attention import cudnn, splash
 from educe.models import attention, policy, transformer
 from educe.models.attention import Causal, Fork
@@ -109,7 +110,7 @@ def test_a_fork_by_cudnn_when_it_is_asked_for():
 
 def test_many_chips_without_a_mesh(monkeypatch, heard):
   """A kernel cannot be split by the compiler, nor is it known how it should be."""
-  monkeypatch.setattr(attention, '_device_kind', lambda: 'TPU v5 lite')
+  monkeypatch.setattr(attention, 'device_kind', lambda: 'TPU v5 lite')
   assert attention.choose('auto', *operands(), Causal()) == 'portable'
   assert 'no mesh is in use' in heard[0]
 
@@ -121,7 +122,7 @@ def test_many_chips_without_a_mesh(monkeypatch, heard):
 def test_how_a_mesh_splits_it(size, B, want):
   with chip('TPU v5 lite', size):
     q, k, _ = operands(B=B)
-    split = attention._split(q, k)
+    split = sharding.split(len(q), k.shape[1], 'kv_heads')
     assert (split and split[1:]) == want
 
 
@@ -142,7 +143,7 @@ ARCHITECTURE = transformer.Architecture(
 def test_a_decoder_means_the_same_by_each(name, case, monkeypatch):
   """States and the gradient of params, through the choice and the wrappers."""
   monkeypatch.setattr(
-    attention, '_device_kind', lambda: {'splash': 'TPU'}.get(name, 'NVIDIA')
+    attention, 'device_kind', lambda: {'splash': 'TPU'}.get(name, 'NVIDIA')
   )
   monkeypatch.setattr(jax, 'device_count', lambda: 1)
   monkeypatch.setattr(cudnn, 'obstacle', lambda *_: None)
