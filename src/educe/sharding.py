@@ -80,15 +80,13 @@ def _in_use():
 
 def split(rows: int, size: int, axis: str) -> Split | None:
   """How `rows`, and `size` of the logical axis `axis`, lie on the mesh in use, by BATCH and
-  RULES where they divide; None where nothing is split."""
+  RULES where they divide; None where there is none."""
   mesh = _in_use()
-  if mesh is None:
+  if mesh is None or mesh.size == 1:
     return None
   over, across = BATCH[0], RULES[axis]
   ways, parts = math.prod(mesh.shape[name] for name in over), mesh.shape[across]
   by_rows, by_size = ways > 1 and rows % ways == 0, parts > 1 and size % parts == 0
-  if not (by_rows or by_size):
-    return None
   return Split(mesh, over if by_rows else (), across if by_size else None)
 
 

@@ -117,7 +117,7 @@ def test_many_chips_without_a_mesh(monkeypatch, heard):
 
 @pytest.mark.parametrize(
   ('size', 'B', 'want'),
-  [(1, 2, None), (2, 2, (('data', 'fsdp'), 'tensor')), (4, 2, ((), 'tensor'))],
+  [(1, 2, None), (2, 2, (('data', 'fsdp'), None)), (4, 2, ((), None))],
 )
 def test_how_a_mesh_splits_it(size, B, want):
   with chip('TPU v5 lite', size):

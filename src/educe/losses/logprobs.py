@@ -106,7 +106,9 @@ def _named(model: Model) -> str | None:
 def _split(batch: Batch, head) -> Split | None:
   """Of tokens and vocabulary. Rows that share a prompt lie together."""
   rows = len(batch.tokens if batch.prefix is None else batch.prefix)
-  return sharding.split(rows, head.matrix.shape[1], 'vocab')
+  split = sharding.split(rows, head.matrix.shape[1], 'vocab')
+  # Where nothing divides, the compiler finds something to divide.
+  return split if split and (split.rows or split.across) else None
 
 
 def _said(batch: Batch):
