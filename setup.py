@@ -41,8 +41,8 @@ setuptools.setup(
     'dev': [
       *DEMO,
       'beartype>=0.22',
-      # Compiles for TPUs where there is none.
-      "libtpu; sys_platform == 'linux' and platform_machine == 'x86_64'",
+      # Compiles for TPUs where there is none; jax names the libtpu that it can talk to.
+      "jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'",
       'mypy>=1.18',
       'pytest>=9.0',
       'pytest-xdist>=3.8',

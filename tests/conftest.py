@@ -5,7 +5,7 @@ import http.server
 import json
 import os
 import threading
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, requires, version
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 # A test's program runs once or twice: unoptimised it compiles in an eighth of the time.
@@ -22,6 +22,7 @@ os.environ['XLA_FLAGS'] = ' '.join(
 import jax
 import jaxtyping
 import pytest
+from packaging.requirements import Requirement
 
 # jaxtyping's annotations are promises; here they are kept.
 jaxtyping.install_import_hook(['educe.kernels', 'educe.losses'], 'beartype.beartype')
@@ -40,6 +41,32 @@ def mesh_of():
     return jax.make_mesh(
       (data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
     )
+
+  return make
+
+
+@pytest.fixture(scope='session')
+def chips():
+  """`chips('v5e:2x2')`: TPUs that are not here, for which libtpu compiles."""
+  try:
+    have = version('libtpu')
+  except PackageNotFoundError:
+    pytest.skip('libtpu is not installed (pip install -e .[dev])')
+  # Of another version than jax asks for, it takes the process with it and says nothing.
+  needs = next(
+    of for of in map(Requirement, requires('jax') or ()) if of.name == 'libtpu'
+  )
+  if have not in needs.specifier:
+    pytest.fail(f'libtpu {have} is not what jax needs: {needs} (pip install -e .[dev])')
+  os.environ['TPU_SKIP_MDS_QUERY'] = '1'
+  # Or a second test process would abort on the first one's lock.
+  os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'
+
+  def make(topology):
+    from jax.experimental import topologies
+
+    described = topologies.get_topology_desc(platform='tpu', topology_name=topology)
+    return described.devices
 
   return make
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib
-import importlib.util
 import math
 import os
 import pathlib
@@ -93,13 +92,8 @@ def test_the_floors_are_the_formulas(pods):
   assert not pods.report(compiled, TINY, mesh, rows=4, length=16)['fits']
 
 
-needs_libtpu = pytest.mark.skipif(
-  importlib.util.find_spec('libtpu') is None, reason='pip install -e .[dev]'
-)
-
-
-@needs_libtpu
 @pytest.mark.parametrize(('loss', 'logprob'), [('grpo', 'auto'), ('sft', 'pallas_tpu')])
+@pytest.mark.usefixtures('chips')
 def test_the_real_step_compiles_for_four_chips(pods, loss, logprob):
   mesh = pods.mesh_of('v5e:2x2', fsdp=2, tensor=2)
   architecture = dataclasses.replace(TINY, logprob=logprob)

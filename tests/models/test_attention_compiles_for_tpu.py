@@ -1,23 +1,14 @@
 """Splash attention, alone and in a decoder, compiled for real chips by libtpu."""
 
-import importlib.util
-import os
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from educe.models import attention, policy
 from educe.models.transformer import Architecture
-
-if importlib.util.find_spec('libtpu') is None:
-  pytest.skip(
-    'libtpu is not installed (pip install -e .[dev])', allow_module_level=True
-  )
 
 B, T, H, K, h = 2, 4096, 8, 4, 64  # h: half of a chip's 128 lanes, as in SmolLM2
 # A decoder compiles in half the time; kernels are the same.
@@ -25,12 +16,9 @@ LIGHTLY = {'exec_time_optimization_effort': -1.0}
 SCORES = B * H * T * T * 4  # bytes
 
 
-def mesh_of(chip, shape):
-  os.environ['TPU_SKIP_MDS_QUERY'] = '1'
-  os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'
-  topology = topologies.get_topology_desc(platform='tpu', topology_name=chip)
+def mesh_over(devices, shape):
   return Mesh(
-    np.array(topology.devices[: np.prod(shape)]).reshape(shape),
+    np.array(devices[: np.prod(shape)]).reshape(shape),
     ('data', 'fsdp', 'tensor'),
     axis_types=(AxisType.Auto,) * 3,
   )
@@ -51,11 +39,11 @@ def check(program, scores):
 
 
 @pytest.mark.parametrize(
-  ('chip', 'fork'),
+  ('topology', 'fork'),
   [('v4:2x2x1', False), ('v5e:2x2', True), ('v5p:2x2x1', False), ('v6e:2x2', False)],
 )
-def test_scores_stay_on_the_chip(chip, fork):
-  mesh = mesh_of(chip, (1, 1, 1))
+def test_scores_stay_on_the_chip(chips, topology, fork):
+  mesh = mesh_over(chips(topology), (1, 1, 1))
   q, k = ((B, T, H, h), (B, K, T, h))
   args = [like(mesh, jnp.bfloat16, shape) for shape in (q, k, k)]
   segments = like(mesh, jnp.int32, (B, T))
@@ -71,8 +59,8 @@ def test_scores_stay_on_the_chip(chip, fork):
     check(jax.jit(jax.grad(total, (0, 1, 2))).lower(*args, segments).compile(), SCORES)
 
 
-def test_a_decoder_s_rows_and_heads_over_four_chips():
-  mesh = mesh_of('v5e:2x2', (2, 1, 2))
+def test_a_decoder_s_rows_and_heads_over_four_chips(chips):
+  mesh = mesh_over(chips('v5e:2x2'), (2, 1, 2))
   architecture = Architecture(
     vocab_size=512,
     dim=128,
