@@ -66,14 +66,9 @@ def lose(
   Where the loss allows it (elementwise.py) and neither the architecture nor a measurement
   names another way: it saves making them again, a quarter of the head's matmuls.
   """
-  like: Any = jax.ShapeDtypeStruct(batch.tokens.shape, jnp.float32)
-  scores = Scores(like, like, like if model.values else None, mean_logp=like)
-  if _named(model) or not in_one_pass() or not elementwise(loss, scores, batch):
+  if _named(model) or not in_one_pass() or not _allows(loss, model, batch):
     return loss(score(model, params, batch, temperature=temperature), batch)
   states, flat, head = _read(model, params, batch)
-  split = _split(batch, head)
-  if split and split.rows and couples_rows(loss, scores, batch):
-    return loss(score(model, params, batch, temperature=temperature), batch)
   scaled = flat * jnp.asarray(head.scale, flat.dtype)
   values = _values(model, params, batch, states)
 
@@ -90,11 +85,21 @@ def lose(
     needed=(batch.mask[:, 1:] > 0).reshape(-1),
     temperature=temperature,
     softcap=head.softcap,
-    split=split,
+    split=_split(batch, head),
   )
   mean, metrics = loss(_aligned(batch, scores, values), batch)
   found = (d_hidden, d_matrix)
   return mean._replace(total=_given(mean.total, (scaled, head.matrix), found)), metrics
+
+
+def _allows(loss: LossFn, model: Model, batch: Batch) -> bool:
+  """Whether a token's cotangents follow from its own scores; and, where each device has
+  rows of its own, from what is in them."""
+  like: Any = jax.ShapeDtypeStruct(batch.tokens.shape, jnp.float32)
+  scores = Scores(like, like, like if model.values else None, mean_logp=like)
+  split = sharding.split(_rows(batch), 1, 'vocab')
+  coupled = split and split.rows and couples_rows(loss, scores, batch)
+  return elementwise(loss, scores, batch) and not coupled
 
 
 def _named(model: Model) -> str | None:
@@ -103,10 +108,14 @@ def _named(model: Model) -> str | None:
   return None if name == 'auto' else name
 
 
+def _rows(batch: Batch) -> int:
+  """How many rows are read: those that share a prompt are one."""
+  return len(batch.tokens if batch.prefix is None else batch.prefix)
+
+
 def _split(batch: Batch, head) -> Split | None:
-  """Of tokens and vocabulary. Rows that share a prompt lie together."""
-  rows = len(batch.tokens if batch.prefix is None else batch.prefix)
-  split = sharding.split(rows, head.matrix.shape[1], 'vocab')
+  """Of tokens and vocabulary."""
+  split = sharding.split(_rows(batch), head.matrix.shape[1], 'vocab')
   # Where nothing divides, the compiler finds something to divide.
   return split if split and (split.rows or split.across) else None
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from educe.kernels import dispatch
@@ -78,7 +79,10 @@ def logprob(
   how = dict(temperature=temperature, softcap=softcap)
   trial = _trial(hidden, head, targets, how, split)
   op = dispatch.choose('logprob', IMPLEMENTATIONS, implementation, trial)
-  return op(hidden, head, targets, needed=needed, split=split, **how)
+  scores = op(hidden, head, targets, needed=needed, split=split, **how)
+  if needed is None:
+    return scores
+  return jax.tree.map(lambda x: jnp.where(needed, x, 0), scores)
 
 
 def in_one_pass() -> bool:

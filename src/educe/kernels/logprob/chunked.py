@@ -44,14 +44,6 @@ class Walk(NamedTuple):
     return jax.lax.dynamic_slice_in_dim(self.row, index * self.size, self.size)
 
 
-def logprob(
-  hidden, head, targets, *, temperature=1.0, softcap=None, needed=None, split=None
-):
-  """See `educe.kernels.logprob.logprob`."""
-  how = op.How(temperature, softcap)
-  return op.apply(PASSES, how, split, hidden, head, targets, needed)
-
-
 def one_pass(
   hidden,
   head,
@@ -189,4 +181,4 @@ def gradients(how, hidden, head, targets, needed, known, dtypes):
   return d_hidden, d_head.astype(dtypes[1])
 
 
-PASSES = op.Passes(moments, gradients)
+logprob = op.logprob(op.Passes(moments, gradients))

@@ -38,12 +38,20 @@ class Passes(NamedTuple):
 
 
 def apply(passes: Passes, how, split: Split | None, hidden, head, targets, needed):
-  """The `logprob` of these passes; `how` begins as `How` does."""
-  targets = targets.astype(jnp.int32)
-  scores = _apply(passes, how, split, hidden, head, targets, needed)
-  if needed is None:
-    return scores
-  return jax.tree.map(lambda x: jnp.where(needed, x, 0), scores)
+  """The scores by these passes; `how` begins as `How` does."""
+  return _apply(passes, how, split, hidden, head, targets.astype(jnp.int32), needed)
+
+
+def logprob(passes: Passes) -> Callable[..., Scores]:
+  """The `educe.kernels.logprob.logprob` of passes that need to be told nothing else."""
+
+  def of_passes(
+    hidden, head, targets, *, temperature=1.0, softcap=None, needed=None, split=None
+  ):
+    how = How(temperature, softcap)
+    return apply(passes, how, split, hidden, head, targets, needed)
+
+  return of_passes
 
 
 def over(split: Split | None, function, into: str, out: str):

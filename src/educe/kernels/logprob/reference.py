@@ -26,7 +26,4 @@ def logprob(
     log_p, targets[:, None], axis=-1, mode='fill', fill_value=jnp.nan
   )
   entropy = -(jnp.exp(log_p) * log_p).sum(-1)
-  scores = Scores(take[:, 0], entropy, mean_logp=log_p.mean(-1))
-  if needed is None:
-    return scores
-  return jax.tree.map(lambda x: jnp.where(needed, x, 0), scores)
+  return Scores(take[:, 0], entropy, mean_logp=log_p.mean(-1))

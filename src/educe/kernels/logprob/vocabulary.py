@@ -2,7 +2,8 @@
 
 Peak temporaries are a few [N, V'] tiles of a few MB, whatever V: the moments of a chunk
 (tile.py) are joined to those of the chunks before. Backward the tiles are made again,
-and the chunk's columns of dW are finished at once: 4F in all, F = 2·N·D·V.
+and the chunk's columns of dW are finished at once: 4F in all, F = 2·N·D·V, of all tokens,
+needed or not.
 """
 
 from __future__ import annotations
@@ -14,14 +15,6 @@ from educe.kernels.logprob import op, tile
 
 TILE_BYTES = 4 << 20  # of one float32 [N, V'] tile
 LEAST_COLUMNS = 128
-
-
-def logprob(
-  hidden, head, targets, *, temperature=1.0, softcap=None, needed=None, split=None
-):
-  """See `educe.kernels.logprob.logprob`. Makes the logits of all tokens, needed or not."""
-  how = op.How(temperature, softcap)
-  return op.apply(PASSES, how, split, hidden, head, targets, needed)
 
 
 def _columns(rows: int, vocab: int) -> int:
@@ -81,4 +74,4 @@ def gradients(how, hidden, head, targets, needed, known, dtypes):
   return d_hidden.astype(dtypes[0]), d_head.astype(dtypes[1])
 
 
-PASSES = op.Passes(moments, gradients)
+logprob = op.logprob(op.Passes(moments, gradients))
