@@ -19,15 +19,14 @@ import json
 import math
 import os
 import re
-import statistics
 import tempfile
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
+from timing import about, in_turns
 
 from educe.kernels.advantage import pallas, reference
 from educe.losses import advantages, grpo
@@ -81,16 +80,8 @@ def clipped_loss(logp, entropy, mask, old_logp, advantages):
   return jax.value_and_grad(mean, has_aux=True)(logp)
 
 
-def in_turns(ways, repeats):
-  """{name: median milliseconds} of `repeats` turns after one that compiles."""
-  times = {name: [] for name in ways}
-  for turn in range(repeats + 1):
-    for name, way in ways.items():
-      start = time.perf_counter()
-      way()
-      if turn:
-        times[name].append(1e3 * (time.perf_counter() - start))
-  return {name: statistics.median(column) for name, column in times.items()}
+def milliseconds(ways, repeats):
+  return {name: 1e3 * each.wall for name, each in in_turns(ways, repeats).items()}
 
 
 def by_associative_scan(*arrays):
@@ -111,14 +102,14 @@ def on_this_machine(repeats):
       for name in ('numpy', 'reference')
     }
     ways['associative'] = functools.partial(by_associative_scan, r, v, mask)
-    found[f'gae {rows} × {tokens}'] = in_turns(ways, repeats)
+    found[f'gae {rows} × {tokens}'] = milliseconds(ways, repeats)
   r = rng.normal(size=PROMPTS * GROUP)
   on_device = jax.jit(group_normalised)
   ways = {
     'numpy': lambda: advantages.group_relative(r, GROUP),
     'reference': lambda: np.asarray(on_device(r.reshape(-1, GROUP).astype(np.float32))),
   }
-  found[f'group normalisation {PROMPTS} × {GROUP}'] = in_turns(ways, repeats)
+  found[f'group normalisation {PROMPTS} × {GROUP}'] = milliseconds(ways, repeats)
   print(f'{"ms, median of " + str(repeats):36}{"numpy":>10}{"scan":>10}{"assoc.":>10}')
   for name, times in found.items():
     print(f'{name:36}' + ''.join(f'{x:10.2f}' for x in times.values()))
@@ -212,9 +203,7 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--repeats', type=int, default=21)
   args = parser.parse_args()
-  print(
-    f'{os.cpu_count()} cores, {jax.devices()[0].device_kind}, jax {jax.__version__}'
-  )
+  print(*about().values(), sep=', ')
   print(
     f'\nTPU programs: {ROWS} rows of {TOKENS} tokens, {PROMPTS} groups of {GROUP}, float32'
   )
@@ -229,9 +218,7 @@ def main():
         'tpu_programs': programs,
         'rows': ROWS,
         'tokens': TOKENS,
-        'jax': jax.__version__,
-        'cores': os.cpu_count(),
-        'device': jax.devices()[0].device_kind,
+        **about(),
       }
     )
   )

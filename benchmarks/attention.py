@@ -11,13 +11,10 @@ many documents a row. Prints a table and, as its last line, one JSON object.
 import argparse
 import functools
 import json
-import os
-import platform
-import statistics
-import time
 
 import jax
 import jax.numpy as jnp
+from timing import about, in_turns
 
 from educe.models import attention
 
@@ -55,20 +52,14 @@ def main():
     programs[name, 'forward'] = jax.jit(lambda q, k, v, _, f=forward: f(q, k, v))
     programs[name, 'gradient'] = jax.jit(functools.partial(gradient, forward))
   compiled = {key: way.lower(*given).compile() for key, way in programs.items()}
-  walls = {key: [] for key in compiled}
-  for repeat in range(args.repeats + 1):
-    for key, program in compiled.items():
-      start = time.perf_counter()
-      jax.block_until_ready(program(*given))
-      if repeat:  # the first walks into fresh memory
-        walls[key].append(time.perf_counter() - start)
-  medians = {key: statistics.median(times) for key, times in walls.items()}
+  runs = {key: functools.partial(way, *given) for key, way in compiled.items()}
+  took = in_turns(runs, args.repeats)
   rows = {
     name: {
-      'forward_ms': round(1e3 * medians[name, 'forward'], 3),
-      'gradient_ms': round(1e3 * medians[name, 'gradient'], 3),
+      'forward_ms': round(1e3 * took[name, 'forward'].wall, 3),
+      'gradient_ms': round(1e3 * took[name, 'gradient'].wall, 3),
       'gradient_speedup': round(
-        medians['softmax', 'gradient'] / medians[name, 'gradient'], 2
+        took['softmax', 'gradient'].wall / took[name, 'gradient'].wall, 2
       ),
       'temp_mb': round(
         compiled[name, 'gradient'].memory_analysis().temp_size_in_bytes / 1e6, 1
@@ -79,15 +70,7 @@ def main():
   print(f'{"way":>10} {"forward ms":>11} {"gradient ms":>12} {"×":>6} {"temp MB":>9}')
   for name, row in rows.items():
     print(f'{name:>10}', '{:11.3f} {:12.3f} {:6.2f} {:9.1f}'.format(*row.values()))
-  about = {
-    'benchmark': 'attention',
-    **vars(args),
-    'machine': f'{platform.machine()}, {os.cpu_count()} cores, '
-    f'{jax.devices()[0].device_kind}',
-    'jax': jax.__version__,
-    'ways': rows,
-  }
-  print(json.dumps(about))
+  print(json.dumps({'benchmark': 'attention', **vars(args), **about(), 'ways': rows}))
 
 
 def gradient(forward, q, k, v, out):

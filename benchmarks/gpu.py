@@ -23,17 +23,15 @@ import json
 import math
 import os
 import pathlib
-import platform
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import gpu_parts
-import jax
-from gpu_parts import SIZES, Size
+from gpu_sizes import SIZES, Size
+from timing import about
 
 HERE = pathlib.Path(__file__).resolve().parent
 LIMIT = 540  # seconds of a part
@@ -138,15 +136,6 @@ def table(part: str, found: dict[str, Any]) -> str:
   if 'skipped' in peers:
     lines.append(f'torch skipped: {peers["skipped"]}')
   return '\n'.join(lines)
-
-
-def about() -> dict[str, Any]:
-  return {
-    'machine': f'{platform.machine()}, {os.cpu_count()} cores',
-    'device': jax.devices()[0].device_kind,
-    'jax': jax.__version__,
-    'date': time.strftime('%Y-%m-%d'),
-  }
 
 
 def make(part: str, name: str, out: pathlib.Path) -> dict[str, Any]:

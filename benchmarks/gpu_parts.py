@@ -1,4 +1,4 @@
-"""The parts of gpu.py: what each measures, at which sizes. Importing it starts nothing.
+"""The parts of gpu.py: what each measures. Importing it starts nothing.
 
 A part is a function of a Size that returns plain values: `rows`, name → numbers, and for
 what did not run `skipped`, in a line. MB are 10^6 bytes; times are medians, in seconds.
@@ -10,15 +10,13 @@ import dataclasses
 import functools
 import importlib.util
 import json
-import math
 import os
 import pathlib
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import jax
@@ -26,129 +24,20 @@ import jax.numpy as jnp
 import logprob
 import numpy as np
 import rollout
+from gpu_sizes import Head, Size, stages
+from step_work import LOSSES, step_flops, train_batch
+from timing import in_turns
 
 from educe.kernels.logprob import chunked, pallas_gpu, reference
-from educe.losses import dpo, grpo, sft
-from educe.models import policy, presets
-from educe.models.transformer import Architecture
+from educe.models import policy
 from educe.rollouts import sampler
 from educe.training import metrics, optimizer
 from educe.training.step import init_state, make_step
-from educe.types import Batch, Scores
+from educe.types import Scores
 
 HERE = pathlib.Path(__file__).resolve().parent
 TORCH_LIMIT = 270  # seconds of what torch does
 ENTROPY = 0.01  # its weight in the loss that the log-prob ways are differentiated for
-LOSSES = {'sft': sft.loss, 'dpo': dpo.loss, 'grpo': grpo.loss}
-
-# Llama 3.2 1B, which is Llama 3 8B made smaller: 1,235,814,400.
-ONE_BILLION = Architecture(
-  vocab_size=128_256,
-  dim=2048,
-  layers=16,
-  heads=32,
-  kv_heads=8,
-  head_dim=64,
-  ffn=8192,
-  max_length=8192,
-  rope_theta=500_000.0,
-  tied=True,
-)
-
-
-class Head(NamedTuple):
-  """What the log-prob is asked of: N tokens, D wide, V entries."""
-
-  tokens: int
-  width: int
-  vocab: int
-
-
-class Size(NamedTuple):
-  copied: int  # bytes
-  square: int  # side of a matmul
-  heads: Mapping[str, Head]
-  chunks: tuple[int, ...]  # tokens at a time
-  checked: int  # tokens compared with float64
-  models: Mapping[str, Architecture]
-  rows: int  # of a training batch
-  length: int
-  batches: tuple[int, ...]  # rows decoded side by side
-  prompt: int
-  new_tokens: int
-  group: int  # completions of a prompt
-  seeds: tuple[int, ...]
-  science: tuple[str, ...]  # flags of the chain world's runs
-  repeats: int
-
-
-def _stages(flag: str) -> tuple[str, ...]:
-  return tuple(f'--config.{stage}.{flag}' for stage in ('pretrain', 'grpo'))
-
-
-SIZES = {
-  'h200': Size(
-    copied=4 << 30,
-    square=8192,
-    heads={
-      'llama3_8b': Head(16384, 4096, 128_256),
-      'qwen3_0.6b': Head(16384, 1024, 151_936),
-    },
-    chunks=(2048, 4096, 8192),
-    checked=32,
-    models={'135m': presets.smollm2_135m, '1b': ONE_BILLION},
-    rows=16,
-    length=1024,
-    batches=(64, 256, 1024),
-    prompt=128,
-    new_tokens=128,
-    group=16,
-    seeds=(0, 1, 2),
-    science=(
-      *_stages('model.preset=chain_8m'),
-      '--config.pretrain.optimizer.learning_rate=1e-3',
-      '--config.grpo.optimizer.learning_rate=2e-4',
-    ),
-    repeats=7,
-  ),
-  'tiny': Size(
-    copied=1 << 16,
-    square=64,
-    heads={'llama3_8b': Head(48, 32, 256), 'qwen3_0.6b': Head(40, 16, 300)},
-    chunks=(16, 32),
-    checked=8,
-    models={'135m': presets.debug, '1b': dataclasses.replace(presets.debug, tied=True)},
-    rows=4,
-    length=16,
-    batches=(2, 4),
-    prompt=4,
-    new_tokens=6,
-    group=2,
-    seeds=(0,),
-    science=(
-      *_stages('steps=2'),
-      *_stages('optimizer.warmup_steps=0'),
-      *_stages('evaluation.repeats=1'),
-      '--config.grpo.evaluate_every=2',
-      '--config.pretrain.source.size=500',
-    ),
-    repeats=1,
-  ),
-}
-
-
-def seconds(ways: Mapping[str, Callable], repeats: int, inner: int = 1) -> dict:
-  """Median seconds of each way; they take turns, the first of which is not counted."""
-  times: dict[str, list[float]] = {name: [] for name in ways}
-  for repeat in range(repeats + 1):
-    for name, way in ways.items():
-      start = time.perf_counter()
-      for _ in range(inner):
-        out = way()
-      jax.block_until_ready(out)
-      if repeat:
-        times[name].append((time.perf_counter() - start) / inner)
-  return {name: statistics.median(each) for name, each in times.items()}
 
 
 def memory(compiled) -> dict[str, float]:
@@ -195,7 +84,8 @@ def ceilings(size: Size) -> dict[str, Any]:
   block = jnp.zeros(size.copied // 4)
   copy = jax.jit(lambda x: x + 1)
   rates = {}
-  each = seconds({'copy': functools.partial(copy, block)}, size.repeats, 4)['copy']
+  ways = {'copy': functools.partial(copy, block)}
+  each = in_turns(ways, size.repeats, inner=4)['copy'].wall
   rates['copy'] = {'seconds': each, 'gb_per_second': 2 * block.nbytes / each / 1e9}
   del block
   square = Head(size.square, size.square, size.square)
@@ -207,7 +97,7 @@ def ceilings(size: Size) -> dict[str, Any]:
       for key, of in zip(keys, ((N, D), (D, V)), strict=True)
     )
     run = functools.partial(jax.jit(jnp.matmul), a, b)
-    each = seconds({'matmul': run}, size.repeats, 4)['matmul']
+    each = in_turns({'matmul': run}, size.repeats, inner=4)['matmul'].wall
     rates[f'matmul {name}'] = {
       'seconds': each,
       'tflops': 2 * N * D * V / each / 1e12,
@@ -362,8 +252,8 @@ def logprob_part(size: Size, name: str) -> dict[str, Any]:
       rows[way_name] |= errors(*out, exact, at)
     del out
     runs[way_name] = functools.partial(compiled, *operands)
-  for way_name, each in seconds(runs, size.repeats).items():
-    rows[way_name]['seconds'] = each
+  for way_name, each in in_turns(runs, size.repeats).items():
+    rows[way_name]['seconds'] = each.wall
   flops = 2 * N * D * V
   for way_name in runs:
     products = 3 if way_name.endswith('backward') else 1
@@ -375,32 +265,6 @@ def logprob_part(size: Size, name: str) -> dict[str, Any]:
 
 
 # Training.
-
-
-def step_flops(a: Architecture, rows: int, length: int) -> float:
-  """6 a weight and token that multiplies, and causal attention: half of all pairs.
-
-  Attention: two products, of h numbers a head and pair, 2 FLOPs each, three times.
-  """
-  attention = a.dim * a.head_dim * (2 * a.heads + 2 * a.kv_heads)
-  weights = a.layers * (attention + 3 * a.dim * a.ffn) + a.dim * a.vocab_size
-  pairs = rows * length**2 / 2
-  return 6 * weights * rows * length + 12 * a.layers * a.heads * a.head_dim * pairs
-
-
-def train_batch(a: Architecture, rows: int, length: int) -> Batch:
-  """Random tokens; log-probs as an untrained model has them."""
-  keys = jax.random.split(jax.random.key(1))
-  tokens = jax.random.randint(keys[0], (rows, length), 0, a.vocab_size)
-  mask = jnp.ones((rows, length)).at[:, 0].set(0)
-  before = -math.log(a.vocab_size) * mask
-  return Batch(
-    tokens,
-    mask,
-    old_logp=before,
-    ref_logp=before,
-    advantages=jax.random.normal(keys[1], (rows, 1)) * mask,
-  )
 
 
 def train_part(size: Size, name: str) -> dict[str, Any]:
@@ -428,7 +292,7 @@ def train_part(size: Size, name: str) -> dict[str, Any]:
       state, said = step(state, batch)
       return said['loss']
 
-    each = seconds({'step': update}, size.repeats)['step']
+    each = in_turns({'step': update}, size.repeats)['step'].wall
     rows[loss_name] = {
       'seconds': each,
       'tokens_per_second': tokens / each,
@@ -474,14 +338,11 @@ def decode_part(size: Size, name: str) -> dict[str, Any]:
       key = jax.random.key(0)
       return sampler.sample(model, params, prompts, key, max_new_tokens=new).tokens
 
-    each = seconds(
-      {
-        'whole': functools.partial(run, size.new_tokens),
-        'one': functools.partial(run, 1),
-      },
-      min(size.repeats, 3),
-    )
-    step = (each['whole'] - each['one']) / (size.new_tokens - 1)
+    ways = {'whole': size.new_tokens, 'one': 1}
+    ways = {name: functools.partial(run, new) for name, new in ways.items()}
+    took = in_turns(ways, min(size.repeats, 3))
+    whole, one = took['whole'].wall, took['one'].wall
+    step = (whole - one) / (size.new_tokens - 1)
     places = sampler.bucket(size.prompt - 1) + size.new_tokens
     read, flops = rollout.step_cost(model, params, many, places)
     read = read * jnp.dtype(a.compute_dtype).itemsize / 4
@@ -491,8 +352,8 @@ def decode_part(size: Size, name: str) -> dict[str, Any]:
       'tokens_per_second': many / step,
       'of_bound': max(bounds.values()) / step,
       **{f'{kind}_bound_seconds': bound for kind, bound in bounds.items()},
-      'prefill_seconds': each['one'],
-      'tokens_per_second_with_prefill': many * size.new_tokens / each['whole'],
+      'prefill_seconds': one,
+      'tokens_per_second_with_prefill': many * size.new_tokens / whole,
     }
   return {
     'params': policy.count(params),
@@ -514,7 +375,7 @@ def science(size: Size, seed: int, runs: pathlib.Path) -> dict[str, Any]:
   root, folder = HERE.parent, runs / f'chain{seed}'
   command = [
     *(sys.executable, '-m', 'educe', 'train', '--config=configs/grpo.py:chain'),
-    *(f'--run_dir={folder}', *_stages(f'seed={seed}'), *size.science),
+    *(f'--run_dir={folder}', *stages(f'seed={seed}'), *size.science),
   ]
   code = subprocess.run(command, cwd=root).returncode
   if code:

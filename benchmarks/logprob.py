@@ -10,14 +10,12 @@ its last line, one JSON object.
 """
 
 import argparse
+import functools
 import json
-import os
-import platform
-import statistics
-import time
 
 import jax
 import jax.numpy as jnp
+from timing import about, in_turns
 
 from educe.kernels.logprob import IMPLEMENTATIONS, one_pass
 
@@ -47,24 +45,17 @@ def main():
     if name not in skipped:
       ways[name] = in_two_passes(op)
   compiled = {name: jax.jit(way).lower(*given).compile() for name, way in ways.items()}
-  walls, cpus = ({name: [] for name in ways} for _ in range(2))
-  for repeat in range(args.repeats + 1):
-    for name, way in compiled.items():
-      wall, cpu = time.perf_counter(), time.process_time()
-      jax.block_until_ready(way(*given))
-      if repeat:  # the first walks into fresh memory
-        walls[name].append(time.perf_counter() - wall)
-        cpus[name].append(time.process_time() - cpu)
-  medians = {name: statistics.median(times) for name, times in walls.items()}
+  runs = {name: functools.partial(way, *given) for name, way in compiled.items()}
+  took = in_turns(runs, args.repeats)
   temporaries = {
     name: way.memory_analysis().temp_size_in_bytes / 1e6
     for name, way in compiled.items()
   }
   rows = {
     name: {
-      'wall_s': round(medians[name], 4),
-      'cpu_s': round(statistics.median(cpus[name]), 4),
-      'fraction_of_matmul': round(medians['matmul'] / medians[name], 3),
+      'wall_s': round(took[name].wall, 4),
+      'cpu_s': round(took[name].cpu, 4),
+      'fraction_of_matmul': round(took['matmul'].wall / took[name].wall, 3),
       'temp_mb': round(temporaries[name], 1),
     }
     for name in ways
@@ -72,21 +63,19 @@ def main():
   print(f'{"way":>12} {"wall s":>8} {"CPU s":>8} {"of matmul":>10} {"temp MB":>9}')
   for name, row in rows.items():
     print(f'{name:>12}', '{:8.3f} {:8.3f} {:10.2f} {:9.1f}'.format(*row.values()))
-  rate = 6 * N * D * V / medians['matmul']
-  about = {
+  rate = 6 * N * D * V / took['matmul'].wall
+  result = {
     'benchmark': 'logprob',
     'tokens': N,
     'width': D,
     'vocab': V,
     'masked': args.masked,
     'dtype': args.dtype,
-    'machine': f'{platform.machine()}, {os.cpu_count()} cores, '
-    f'{jax.devices()[0].device_kind}',
-    'jax': jax.__version__,
+    **about(),
     'matmul_gflops': round(rate / 1e9, 1),
     'ways': rows,
   }
-  print(json.dumps(about))
+  print(json.dumps(result))
 
 
 def products(hidden, head, targets, needed):

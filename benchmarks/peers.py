@@ -40,7 +40,6 @@ import argparse
 import json
 import os
 import pathlib
-import platform
 import statistics
 import subprocess
 import sys
@@ -48,6 +47,7 @@ import tempfile
 
 import jax
 import numpy as np
+from timing import about
 
 from educe.losses.logprobs import score
 from educe.models import policy, safetensors
@@ -256,13 +256,6 @@ def ratios(found: dict) -> dict[str, float]:
   }
 
 
-def machine() -> str:
-  info = pathlib.Path('/proc/cpuinfo')
-  lines = info.read_text().splitlines() if info.exists() else []
-  names = [x.split(':')[1].strip() for x in lines if x.startswith('model name')]
-  return f'{names[0] if names else platform.machine()}, {os.cpu_count()} cores'
-
-
 def main():
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -292,7 +285,7 @@ def main():
         side.close()
   result = {
     'benchmark': 'peers',
-    'machine': machine(),
+    **about(),
     'versions': versions,
     'params': {v: policy.count(policy.shapes(architecture(int(v)))) for v in found},
     'repeats': args.repeats,

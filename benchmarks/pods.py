@@ -42,9 +42,9 @@ os.environ |= {
 
 import jax
 import jax.numpy as jnp
-from gpu_parts import LOSSES, ONE_BILLION, step_flops, train_batch
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from step_work import LOSSES, ONE_BILLION, step_flops, train_batch
 
 from educe import sharding
 from educe.models import policy, presets

@@ -15,12 +15,11 @@ import argparse
 import dataclasses
 import functools
 import json
-import os
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from timing import Seconds, about, in_turns
 
 from educe.models import gguf, policy, presets, transformer
 from educe.models.transformer import Architecture, LayerCache
@@ -42,20 +41,14 @@ TEN_MILLION = Architecture(
 EIGHT_MILLION = dataclasses.replace(TEN_MILLION, layers=8, ffn=688, kv_heads=8)
 
 
-def best(function, repeats):
-  """Least (wall seconds, CPU seconds) of `repeats` calls after one that compiles."""
-  times = []
-  for _ in range(repeats + 1):
-    wall, cpu = time.perf_counter(), time.process_time()
-    jax.block_until_ready(function())
-    times.append((time.perf_counter() - wall, time.process_time() - cpu))
-  return tuple(min(column) for column in zip(*times[1:], strict=True))
+def best(function, repeats) -> Seconds:
+  return in_turns({'': function}, repeats, of=min)['']
 
 
 def measured_bandwidth(repeats=9, size=2**26) -> float:
   """Bytes per second of reading a float32 array too large for any cache."""
   array = jnp.ones(size)
-  return array.nbytes / best(functools.partial(jax.jit(jnp.sum), array), repeats)[0]
+  return array.nbytes / best(functools.partial(jax.jit(jnp.sum), array), repeats).wall
 
 
 def step_cost(model, params, rows, places):
@@ -206,14 +199,8 @@ def against_plain(args):
     ).tokens
 
   ways = {'plain': lambda: plain(jnp.asarray(prompts), jax.random.key(0)), 'ours': ours}
-  times = {name: [] for name in ways}
-  for repeat in range(args.repeats + 1):
-    for name, way in ways.items():
-      cpu, wall = time.process_time(), time.perf_counter()
-      jax.block_until_ready(way())
-      if repeat:
-        times[name].append((time.perf_counter() - wall, time.process_time() - cpu))
-  wall, cpu = ({name: np.median(x, 0)[i] for name, x in times.items()} for i in (0, 1))
+  took = in_turns(ways, args.repeats)
+  wall, cpu = ({name: x[i] for name, x in took.items()} for i in (0, 1))
   print(
     f'\n{policy.count(params) / 1e6:.1f}M parameters, {args.rows} rows, {args.tokens} '
     'tokens, ours with prefill:\n'
@@ -252,9 +239,7 @@ def main():
     for name, (model, params) in models.items()
   }
   rates = [(measured_bandwidth(), measured_matmul_flops(repeats=15))]
-  print(
-    f'{os.cpu_count()} cores, {jax.devices()[0].device_kind}, jax {jax.__version__}'
-  )
+  print(*about().values(), sep=', ')
   print(
     f'{args.rows} rows, prompts of {args.prompt}, {args.tokens} new tokens, float32'
   )
@@ -281,9 +266,7 @@ def main():
         'tokens': args.tokens,
         'bytes_per_second': bandwidth,
         'matmul_flops_per_second': matmul,
-        'jax': jax.__version__,
-        'cores': os.cpu_count(),
-        'device': jax.devices()[0].device_kind,
+        **about(),
       }
     )
   )

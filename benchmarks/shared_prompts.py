@@ -8,15 +8,13 @@ largest gradient). Prints a table and, as its last line, one JSON object.
 """
 
 import argparse
+import functools
 import json
-import os
-import platform
-import statistics
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from timing import about, in_turns
 
 from educe.data.sharing import share
 from educe.losses import grpo
@@ -70,44 +68,37 @@ def main():
 
     return jax.value_and_grad(total)(params)
 
-  walls, cpus, out = ({name: [] for name in batches} for _ in range(3))
-  for repeat in range(args.repeats + 1):
-    for name, batch in batches.items():
-      wall, cpu = time.perf_counter(), time.process_time()
-      out[name] = jax.block_until_ready(step(params, batch))
-      if repeat:
-        walls[name].append(time.perf_counter() - wall)
-        cpus[name].append(time.process_time() - cpu)
-  (loss, gradient), (shared_loss, shared_gradient) = out.values()
+  runs = {name: functools.partial(step, params, x) for name, x in batches.items()}
+  took = in_turns(runs, args.repeats)
+  (loss, gradient), (shared_loss, shared_gradient) = (run() for run in runs.values())
   largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(gradient))
   apart = jax.tree.map(
     lambda a, b: float(jnp.abs(a - b).max()), gradient, shared_gradient
   )
   rows = {
     name: {
-      'wall_s': round(statistics.median(walls[name]), 3),
-      'cpu_s': round(statistics.median(cpus[name]), 3),
-      'tokens_per_second': round(whole.tokens.size / statistics.median(walls[name])),
+      'wall_s': round(each.wall, 3),
+      'cpu_s': round(each.cpu, 3),
+      'tokens_per_second': round(whole.tokens.size / each.wall),
     }
-    for name in batches
+    for name, each in took.items()
   }
   print(f'{"":>12} {"wall s":>8} {"CPU s":>8} {"tokens/s":>9}')
   for name, row in rows.items():
     print(f'{name:>12}', '{:8.3f} {:8.3f} {:9d}'.format(*row.values()))
   speedup = rows['whole rows']['wall_s'] / rows['shared']['wall_s']
   print(f'{speedup:.2f} times as fast')
-  about = {
+  result = {
     'benchmark': 'shared_prompts',
     **vars(args),
     'params': policy.count(params),
-    'machine': f'{platform.machine()}, {os.cpu_count()} cores',
-    'jax': jax.__version__,
+    **about(),
     'speedup': round(speedup, 3),
     'loss_difference': abs(float(loss - shared_loss)),
     'gradient_difference': max(jax.tree.leaves(apart)) / largest,
     'ways': rows,
   }
-  print(json.dumps(about))
+  print(json.dumps(result))
 
 
 if __name__ == '__main__':

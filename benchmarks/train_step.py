@@ -11,13 +11,11 @@ import argparse
 import dataclasses
 import functools
 import json
-import os
-import platform
 import statistics
-import time
 
 import jax
 import jax.numpy as jnp
+from timing import about, in_turns
 
 from educe.losses import sft
 from educe.losses.logprobs import score
@@ -26,16 +24,6 @@ from educe.training import optimizer
 from educe.training.metrics import measured_matmul_flops
 from educe.training.step import init_state, make_step
 from educe.types import Batch
-
-
-def seconds(function, repeats):
-  """Times of `repeats` calls, after one that compiles."""
-  times = []
-  for _ in range(repeats + 1):
-    start = time.perf_counter()
-    jax.block_until_ready(function())
-    times.append(time.perf_counter() - start)
-  return times[1:]
 
 
 def main():
@@ -57,21 +45,25 @@ def main():
 
   rates = [measured_matmul_flops(repeats=9)]
 
-  # The parts, each timed alone.
   def states(params):
     return model.hidden(params, ids)[0].sum()
 
   def total(params):
     return score(model, params, batch).logp.sum()
 
-  parts = {
-    'forward to states': seconds(functools.partial(jax.jit(states), params), 3),
-    'gradient of states': seconds(
-      functools.partial(jax.jit(jax.grad(states)), params), 3
-    ),
-    'forward to log-probs': seconds(functools.partial(jax.jit(total), params), 3),
-    'gradient': seconds(functools.partial(jax.jit(jax.grad(total)), params), 3),
+  functions = {
+    'forward to states': states,
+    'gradient of states': jax.grad(states),
+    'forward to log-probs': total,
+    'gradient': jax.grad(total),
   }
+  parts = {}
+  for (
+    name,
+    function,
+  ) in functions.items():  # each alone: there is memory for one of them
+    way = functools.partial(jax.jit(function), params)
+    parts |= in_turns({name: way}, 3, of=min)
   rates.append(measured_matmul_flops(repeats=9))
 
   tx = optimizer.make(1000, name='adamw', learning_rate=1e-5)
@@ -84,19 +76,17 @@ def main():
     state, metrics = step(state, batch)
     return metrics['loss']
 
-  parts['step (with AdamW)'] = seconds(update, args.steps)
+  parts |= in_turns({'step (with AdamW)': update}, args.steps, of=min)
   rates.append(measured_matmul_flops(repeats=9))
 
   peak = max(rates)
   print(f'SmolLM2-135M ({count:,} params), float32, {args.rows} × {args.length} tokens')
-  print(f'{platform.processor() or platform.machine()}, {os.cpu_count()} cores, '
-        f'{jax.devices()[0].device_kind}, jax {jax.__version__}')  # fmt: skip
+  print(*about().values(), sep=', ')
   print(f'matmul 2048³: {" ".join(f"{r / 1e9:.0f}" for r in rates)} GFLOP/s\n')
-  print(f'{"":24}{"best s":>9}{"median s":>10}{"tokens/s":>10}')
-  for name, times in parts.items():
-    best, middle = min(times), statistics.median(times)
-    print(f'{name:24}{best:9.3f}{middle:10.3f}{tokens / best:10.1f}')
-  best = min(parts['step (with AdamW)'])
+  print(f'{"":24}{"best s":>9}{"tokens/s":>10}')
+  for name, best in parts.items():
+    print(f'{name:24}{best.wall:9.3f}{tokens / best.wall:10.1f}')
+  best = parts['step (with AdamW)'].wall
   result = {
     'benchmark': 'train_step',
     'model': 'smollm2_135m',
@@ -105,14 +95,11 @@ def main():
     'remat': args.remat,
     'params': count,
     'tokens_per_second': tokens / best,
-    'tokens_per_second_median': tokens / statistics.median(parts['step (with AdamW)']),
     'matmul_flops_per_second': peak,
     'fraction_of_matmul_peak': 6 * count * tokens / best / peak,
     'fraction_of_mean_matmul': 6 * count * tokens / best / statistics.mean(rates),
-    'seconds': {name: min(times) for name, times in parts.items()},
-    'jax': jax.__version__,
-    'cores': os.cpu_count(),
-    'device': jax.devices()[0].device_kind,
+    'seconds': {name: best.wall for name, best in parts.items()},
+    **about(),
   }
   print()
   print(json.dumps(result))

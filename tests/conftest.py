@@ -2,8 +2,10 @@
 
 import contextlib
 import http.server
+import importlib
 import json
 import os
+import sys
 import threading
 from importlib.metadata import PackageNotFoundError, requires, version
 
@@ -43,6 +45,23 @@ def mesh_of():
     )
 
   return make
+
+
+@pytest.fixture(scope='module')
+def scripts():
+  """`scripts(folder, name, …)`: {name: module} as commands import them from there."""
+  folders, path = [], list(sys.path)
+
+  def load(folder, *names):
+    folders.append(str(folder))
+    sys.path.insert(0, str(folder))
+    return {name: importlib.import_module(name) for name in names}
+
+  yield load
+  sys.path[:] = path
+  for name, module in list(sys.modules.items()):
+    if os.path.dirname(getattr(module, '__file__', None) or '') in folders:
+      del sys.modules[name]
 
 
 @pytest.fixture(scope='session')

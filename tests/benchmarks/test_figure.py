@@ -1,9 +1,7 @@
 """The pictures say the numbers that were kept, and every one kept for a picture has it."""
 
-import importlib
 import json
 import pathlib
-import sys
 
 import matplotlib
 import pytest
@@ -12,14 +10,9 @@ HERE = pathlib.Path(__file__).parents[2] / 'benchmarks'
 
 
 @pytest.fixture(scope='module')
-def figure():
+def figure(scripts):
   matplotlib.use('Agg')
-  sys.path.insert(0, str(HERE))
-  try:
-    yield importlib.import_module('figure')
-  finally:
-    sys.path.remove(str(HERE))
-    sys.modules.pop('figure', None)
+  return scripts(HERE, 'figure')['figure']
 
 
 def results(name):

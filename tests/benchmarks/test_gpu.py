@@ -15,24 +15,18 @@ import pytest
 from educe.models import policy, presets
 
 HERE = pathlib.Path(__file__).parents[2] / 'benchmarks'
-MODULES = ('gpu', 'gpu_parts', 'logprob', 'rollout')
 
 
 @pytest.fixture(scope='module')
-def of():
-  """The scripts, as they import each other."""
-  sys.path.insert(0, str(HERE))
-  try:
-    yield {name: importlib.import_module(name) for name in MODULES}
-  finally:
-    sys.path.remove(str(HERE))
-    for name in MODULES:
-      sys.modules.pop(name, None)
+def of(scripts):
+  return scripts(
+    HERE, 'gpu', 'gpu_parts', 'gpu_sizes', 'logprob', 'rollout', 'step_work'
+  )
 
 
 @pytest.fixture(scope='module')
 def tiny(of):
-  return of['gpu_parts'].SIZES['tiny']
+  return of['gpu_sizes'].SIZES['tiny']
 
 
 @pytest.fixture(scope='module')
@@ -112,7 +106,6 @@ def test_a_way_that_does_not_run_is_a_row(of, tiny, monkeypatch):
 @pytest.mark.parametrize('tied', [False, True])
 def test_a_steps_flops_are_those_that_xla_counts(of, tied):
   """Of the forward pass, whose products XLA counts one by one when no loop hides them."""
-  parts = of['gpu_parts']
   a = dataclasses.replace(presets.debug, dim=64, ffn=256, vocab_size=1024, tied=tied)
   model, rows, length = policy.build(a), 2, 64
 
@@ -125,7 +118,7 @@ def test_a_steps_flops_are_those_that_xla_counts(of, tied):
   counted = lowered.compile().cost_analysis()['flops']
   # A third of a step; XLA multiplies all pairs of tokens, where half of them count.
   causal = 2 * a.layers * a.heads * a.head_dim * rows * length**2
-  ours = parts.step_flops(a, rows, length) / 3 + causal
+  ours = of['step_work'].step_flops(a, rows, length) / 3 + causal
   # The rest of what it counts: norms, rotations, softmax.
   assert ours < counted < 1.2 * ours
 

@@ -1,11 +1,9 @@
 """A step compiled for chips that are not here: laid out as a run lays it, and counted."""
 
 import dataclasses
-import importlib
 import math
 import os
 import pathlib
-import sys
 import types
 
 import jax
@@ -18,24 +16,17 @@ from educe.training import optimizer
 from educe.training.step import init_state
 
 HERE = pathlib.Path(__file__).parents[2] / 'benchmarks'
-MODULES = ('pods', 'gpu_parts', 'logprob', 'rollout')
 TINY = dataclasses.replace(
   presets.debug, dim=128, head_dim=32, vocab_size=512, compute_dtype='bfloat16'
 )
 
 
 @pytest.fixture(scope='module')
-def pods():
+def pods(scripts):
   before = dict(os.environ)
-  sys.path.insert(0, str(HERE))
-  try:
-    yield importlib.import_module('pods')
-  finally:
-    sys.path.remove(str(HERE))
-    for name in MODULES:
-      sys.modules.pop(name, None)
-    os.environ.clear()
-    os.environ.update(before)
+  yield scripts(HERE, 'pods')['pods']
+  os.environ.clear()
+  os.environ.update(before)
 
 
 def test_a_state_lies_as_a_run_puts_it(pods, mesh_of):

@@ -1,10 +1,8 @@
 """The experiment's script can fail, and its committed numbers are what it computes."""
 
 import copy
-import importlib
 import json
 import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +13,6 @@ from educe.environments import tabular
 
 HERE = pathlib.Path(__file__).parents[2] / 'experiments' / '2022_gao_overoptimization'
 COMMITTED = json.loads((HERE / 'results' / 'cpu2.json').read_text())
-MODULES = ('judge', 'measure', 'optimise', 'world')
 SAMPLED = {'betas': [0.0, 1.0], 'steps': 4, 'group': 4, 'rate': 0.02, 'every': 2}
 SMALL = {
   'worlds': [10],
@@ -31,15 +28,8 @@ FOUND_FALSE = {'penalty_rloo', 'penalty_plain'}
 
 
 @pytest.fixture(scope='module')
-def of():
-  """The folder's modules, as the commands import them."""
-  sys.path.insert(0, str(HERE))
-  try:
-    yield {name: importlib.import_module(name) for name in MODULES}
-  finally:
-    sys.path.remove(str(HERE))
-    for name in MODULES:
-      sys.modules.pop(name, None)
+def of(scripts):
+  return scripts(HERE, 'judge', 'measure', 'optimise', 'world')
 
 
 @pytest.fixture(scope='module')

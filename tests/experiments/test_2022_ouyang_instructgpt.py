@@ -1,9 +1,7 @@
 """What the script says of a run can fail, and what it reads of a run is what is there."""
 
 import copy
-import importlib
 import pathlib
-import sys
 
 import numpy as np
 import pytest
@@ -14,15 +12,8 @@ HERE = pathlib.Path(__file__).parents[2] / 'experiments' / '2022_ouyang_instruct
 
 
 @pytest.fixture(scope='module')
-def of():
-  """judge and results, as the commands import them."""
-  sys.path.insert(0, str(HERE))
-  try:
-    yield {x: importlib.import_module(x) for x in ('judge', 'results')}
-  finally:
-    sys.path.remove(str(HERE))
-    for name in ('judge', 'results'):
-      sys.modules.pop(name, None)
+def of(scripts):
+  return scripts(HERE, 'judge', 'results')
 
 
 def test_scores_are_means_of_each_prompt(of, tmp_path):

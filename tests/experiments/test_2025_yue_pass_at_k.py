@@ -2,10 +2,8 @@
 
 import copy
 import functools
-import importlib
 import math
 import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,20 +15,12 @@ from educe.environments import chain
 from educe.models import policy, presets
 
 HERE = pathlib.Path(__file__).parents[2] / 'experiments' / '2025_yue_pass_at_k'
-MODULES = ('analysis', 'exact', 'judge', 'run', 'tables')
 WORDS = tokenizers.load(path=f'characters:{chain.ALPHABET}')
 
 
 @pytest.fixture(scope='module')
-def of():
-  """The folder's modules, as the commands import them."""
-  sys.path.insert(0, str(HERE))
-  try:
-    yield {name: importlib.import_module(name) for name in MODULES}
-  finally:
-    sys.path.remove(str(HERE))
-    for name in MODULES:
-      sys.modules.pop(name, None)
+def of(scripts):
+  return scripts(HERE, 'analysis', 'exact', 'judge', 'run', 'tables')
 
 
 @pytest.fixture(scope='module')

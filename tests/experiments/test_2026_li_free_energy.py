@@ -1,9 +1,7 @@
 """The Gibbs audit can fail: its tables, its measurements and each line of its judge."""
 
 import copy
-import importlib
 import pathlib
-import sys
 
 import numpy as np
 import pytest
@@ -24,17 +22,9 @@ BETA = 0.3
 
 
 @pytest.fixture(scope='module')
-def of():
-  """The experiment's files, as its commands import them."""
-  names = ('config', 'tables', 'run', 'judge', 'summary')
-  before = list(sys.path)
-  sys.path[:0] = [str(ROOT), str(HERE)]
-  try:
-    yield {name: importlib.import_module(name) for name in names}
-  finally:
-    sys.path[:] = before
-    for name in names:
-      sys.modules.pop(name, None)
+def of(scripts):
+  scripts(ROOT)
+  return scripts(HERE, 'config', 'tables', 'run', 'judge', 'summary')
 
 
 def test_every_arm_is_a_config_that_can_run(of):
