@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 
 import jax
@@ -11,6 +12,12 @@ import tqdm
 def say(text: str) -> None:
   """A message, above any progress bar."""
   tqdm.tqdm.write(text, file=sys.stderr)
+
+
+@functools.cache
+def say_once(text: str) -> None:
+  """`say`, the first time that it comes in this process."""
+  say(text)
 
 
 def steps(total: int, start: int) -> tqdm.tqdm:

@@ -43,8 +43,7 @@ def fork(N=32):
 def heard(monkeypatch):
   """What is said; and cuDNN is taken to be installed."""
   lines = []
-  attention._pass_over.cache_clear()
-  monkeypatch.setattr(attention, 'say', lines.append)
+  monkeypatch.setattr(attention, 'say_once', functools.cache(lines.append))
   monkeypatch.setattr(fused_attention_stablehlo, 'check_cudnn_version', lambda: 91000)
   return lines
 

@@ -8,13 +8,12 @@ becomes another one.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 
-from educe.progress import say
+from educe.progress import say, say_once
 
 Op = Callable[..., Any]
 
@@ -50,11 +49,8 @@ def interpreted(name: str) -> bool:
   """Whether a kernel for TPUs runs as plain XLA: right and slow, and one line says so."""
   if device_kind().startswith('TPU'):
     return False
-  _say_once(f'{name}: there is no TPU here, it is interpreted, slowly')
+  say_once(f'{name}: there is no TPU here, it is interpreted, slowly')
   return True
-
-
-_say_once = functools.cache(say)
 
 
 def candidates(op: str, table: Mapping[str, Op]) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 from educe import sharding
 from educe.kernels.attention import cudnn, portable, splash
 from educe.kernels.dispatch import device_kind
-from educe.progress import say
+from educe.progress import say_once
 
 IMPLEMENTATIONS = ('auto', 'portable', 'cudnn', 'splash')
 # How the kind of a device begins → what 'auto' tries there.
@@ -102,7 +102,9 @@ def choose(implementation: str, q, k, v, visible: Causal | Fork) -> str:
   if obstacle is None:
     return name
   if implementation == 'auto':
-    _pass_over(name, obstacle)
+    say_once(
+      f'attention: {name} cannot run here, portable runs instead: {obstacle:.200}'
+    )
     return 'portable'
   raise ValueError(f'architecture.attention={name!r} cannot run here: {obstacle}')
 
@@ -120,11 +122,6 @@ def _obstacle(name: str, kind: str, q, k, v, visible) -> str | None:
       f'{jax.device_count()} devices are here and no mesh is in use (sharding.using)'
     )
   return None
-
-
-@functools.cache
-def _pass_over(name: str, obstacle: str) -> None:
-  say(f'attention: {name} cannot run here, portable runs instead: {obstacle:.200}')
 
 
 def _library(q, visible: Causal | Fork):
