@@ -191,6 +191,20 @@ def test_loss_gradient_and_log_probs_are_those_of_the_rows(name, changes):
   np.testing.assert_allclose(back, read(batch), atol=1e-5)
 
 
+def test_a_model_reads_the_width_that_suits_and_not_the_last_column():
+  """Nothing trained on is predicted from it, and 17 columns cost what 32 do."""
+  made, params = model()
+  shapes = []
+
+  def hidden(params, tokens, positions, segments, prefix):
+    shapes.append((tokens.shape, positions.shape, prefix.shape))
+    return made.hidden(params, tokens, positions, segments, prefix)
+
+  shared = sharing.share(rows(), 4)
+  jax.eval_shape(lambda x: score(made._replace(hidden=hidden), params, x), shared)
+  assert shapes == [((8, 16), (8, 16), (2, 48))]
+
+
 @pytest.mark.parametrize('trunk', value_head.TRUNKS)
 def test_values_read_the_prompt_too(trunk):
   made, params = model()
