@@ -11,7 +11,6 @@ same seed gives the same sample whatever the batch, the slot and the order.
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -204,7 +203,7 @@ def _settings(temperature, top_k, top_p, min_p) -> Settings:
 
 
 def _whole(x) -> bool:
-  return isinstance(x, numbers.Integral) and x >= 1
+  return isinstance(x, int | np.integer) and bool(x >= 1)
 
 
 def _checked(prompts, max_new_tokens, vocabulary, limit) -> list[list[int]]:
