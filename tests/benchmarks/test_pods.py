@@ -79,6 +79,7 @@ def test_the_floors_are_the_formulas(pods):
   held = 4 * policy.count(policy.shapes(TINY)) / 2  # float32, of a tensor shard
   assert floors['exchange'] == pytest.approx(3 * held * 3 / 4 / 200e9)
   assert (said['bound'], said['seconds']) == ('memory', floors['memory'])
+  assert said['tokens_per_second'] == pytest.approx(4 * 16 / floors['memory'])
   memory.temp_size_in_bytes = 14e9
   assert not pods.report(compiled, TINY, mesh, rows=4, length=16)['fits']
 

@@ -69,6 +69,30 @@ def test_a_prompt_is_there_once():
   np.testing.assert_array_equal(*trained)
 
 
+@pytest.mark.parametrize('completion', [15, 16, 17])
+@pytest.mark.parametrize('prompt', [32, 33, 34])
+def test_nothing_is_lost_at_the_edge_of_a_width(prompt, completion):
+  """Widths are multiples of 16 here: of what just fits one, and is one more than fits."""
+  tokens = np.tile(np.arange(1, LENGTH + 1, dtype=np.int32), (4, 1))
+  tokens[:, prompt:] += 100 * np.arange(4)[:, None]
+  mask = np.zeros(tokens.shape, np.float32)
+  mask[:, prompt : prompt + completion] = 1
+  shared = sharing.share(Batch(tokens, mask), 4)
+  assert shared.prefix.shape == (1, 32 if prompt <= 33 else 48)
+  assert shared.tokens.shape == (4, 17 if completion <= 16 else 33)
+  for row in range(4):
+    start, end = prompt - 1, prompt + completion
+    again = [*shared.prefix[0][:start], *shared.tokens[row, : end - start]]
+    assert again == tokens[row, :end].tolist()
+    assert shared.mask[row, : end - start].tolist() == mask[row, start:end].tolist()
+
+
+def test_a_batch_whose_parts_would_cut_a_group_stays():
+  batch = rows()  # 2 groups of 4
+  assert sharing.share(batch, 4, 2).prefix is not None
+  assert sharing.share(batch, 4, 4).prefix is None
+
+
 def test_pairs_of_all_lengths_make_few_programs():
   rng = np.random.default_rng(0)
   shapes, tokens, whole = set(), 0, 0
@@ -95,6 +119,13 @@ def test_what_comes_out_goes_back_to_its_place():
   back = sharing.restore(shared.old_logp * shared.mask, shared, LENGTH)
   np.testing.assert_array_equal(back, batch.old_logp * batch.mask)
   assert sharing.restore(batch.mask, batch, LENGTH) is batch.mask
+  # A value is said of every token: not of those in the prefix, nor of column 0.
+  said = sharing.restore(np.ones_like(shared.mask), shared, LENGTH)
+  for row in range(8):
+    start = 39 if row < 4 else 22
+    assert np.flatnonzero(said[row]).tolist() == list(
+      range(start + 1, min(start + 17, LENGTH))
+    )
 
 
 def test_completions_that_go_on_alike_stay_apart():
@@ -115,7 +146,15 @@ def test_it_must_be_worth_it():
   batch = rows(prompts=(2, 3))
   batch.mask[:, 3:] = 1  # completions to the end of their rows
   assert sharing.share(batch, 4).prefix is None
-  assert sharing.share(rows()._replace(segments=np.ones((8, LENGTH))), 4).prefix is None
+
+
+def test_rows_whose_positions_are_told_keep_them():
+  """Packed; or shared before, with positions that are not those of their columns."""
+  batch, where = rows(), np.tile(np.arange(LENGTH), (8, 1))
+  for told in (dict(segments=np.ones((8, LENGTH))), dict(positions=where + 3)):
+    assert sharing.share(batch._replace(**told), 4).prefix is None
+  once = sharing.share(rows(prompts=(33, 20)), 4)
+  assert sharing.share(once, 4) is once
 
 
 LOSSES = {
@@ -150,6 +189,20 @@ def test_loss_gradient_and_log_probs_are_those_of_the_rows(name, changes):
   read = jax.jit(lambda batch: score(made, params, batch).logp)
   back = sharing.restore(np.asarray(read(shared)), shared, LENGTH)
   np.testing.assert_allclose(back, read(batch), atol=1e-5)
+
+
+def test_a_model_reads_the_width_that_suits_and_not_the_last_column():
+  """Nothing trained on is predicted from it, and 17 columns cost what 32 do."""
+  made, params = model()
+  shapes = []
+
+  def hidden(params, tokens, positions, segments, prefix):
+    shapes.append((tokens.shape, positions.shape, prefix.shape))
+    return made.hidden(params, tokens, positions, segments, prefix)
+
+  shared = sharing.share(rows(), 4)
+  jax.eval_shape(lambda x: score(made._replace(hidden=hidden), params, x), shared)
+  assert shapes == [((8, 16), (8, 16), (2, 48))]
 
 
 @pytest.mark.parametrize('trunk', value_head.TRUNKS)

@@ -396,6 +396,17 @@ def test_equal_prompts_are_read_once():
   assert len(reads) == 2  # 64, as many as are read at once, and the others
 
 
+def test_prompts_that_are_nearly_equal_are_not_taken_for_one():
+  """A few-shot beginning, one other token in it, and the same end; and none of an end."""
+  model, table = toy.model(vocabulary=16)
+  prompts = [[1] * 30 + [token] + [2] * 3 for token in range(3)]
+  prompts += [[5, *prompts[0][1:]], prompts[0][:-1], prompts[0]]
+  options = dict(max_new_tokens=4, temperature=0)
+  samples = sample(model, table, prompts, KEY, **options)
+  for row, prompt in enumerate(prompts):
+    assert samples.tokens[row].tolist() == greedy(table, prompt, 4)
+
+
 def test_progress_counts_every_row_once(uneven):
   tools, prompts, options, _ = uneven
   counts = []
@@ -422,15 +433,27 @@ PROMPT = [[1, 2]]
     ([[1, 8]], {}, r'token id 8; the model knows 0\.\.7'),
     ([[-1, 3]], {}, 'token id -1'),
     ([[1] * 61], {}, 'context of 64'),
+    ([1, 2], {}, 'prompt 0 must be a list of token ids, got 1'),
+    (['12'], {}, "prompt 0 must be a list of token ids, got '12'"),
+    ([[1], [1.5, 2.7]], {}, 'prompt 1 must be a list of token ids'),
     (PROMPT, dict(max_new_tokens=0), 'at least 1'),
+    (PROMPT, dict(max_new_tokens=2.5), 'at least 1, got 2.5'),
     (PROMPT, dict(temperature=-0.1), 'temperature'),
     (PROMPT, dict(temperature=float('nan')), 'temperature'),
+    (PROMPT, dict(temperature=1e-40), 'temperature must be 0'),  # float32 has none
     (PROMPT, dict(top_p=0.0), 'top_p'),
     (PROMPT, dict(top_p=1.1), 'top_p'),
     (PROMPT, dict(top_k=-1), 'top_k'),
+    (PROMPT, dict(top_k=float('inf')), 'top_k'),
+    (PROMPT, dict(top_k=2**31), 'top_k'),
     (PROMPT, dict(min_p=1.5), 'min_p'),
     (PROMPT, dict(seeds=[1, 2]), '2 seeds for 1 prompts'),
+    # NumPy would wrap the first to seed 0, and round the others to one.
+    (PROMPT, dict(seeds=np.array([2**32])), 'seeds must be .* got 4294967296'),
+    (PROMPT, dict(seeds=[-1]), 'seeds must be'),
+    (PROMPT, dict(seeds=[1.5]), 'seeds must be'),
     (PROMPT, dict(batch_size=0), 'batch_size must be at least 1, got 0'),
+    (PROMPT, dict(batch_size=1.5), 'batch_size must be at least 1, got 1.5'),
     (PROMPT, dict(stop=np.zeros((2, 9), np.int16)), '9 tokens'),
   ],
 )
@@ -439,6 +462,24 @@ def test_bad_input_is_one_clear_line(prompts, options, message):
   with pytest.raises(ValueError, match=message) as error:
     sample(model, table, prompts, KEY, **{'max_new_tokens': 4, **options})
   assert '\n' not in str(error.value)
+
+
+def test_the_coldest_temperature_is_greedy_and_finite():
+  model, table = toy.model()
+  samples = sample(
+    model, table, PROMPT, KEY, max_new_tokens=5, temperature=sampler.COLDEST
+  )
+  assert samples.tokens[0].tolist() == greedy(table, PROMPT[0], 5)
+  assert not samples.logp.any()  # all mass is on it
+
+
+def test_prompts_may_be_arrays():
+  model, table = toy.model()
+  rows = np.array([[1, 2, 3], [3, 2, 1]])
+  want = sample(model, table, rows.tolist(), KEY, max_new_tokens=4)
+  for prompts in (rows, jnp.asarray(rows), list(jnp.asarray(rows))):
+    got = sample(model, table, prompts, KEY, max_new_tokens=4)
+    np.testing.assert_array_equal(got.tokens, want.tokens)
 
 
 @pytest.mark.parametrize('temperature', [0.0, 1.0])

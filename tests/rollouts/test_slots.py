@@ -117,3 +117,28 @@ def test_free_slots_stay_as_they_are():
   assert slots.step == 5
   assert not np.asarray(slots.logp)[[0, 2]].any()
   assert (np.asarray(slots.cache['positions'])[[0, 2]] == -1).all()
+
+
+def test_what_a_slot_draws_after_its_end_ends_nothing():
+  """It draws on beside those that live; an EOS then does not say that a row ended so."""
+  model, table = toy.model(vocabulary=16)
+  functions = slots_lib.Functions(model.head, model.init_cache, model.decode)
+  weights = slots_lib.prepare(table, model=functions)
+  slots = slots_lib.empty(model=functions, rows=3, width=4, room=5)
+  slots = slots_lib.enter(
+    table, slots, entries(3, 4, {1: ([3, 4], 7)}), model=functions
+  )
+  slots = slots_lib.advance(
+    weights,
+    slots,
+    jax.random.key(0),
+    Settings(),
+    np.arange(16, dtype=np.int32),  # whatever is drawn
+    None,
+    np.int32(0),
+    np.int32(5),
+    model=functions,
+    width=4,
+  )
+  assert slots.drawn.tolist() == [0, 1, 0]
+  assert slots.stopped.tolist() == [False, True, False]

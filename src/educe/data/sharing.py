@@ -27,10 +27,12 @@ def share(batch: Batch, group: int, parts: int = 1) -> Batch:
 
   batch: host arrays; each `group` rows next to each other may begin alike
   parts: that its rows will be cut into; where that would cut groups, and for groups of
-    one and packed batches, it comes back as it is
+    one and packed or shared batches, it comes back as it is
   """
   rows, length = batch.tokens.shape
-  if group < 2 or rows % (group * parts) or batch.segments is not None:
+  if group < 2 or rows % (group * parts):
+    return batch
+  if batch.segments is not None or batch.positions is not None:
     return batch
   tokens, mask = np.asarray(batch.tokens), np.asarray(batch.mask)
   shared = _shared(tokens.reshape(-1, group, length), mask.reshape(-1, group, length))

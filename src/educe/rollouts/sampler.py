@@ -27,6 +27,7 @@ from educe.types import Model, Params, Samples
 # through the weights, few enough that one prompt alone wastes little padding; and where
 # more than that wait, as at the start, MANY of them.
 PREFILL, MANY = 128, 1024
+COLDEST = 1e-20  # below it logits / temperature may leave float32, as if they were NaN
 
 
 def sample(
@@ -70,7 +71,7 @@ def sample(
   settings = _settings(temperature, top_k, top_p, min_p)
   vocabulary = vocabulary_size(model, params)
   limit = model.architecture.max_length
-  _check(prompts, max_new_tokens, vocabulary, limit)
+  prompts = _checked(prompts, max_new_tokens, vocabulary, limit)
   if stop is not None and stop.shape[-1] != vocabulary:
     raise ValueError(
       f'stop table is for {stop.shape[-1]} tokens, the model has {vocabulary}'
@@ -78,7 +79,10 @@ def sample(
   seeds = range(len(prompts)) if seeds is None else seeds
   if len(seeds) != len(prompts):
     raise ValueError(f'{len(seeds)} seeds for {len(prompts)} prompts')
-  if batch_size is not None and batch_size < 1:
+  for seed in seeds:  # of NumPy's, those out of range would wrap to another's
+    if not (0 <= seed < 2**32 and int(seed) == seed):
+      raise ValueError(f'seeds must be whole numbers in 0..2³²−1, got {seed}')
+  if batch_size is not None and not _whole(batch_size):
     raise ValueError(f'batch_size must be at least 1, got {batch_size}')
   functions = slots_lib.Functions(model.head, model.init_cache, model.decode)
   weights = slots_lib.prepare(params, model=functions)
@@ -178,9 +182,11 @@ def vocabulary_size(model: Model, params: Params) -> int:
 
 def _settings(temperature, top_k, top_p, min_p) -> Settings:
   """Numbers checked and switched off where neutral."""
-  if not (0 <= temperature < float('inf')):
-    raise ValueError(f'temperature must be a number ≥ 0, got {temperature}')
-  if not (top_k >= 0 and int(top_k) == top_k):
+  if not (temperature == 0 or COLDEST <= temperature < float('inf')):
+    raise ValueError(
+      f'temperature must be 0 (greedy) or a number ≥ {COLDEST}, got {temperature}'
+    )
+  if not (0 <= top_k < 2**31 and int(top_k) == top_k):
     raise ValueError(f'top_k must be a whole number ≥ 0 (0: off), got {top_k}')
   if not (0 < top_p <= 1):
     raise ValueError(f'top_p must be in (0, 1] (1: off), got {top_p}')
@@ -196,21 +202,33 @@ def _settings(temperature, top_k, top_p, min_p) -> Settings:
   )
 
 
-def _check(prompts, max_new_tokens, vocabulary, limit):
+def _whole(x) -> bool:
+  return isinstance(x, int | np.integer) and bool(x >= 1)
+
+
+def _checked(prompts, max_new_tokens, vocabulary, limit) -> list[list[int]]:
   if not len(prompts):
     raise ValueError('no prompts to sample from')
-  if max_new_tokens < 1:
+  if not _whole(max_new_tokens):
     raise ValueError(f'max_new_tokens must be at least 1, got {max_new_tokens}')
+  out = []
   for row, prompt in enumerate(prompts):
-    if not len(prompt):
+    ids = np.asarray(prompt)
+    if ids.ndim == 1 and not ids.size:
       raise ValueError(f'prompt {row} is empty; it needs at least one token')
-    worst = max(prompt, key=lambda token: abs(token - (vocabulary - 1) / 2))
+    if ids.ndim != 1 or ids.dtype.kind not in 'iu':
+      raise ValueError(f'prompt {row} must be a list of token ids, got {prompt!r:.60}')
+    worst = max(
+      ids.min(), ids.max(), key=lambda token: abs(token - (vocabulary - 1) / 2)
+    )
     if not 0 <= worst < vocabulary:
       raise ValueError(
         f'prompt {row} holds token id {worst}; the model knows 0..{vocabulary - 1}'
       )
-    if len(prompt) + max_new_tokens > limit:
+    if len(ids) + max_new_tokens > limit:
       raise ValueError(
-        f'prompt {row} has {len(prompt)} tokens, with {max_new_tokens} new ones more '
+        f'prompt {row} has {len(ids)} tokens, with {max_new_tokens} new ones more '
         f"than the model's context of {limit}; shorten it or max_new_tokens"
       )
+    out.append(ids.tolist())
+  return out
