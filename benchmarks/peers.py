@@ -29,6 +29,7 @@ tokens of which S are scored takes
   2·P·B·T + 2·D·V·S + 2·L·D·B·T²    (causal attention: half of all pairs)
 
 a step three times that, DPO's four, and a drawn token 2·(P + D·V) + 4·L·D·(tokens so far).
+A prompt of several rows need not be read more than once, and is counted once.
 
 Prints a table and, as its last line, one JSON object: ratios[vocabulary][case][vs_peer]
 are tokens per CPU second, ours over theirs.
@@ -135,8 +136,11 @@ def work(case: str, a: Architecture) -> tuple[int, float]:
   P = a.layers * (4 * a.dim * a.heads * a.head_dim + 3 * a.dim * a.ffn)
   head, attention = a.dim * a.vocab_size, 2 * a.layers * a.heads * a.head_dim
 
-  def forward(rows, length, scored):
-    return 2 * P * rows * length + 2 * head * scored + attention * rows * length**2
+  def forward(rows, length, scored, prompts=None):
+    prompts = prompts or rows
+    read = prompts * PROMPT + rows * (length - PROMPT)
+    squares = prompts * PROMPT**2 + rows * (length**2 - PROMPT**2)
+    return 2 * P * read + 2 * head * scored + attention * squares
 
   if case.startswith('generate'):
     rows = int(case.removeprefix('generate_'))
@@ -146,8 +150,9 @@ def work(case: str, a: Architecture) -> tuple[int, float]:
     steps = 2 * (P + head) * (drawn - rows) + 2 * attention * rows * places
     return drawn, forward(rows, PROMPT, rows) + steps
   rows = 2 * ROWS if case == 'dpo' else ROWS
+  prompts = 1 if case == 'grpo' else ROWS
   passes = 4 if case == 'dpo' else 3
-  return rows * LENGTH, passes * forward(rows, LENGTH, rows * COMPLETION)
+  return rows * LENGTH, passes * forward(rows, LENGTH, rows * COMPLETION, prompts)
 
 
 class Side:

@@ -1,7 +1,6 @@
 """What the small benchmarks say of the seconds that they took, by a clock that is told."""
 
 import dataclasses
-import importlib
 import itertools
 import json
 import pathlib
@@ -14,18 +13,11 @@ import pytest
 from educe.models import policy, presets
 
 HERE = pathlib.Path(__file__).parents[2] / 'benchmarks'
-MODULES = ('logprob', 'rollout', 'shared_prompts', 'train_step')
 
 
 @pytest.fixture(scope='module')
-def of():
-  sys.path.insert(0, str(HERE))
-  try:
-    yield {name: importlib.import_module(name) for name in MODULES}
-  finally:
-    sys.path.remove(str(HERE))
-    for name in MODULES:
-      sys.modules.pop(name, None)
+def of(scripts):
+  return scripts(HERE, 'logprob', 'rollout', 'shared_prompts', 'timing', 'train_step')
 
 
 @pytest.fixture
@@ -35,9 +27,11 @@ def last_line(of, monkeypatch, capsys):
   def run(name, *flags):
     seconds = itertools.accumulate(itertools.count(1))
     clock = types.SimpleNamespace(
-      perf_counter=lambda: float(next(seconds)), process_time=lambda: 0.0
+      perf_counter=lambda: float(next(seconds)),
+      process_time=lambda: 0.0,
+      strftime=lambda _: 'today',
     )
-    monkeypatch.setattr(of[name], 'time', clock)
+    monkeypatch.setattr(of['timing'], 'time', clock)
     monkeypatch.setattr(sys, 'argv', [name, *flags])
     of[name].main()
     return json.loads(capsys.readouterr().out.splitlines()[-1])
