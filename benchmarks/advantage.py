@@ -200,7 +200,9 @@ def read_program(text, dump):
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument('--repeats', type=int, default=21)
   args = parser.parse_args()
   print(*about().values(), sep=', ')

@@ -20,7 +20,9 @@ from educe.models import attention
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument('--rows', type=int, default=8)
   parser.add_argument('--tokens', type=int, default=1024)
   parser.add_argument('--heads', type=int, default=4)

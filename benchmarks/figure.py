@@ -7,9 +7,9 @@ Each is drawn as what it says that it is (its `benchmark`).
 
 from __future__ import annotations
 
+import argparse
 import json
 import pathlib
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -150,5 +150,9 @@ def draw(name: str, folder: pathlib.Path = HERE) -> pathlib.Path:
 
 
 if __name__ == '__main__':
-  for name in sys.argv[1:] or DRAWN:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('names', nargs='*', default=DRAWN)
+  for name in parser.parse_args().names:
     print(draw(name))

@@ -166,7 +166,9 @@ def within(limit: float, command: list[str], env: Mapping[str, str]) -> str | No
 
 
 def main(argv: list[str] | None = None) -> int:
-  parser = argparse.ArgumentParser(description=__doc__)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument('--size', default='h200', choices=SIZES)
   parser.add_argument('--parts', help='names with commas between them; all by default')
   parser.add_argument('--out', type=pathlib.Path, default=HERE / 'results' / 'gpu')

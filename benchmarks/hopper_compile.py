@@ -57,7 +57,9 @@ device_description_str: "NVIDIA H200"
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument('--tokens', type=int, default=16384)
   parser.add_argument('--width', type=int, default=4096)
   parser.add_argument('--vocab', type=int, default=128256)

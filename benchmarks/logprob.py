@@ -21,7 +21,9 @@ from educe.kernels.logprob import IMPLEMENTATIONS, one_pass
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument('--tokens', type=int, default=2048)
   parser.add_argument('--width', type=int, default=512)
   parser.add_argument('--vocab', type=int, default=32768)

@@ -205,7 +205,9 @@ def report(
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-  parser = argparse.ArgumentParser(description=__doc__)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument('--topology', default='v5e:2x4')
   parser.add_argument(
     '--preset', default='six_million', help='of models/presets, or own'

@@ -222,7 +222,9 @@ def against_plain(args):
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument('--rows', type=int, default=64)
   parser.add_argument('--prompt', type=int, default=32)
   parser.add_argument('--tokens', type=int, default=64)

@@ -25,7 +25,9 @@ from educe.types import Batch
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument('--prompt', type=int, default=1024)
   parser.add_argument('--completion', type=int, default=512)
   parser.add_argument('--group', type=int, default=8)

@@ -27,7 +27,9 @@ from educe.types import Batch
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument('--rows', type=int, default=8)
   parser.add_argument('--length', type=int, default=64)
   parser.add_argument('--steps', type=int, default=8)

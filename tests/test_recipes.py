@@ -94,6 +94,21 @@ def test_debug_shrinks_but_yields_to_flags():
   assert load('--config.steps=5')['steps'] == 5
 
 
+def test_a_flag_of_how_a_model_runs_leaves_it_small():
+  small = load('--config.model.attention=portable', '--config.model.remat=full')[
+    'model'
+  ]
+  assert (small['name'], small['preset']) == ('scratch', 'debug')
+  assert (small['attention'], small['remat']) == ('portable', 'full')
+  # One that says which model it is is obeyed.
+  assert load('--config.model.path=mine.gguf')['model']['name'] == 'gguf'
+  staged = recipes.load(
+    [f'--config={GRPO}:chain,debug', '--config.grpo.model.logprob=chunked']
+  )
+  assert staged['grpo']['model']['preset'] == 'debug'
+  assert staged['grpo']['model']['logprob'] == 'chunked'
+
+
 def test_debug_adds_what_a_section_takes_and_no_section():
   full = load()  # the recipe itself names neither of these
   assert (full['data']['workers'], full['data']['overlong']) == (0, 'truncate')

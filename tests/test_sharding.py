@@ -21,7 +21,8 @@ def test_minus_one_takes_what_is_left():
   [
     ({'data': 3}, 'needs 3 devices; 8 are here'),
     ({'data': -1, 'fsdp': -1}, 'at most one is -1'),
-    ({'data': -1, 'fsdp': 3}, 'needs 6 devices; 8 are here'),
+    ({'data': -1, 'fsdp': 3}, '8 devices are here, which do not divide by 3'),
+    ({'data': -1, 'fsdp': 16}, '8 devices are here, which do not divide by 16'),
     ({'data': 0}, 'sizes are positive'),
   ],
 )

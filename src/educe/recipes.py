@@ -124,16 +124,21 @@ def _shrink(config: ConfigDict, small: dict[str, Any], keep: set[str]) -> None:
     section: Any = config
     for parent in parents:
       section = section.get(parent) if section is not None else None
-    if section is None or any(k == path or k.startswith(path + '.') for k in keep):
+    if section is None or path in keep:
+      continue
+    whole = isinstance(value, dict)  # a section, which is never added
+    # Flags of a section stay what they are where the small one has a place for them.
+    own = {k.removeprefix(path + '.') for k in keep if k.startswith(path + '.')}
+    if any(not whole or k in value or not _takes([leaf], value, k) for k in own):
       continue
     if leaf == 'minibatches' and section.get(leaf, 1) <= value:
       continue
     if leaf == 'judge' and (section.get(leaf) or {}).get('name') != 'endpoint':
       continue
-    whole = isinstance(value, dict)  # a section, which is never added
     if leaf in section or (not whole and _takes(parents, section, leaf)):
       with section.unlocked():
-        section[leaf] = ConfigDict(value) if whole else value
+        kept = {k: section[leaf][k] for k in own}
+        section[leaf] = ConfigDict({**value, **kept}) if whole else value
 
 
 def _takes(parents: Sequence[str], section: Mapping, key: str) -> bool:

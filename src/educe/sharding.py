@@ -47,6 +47,10 @@ def mesh_over(devices: Sequence[Any], **sizes: int) -> Mesh:
   if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
     raise ValueError(f'mesh={sizes}: sizes are positive, and at most one is -1')
   if free:
+    if len(devices) % known:
+      raise ValueError(
+        f'mesh={sizes}: {len(devices)} devices are here, which do not divide by {known}'
+      )
     sizes[free[0]] = len(devices) // known
   if math.prod(sizes.values()) != len(devices):
     raise ValueError(

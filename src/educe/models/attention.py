@@ -106,7 +106,9 @@ def choose(implementation: str, q, k, v, visible: Causal | Fork) -> str:
       f'attention: {name} cannot run here, portable runs instead: {obstacle:.200}'
     )
     return 'portable'
-  raise ValueError(f'architecture.attention={name!r} cannot run here: {obstacle}')
+  raise ValueError(
+    f'config.model.attention={name!r} cannot run here: {obstacle}; choose auto'
+  )
 
 
 def _obstacle(name: str, kind: str, q, k, v, visible) -> str | None:

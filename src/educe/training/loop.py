@@ -67,7 +67,7 @@ def run(
   peak = metrics_lib.peak_flops()
   bar = progress.steps(steps, start)
   clock = time.perf_counter()
-  pending: tuple[int, Batch, dict, dict] | None = None
+  pending: tuple[int, Batch, int, dict, dict] | None = None
   asked = 0.0  # seconds that the batch in flight took to come
 
   def flush():
@@ -75,7 +75,7 @@ def run(
     nonlocal pending, clock
     if pending is None:
       return
-    number, batch, values, info = pending
+    number, batch, read, values, info = pending
     pending = None
     values = {name: float(x) for name, x in jax.device_get(values).items()}
     now = time.perf_counter()
@@ -84,7 +84,7 @@ def run(
     values |= {
       'timing/step_seconds': seconds,
       'perf/tokens_per_second': rate,
-      'perf/mfu': rate * flops_per_token / peak,
+      'perf/mfu': read / seconds * flops_per_token / peak,
     }
     log.write(number, values | info)
     bar.set_postfix_str(
@@ -145,10 +145,12 @@ def run(
           ckpt.wait(manager)
         raise
       waited = time.perf_counter() - began
-      state, values = step(state, place(batch, algorithm.shares))
+      placed = place(batch, algorithm.shares)
+      read = sum(x.size for x in (placed.tokens, placed.prefix) if x is not None)
+      state, values = step(state, placed)
       flush()
       asked = waited if algorithm.asks_policy else 0.0
-      pending = (number, batch, values, info)
+      pending = (number, batch, read, values, info)
       stopping = stop.is_set()
       if number == steps or stopping or due(number) or number % save_every == 0:
         flush()
