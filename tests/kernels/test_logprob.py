@@ -8,8 +8,14 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from educe.kernels.logprob import IMPLEMENTATIONS, chunked, logprob, one_pass
-from educe.types import Split
+from educe.kernels.logprob import (
+  IMPLEMENTATIONS,
+  chunked,
+  logprob,
+  one_pass,
+  vocabulary,
+)
+from educe.types import Scores, Split
 
 # Real models' ratios, small: N, D and V that divide by nothing, one row, many entries.
 SHAPES = {
@@ -137,9 +143,10 @@ def test_a_target_outside_the_vocabulary_is_nan_and_nothing_else(
   assert np.flatnonzero(np.isnan(logp)).tolist() == [3]
 
 
-def test_a_trained_target_outside_the_vocabulary_poisons_the_gradient():
+@pytest.mark.parametrize('outside', [-1, 101])
+def test_a_trained_target_outside_the_vocabulary_poisons_the_gradient(outside):
   hidden, head, _, _ = draw('ragged')
-  targets = jnp.arange(37, dtype=jnp.int32).at[3].set(-1)
+  targets = jnp.arange(37, dtype=jnp.int32).at[3].set(outside)
 
   def total(hidden, weight):
     return (weight * logprob(hidden, head, targets).logp)[weight != 0].sum()
@@ -250,7 +257,15 @@ def test_one_pass_equals_float64(rows, temperature, softcap, needed):
     np.testing.assert_allclose(got, right, rtol=1e-5, atol=3e-6 * np.abs(right).max())
 
 
-@pytest.mark.parametrize('axes', [('data', None), (None, 'tensor'), ('data', 'tensor')])
+@pytest.mark.parametrize(
+  'axes',
+  [
+    (('data',), None),
+    ((), 'tensor'),
+    (('data',), 'tensor'),
+    (('data', 'tensor'), None),  # all rows are summed over both
+  ],
+)
 @pytest.mark.parametrize(
   'implementation', ['chunked', 'vocabulary', 'pallas_tpu', 'pallas_gpu', 'one_pass']
 )
@@ -259,13 +274,15 @@ def test_a_mesh_changes_nothing(implementation, axes, interpreted):
   interpreted(implementation)
   dtype = BF16 if implementation == 'pallas_gpu' else F32
   mesh = jax.make_mesh((2, 2), ('data', 'tensor'), axis_types=(AxisType.Auto,) * 2)
-  split = Split(mesh, tuple(a for a in axes[:1] if a), axes[1])
+  split = Split(mesh, *axes)
   rng = np.random.default_rng(3)
   hidden = jnp.asarray(rng.normal(size=(60, 16)), dtype)
   head = jnp.asarray(rng.normal(size=(16, 150)), dtype)
   targets = jnp.int32(rng.integers(0, 150, 60))
+  # The first and the last entry of a device are in no other one's ragged tile.
+  targets = targets.at[:4].set(jnp.array([0, 74, 75, 149]))
   # The first device has more to do than the second.
-  needed = jnp.asarray(rng.random(60) < np.linspace(0.9, 0.1, 60))
+  needed = jnp.asarray(rng.random(60) < np.linspace(0.9, 0.1, 60)).at[:4].set(True)
   weights = jnp.float32(rng.normal(size=60))
 
   def total(scores, weights):
@@ -295,6 +312,76 @@ def test_a_mesh_changes_nothing(implementation, axes, interpreted):
     a, b = np.float32(a), np.float32(b)
     tolerance = 5e-6 if dtype == F32 else 2**-7
     assert np.abs(a - b).max() < tolerance * np.abs(b).max()
+
+
+def of_logp(implementation, weight, split=None):
+  """(dH, dW) of Σ weight·logp."""
+
+  def grads(hidden, head, targets):
+    def total(hidden, head):
+      scores = logprob(
+        hidden, head, targets, split=split, implementation=implementation
+      )
+      return (weight * scores.logp).sum()
+
+    return jax.grad(total, (0, 1))(hidden, head)
+
+  def worth(scores, _):
+    return Scores(
+      jnp.full_like(scores.logp, weight),
+      jnp.zeros_like(scores.logp),
+      mean_logp=jnp.zeros_like(scores.logp),
+    )
+
+  if implementation == 'one_pass':
+    return jax.jit(lambda *x: one_pass(*x, worth, split=split)[1:])
+  return jax.jit(grads)
+
+
+@pytest.mark.parametrize(
+  'implementation', ['chunked', 'vocabulary', 'pallas_tpu', 'one_pass']
+)
+def test_parts_that_cancel_among_devices_are_rounded_after_their_sum(implementation):
+  """1.5·(1 + 2^-7) is no bfloat16, and 1.5·2^-7, which is left of it, is one."""
+  mesh = jax.make_mesh((2, 2), ('data', 'tensor'), axis_types=(AxisType.Auto,) * 2)
+  grads = of_logp(implementation, 3.0, Split(mesh, ('data',), 'tensor'))
+  targets = jnp.arange(2)  # of two entries with one logit: their slopes are ±1.5
+  one, other = jnp.zeros((2, 1), BF16), jnp.asarray([[1 + 2**-7], [1]], BF16)
+  d_hidden, _ = grads(one, other.T, targets)
+  assert d_hidden[:, 0].tolist() == [1.5 * 2**-7, -1.5 * 2**-7]
+  _, d_head = grads(other, one.T, targets)
+  assert d_head[0].tolist() == [1.5 * 2**-7, -1.5 * 2**-7]
+
+
+@pytest.mark.parametrize('implementation', ['chunked', 'one_pass'])
+def test_chunks_add_up_in_float32(implementation, monkeypatch):
+  """700 equal tokens in chunks of one: a bfloat16 sum stands still after 256 of them."""
+  monkeypatch.setattr(chunked, 'ROWS', 1)
+  hidden, head = jnp.ones((700, 1), BF16), jnp.zeros((1, 2), BF16)
+  _, d_head = of_logp(implementation, 1.0)(hidden, head, jnp.zeros(700, jnp.int32))
+  np.testing.assert_allclose(np.float32(d_head), [[350, -350]], rtol=2**-8)
+
+
+@pytest.mark.parametrize(('temperature', 'softcap'), SETTINGS)
+def test_chunks_of_the_vocabulary_add_up(temperature, softcap, monkeypatch):
+  """101 entries in chunks of 40, of which the last one overlaps the one before."""
+  monkeypatch.setattr(vocabulary, 'TILE_BYTES', 4 * 37 * 40)
+  monkeypatch.setattr(vocabulary, 'LEAST_COLUMNS', 8)
+  hidden, head, targets, cotangents = draw('ragged')
+  # In the overlap, and at the edges of chunks.
+  targets = targets.at[:6].set(jnp.array([61, 79, 80, 39, 40, 100]))
+
+  def weighted(hidden, head):
+    how = dict(temperature=temperature, softcap=softcap, implementation='vocabulary')
+    s = logprob(hidden, head, targets, **how)
+    parts = jnp.stack([s.logp, s.entropy, s.mean_logp])
+    return (jnp.float32(cotangents) * parts).sum(), parts
+
+  grads, values = jax.jit(jax.grad(weighted, (0, 1), has_aux=True))(hidden, head)
+  want, *right = in_float64(hidden, head, targets, cotangents, temperature, softcap)
+  np.testing.assert_allclose(values, want, rtol=2e-6, atol=5e-6)  # see above
+  for got, of in zip(grads, right, strict=True):
+    np.testing.assert_allclose(got, of, rtol=1e-5, atol=2e-6 * np.abs(of).max())
 
 
 @pytest.mark.parametrize(
