@@ -10,6 +10,7 @@ from jax.sharding import AxisType
 
 from educe.kernels.logprob import (
   IMPLEMENTATIONS,
+  check,
   chunked,
   logprob,
   one_pass,
@@ -420,6 +421,7 @@ def test_temporaries_do_not_hold_the_logits(way, most):
     ({'temperature': 0.0}, 'temperature=0.0 must be > 0'),
     ({'temperature': float('nan')}, 'temperature=nan must be > 0'),
     ({'softcap': -1.0}, 'softcap=-1.0 must be > 0'),
+    ({'softcap': float('inf')}, 'softcap=inf must be > 0 and finite'),
     ({'implementation': 'palas'}, "implementation='palas' does not exist"),
   ],
 )
@@ -427,3 +429,34 @@ def test_bad_settings_are_refused(bad, message):
   hidden, head, targets, _ = draw('one_row')
   with pytest.raises(ValueError, match=message):
     logprob(hidden, head, targets, **bad)
+
+
+@pytest.mark.parametrize(
+  ('bad', 'message'),
+  [
+    ({'head': (6, 5)}, r'hidden is \(3, 4\) and head \(6, 5\)'),
+    ({'head': (4, 0)}, 'V > 0'),
+    ({'targets': (2,)}, r'targets is int32\[2\]; it must be integers of N = 3'),
+    ({'targets': (3,), 'dtype': F32}, 'targets is float32'),
+    ({'needed': (1,)}, r'needed is bool\[1\]; it must be bool of N = 3 tokens'),
+  ],
+)
+def test_operands_that_do_not_belong_together_are_refused(bad, message):
+  """Without jaxtyping a kernel reads beyond the smaller one, or broadcasts."""
+  with pytest.raises(ValueError, match=message):
+    check(
+      jnp.zeros((3, 4)),
+      jnp.zeros(bad.get('head', (4, 5))),
+      jnp.zeros(bad.get('targets', 3), bad.get('dtype', jnp.int32)),
+      jnp.zeros(bad.get('needed', 3), bool),
+    )
+
+
+@pytest.mark.parametrize('implementation', [*IMPLEMENTATIONS, 'one_pass'])
+def test_of_no_token_nothing_is_said(implementation):
+  """A batch of rows of a single token, which nothing predicts."""
+  hidden, head = jnp.zeros((0, 8), BF16), jnp.ones((8, 5), BF16)
+  d_hidden, d_head = of_logp(implementation, 1.0)(hidden, head, jnp.zeros(0, jnp.int32))
+  assert d_hidden.shape == (0, 8)
+  assert d_head.shape == (8, 5)
+  assert not d_head.any()

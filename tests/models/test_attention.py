@@ -88,6 +88,11 @@ def test_a_named_one_runs_or_raises(kind, dtype, name, why):
     attention.choose(name, *operands(dtype), Causal())
 
 
+def test_a_name_that_is_not_there_is_said():
+  with pytest.raises(ValueError, match=r"attention='spalsh' does not exist.*'splash'"):
+    attention.attend(*map(jnp.zeros_like, operands()), Causal(), 'spalsh')
+
+
 @pytest.mark.parametrize('packed', [False, True])
 def test_by_rule_a_gpu_s_program_calls_cudnn(packed, heard):
   """As it is traced in a step: operands that are tracers, in a gradient."""

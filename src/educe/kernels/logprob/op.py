@@ -39,7 +39,10 @@ class Passes(NamedTuple):
 
 def apply(passes: Passes, how, split: Split | None, hidden, head, targets, needed):
   """The `logprob` of these passes; `how` begins as `How` does."""
-  targets = targets.astype(jnp.int32)
+  if not len(hidden):  # rows of a single token: no tile is that small
+    none = jnp.zeros(0, jnp.float32)
+    return Scores(none, none, mean_logp=none)
+  targets = jnp.asarray(targets, jnp.int32)
   scores = _apply(passes, how, split, hidden, head, targets, needed)
   if needed is None:
     return scores
