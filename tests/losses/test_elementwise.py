@@ -119,6 +119,23 @@ def test_advantages_that_a_loss_makes_of_all_rows_are_found_out(name):
   assert couples_rows(loss, scores, batch)
 
 
+BY_COUNT = {
+  'a mean': lambda x: x.mean(),
+  'a mean over rows': lambda x: x.sum() / len(x),
+  'in a call': lambda x: jax.jit(jnp.mean)(x),
+  'by number': lambda x: (x * jnp.arange(len(x))[:, None]).sum(),
+  'of its own': lambda x: (x * np.ones((4, 1))).sum(),
+}
+
+
+@pytest.mark.parametrize('name', BY_COUNT)
+def test_a_loss_that_counts_rows_is_found_out(name):
+  """A device has fewer: its cotangents would be larger, by as many as there are."""
+  scores, batch = draw()
+  assert elementwise(one(BY_COUNT[name]), scores, batch)
+  assert couples_rows(one(BY_COUNT[name]), scores, batch)
+
+
 WITHIN = {
   'whitened': lambda a: (a - a.mean(1, keepdims=True)) / a.std(1, keepdims=True),
   'summed': lambda a: jnp.cumsum(a[:, ::-1], 1),

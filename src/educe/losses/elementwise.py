@@ -52,9 +52,19 @@ def elementwise(loss: LossFn, scores: Scores, batch: Batch) -> bool:
 
 def couples_rows(loss: LossFn, scores: Scores, batch: Batch) -> bool:
   """Whether the cotangents of `loss` in a row may read another row, as of advantages that
-  it whitens itself: a device's own rows would not do."""
+  it whitens itself, or how many rows there are: a device's own would not do."""
   jaxpr = _cotangents(loss, scores, batch)
-  return _follow(jaxpr, [True] * len(jaxpr.invars), _in_row) is None
+  if _follow(jaxpr, [True] * len(jaxpr.invars), _in_row) is None:
+    return True
+
+  def twice(x):
+    return jax.ShapeDtypeStruct((2 * x.shape[0], *x.shape[1:]), x.dtype)
+
+  try:
+    more = _cotangents(loss, *jax.tree.map(twice, (scores, batch)))
+  except (TypeError, ValueError):  # such as an array of its own, with so many rows
+    return True
+  return _numbers(jaxpr) != _numbers(more)
 
 
 def _cotangents(loss: LossFn, scores: Scores, batch: Batch) -> Any:
@@ -123,6 +133,21 @@ def _follow(
       return None
     holds |= {v for v, yes in zip(eqn.outvars, out, strict=True) if yes}
   return [is_held(v) for v in jaxpr.outvars]
+
+
+def _numbers(jaxpr: Any) -> list[str]:
+  """What its outputs are made of beside its inputs: literals, and what is counted."""
+  needed, found = _needed(jaxpr), [str(v.aval.shape) for v in jaxpr.constvars]
+  for eqn in jaxpr.eqns:
+    if not any(v in needed for v in eqn.outvars):
+      continue
+    found += [str(v.val) for v in eqn.invars if isinstance(v, core.Literal)]
+    if eqn.primitive.name == 'iota':
+      found.append(str(eqn.params['shape'][eqn.params['dimension']]))
+    inner = _body(eqn)
+    if inner is not None:
+      found += _numbers(inner)
+  return found + [str(v.val) for v in jaxpr.outvars if isinstance(v, core.Literal)]
 
 
 def _body(eqn: Any) -> Any:
