@@ -64,6 +64,23 @@ def test_operands_are_split_where_they_divide(mesh_of):
     assert sharding.split(3, 5, 'vocab')[1:] == ((), None)
 
 
+def test_where_the_axes_are_a_kernel_s_own_nothing_is_split_again(mesh_of):
+  """Inside of a shard_map a device sees its part alone, and constrains nothing."""
+  mesh, found = mesh_of(2, 2, 2), []
+
+  def part(x):
+    found.append(sharding.split(len(x), 6, 'vocab'))
+    return sharding.by_row(x)
+
+  x = jnp.arange(16.0).reshape(16, 1)
+  with sharding.using(mesh):
+    run = jax.shard_map(
+      part, mesh=mesh, in_specs=sharding.BATCH, out_specs=sharding.BATCH
+    )
+    np.testing.assert_array_equal(jax.jit(run)(x), x)
+  assert found == [None]
+
+
 def test_the_mesh_of_params_is_found(mesh_of):
   mesh = mesh_of(2, 4)
   placed = sharding.place({'w': np.ones((4, 4))}, {'w': ('embed', None)}, mesh)

@@ -70,6 +70,19 @@ def test_what_does_not_compile_is_passed_over_and_said_once(monkeypatch, capsys)
   assert said == ['op: broken does not compile here, chunked runs instead: no lowering']
 
 
+def test_other_settings_are_tried_anew(monkeypatch):
+  """What compiles without a cap need not compile with one."""
+  measured(monkeypatch, 'fast', 'chunked')
+  operands = (jnp.ones(8),)
+
+  def capped(op):
+    return broken
+
+  assert dispatch.choose('op', TABLE, trial=Trial(lambda op: op, operands, '')) is half
+  assert dispatch.choose('op', TABLE, trial=Trial(capped, operands, 'cap')) is double
+  assert dispatch.choose('op', TABLE, trial=Trial(lambda op: op, operands, '')) is half
+
+
 def test_a_trial_is_of_the_gradient_of_what_one_device_holds(monkeypatch, mesh_of):
   """A kernel whose backward pass does not fit is not taken for its forward pass."""
   tried = []

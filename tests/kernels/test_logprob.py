@@ -8,8 +8,15 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from educe.kernels.logprob import IMPLEMENTATIONS, chunked, logprob, one_pass
-from educe.types import Split
+from educe.kernels.logprob import (
+  IMPLEMENTATIONS,
+  check,
+  chunked,
+  logprob,
+  one_pass,
+  vocabulary,
+)
+from educe.types import Scores, Split
 
 # Real models' ratios, small: N, D and V that divide by nothing, one row, many entries.
 SHAPES = {
@@ -137,9 +144,10 @@ def test_a_target_outside_the_vocabulary_is_nan_and_nothing_else(
   assert np.flatnonzero(np.isnan(logp)).tolist() == [3]
 
 
-def test_a_trained_target_outside_the_vocabulary_poisons_the_gradient():
+@pytest.mark.parametrize('outside', [-1, 101])
+def test_a_trained_target_outside_the_vocabulary_poisons_the_gradient(outside):
   hidden, head, _, _ = draw('ragged')
-  targets = jnp.arange(37, dtype=jnp.int32).at[3].set(-1)
+  targets = jnp.arange(37, dtype=jnp.int32).at[3].set(outside)
 
   def total(hidden, weight):
     return (weight * logprob(hidden, head, targets).logp)[weight != 0].sum()
@@ -250,7 +258,15 @@ def test_one_pass_equals_float64(rows, temperature, softcap, needed):
     np.testing.assert_allclose(got, right, rtol=1e-5, atol=3e-6 * np.abs(right).max())
 
 
-@pytest.mark.parametrize('axes', [('data', None), (None, 'tensor'), ('data', 'tensor')])
+@pytest.mark.parametrize(
+  'axes',
+  [
+    (('data',), None),
+    ((), 'tensor'),
+    (('data',), 'tensor'),
+    (('data', 'tensor'), None),  # all rows are summed over both
+  ],
+)
 @pytest.mark.parametrize(
   'implementation', ['chunked', 'vocabulary', 'pallas_tpu', 'pallas_gpu', 'one_pass']
 )
@@ -259,13 +275,15 @@ def test_a_mesh_changes_nothing(implementation, axes, interpreted):
   interpreted(implementation)
   dtype = BF16 if implementation == 'pallas_gpu' else F32
   mesh = jax.make_mesh((2, 2), ('data', 'tensor'), axis_types=(AxisType.Auto,) * 2)
-  split = Split(mesh, tuple(a for a in axes[:1] if a), axes[1])
+  split = Split(mesh, *axes)
   rng = np.random.default_rng(3)
   hidden = jnp.asarray(rng.normal(size=(60, 16)), dtype)
   head = jnp.asarray(rng.normal(size=(16, 150)), dtype)
   targets = jnp.int32(rng.integers(0, 150, 60))
+  # The first and the last entry of a device are in no other one's ragged tile.
+  targets = targets.at[:4].set(jnp.array([0, 74, 75, 149]))
   # The first device has more to do than the second.
-  needed = jnp.asarray(rng.random(60) < np.linspace(0.9, 0.1, 60))
+  needed = jnp.asarray(rng.random(60) < np.linspace(0.9, 0.1, 60)).at[:4].set(True)
   weights = jnp.float32(rng.normal(size=60))
 
   def total(scores, weights):
@@ -295,6 +313,76 @@ def test_a_mesh_changes_nothing(implementation, axes, interpreted):
     a, b = np.float32(a), np.float32(b)
     tolerance = 5e-6 if dtype == F32 else 2**-7
     assert np.abs(a - b).max() < tolerance * np.abs(b).max()
+
+
+def of_logp(implementation, weight, split=None):
+  """(dH, dW) of Σ weight·logp."""
+
+  def grads(hidden, head, targets):
+    def total(hidden, head):
+      scores = logprob(
+        hidden, head, targets, split=split, implementation=implementation
+      )
+      return (weight * scores.logp).sum()
+
+    return jax.grad(total, (0, 1))(hidden, head)
+
+  def worth(scores, _):
+    return Scores(
+      jnp.full_like(scores.logp, weight),
+      jnp.zeros_like(scores.logp),
+      mean_logp=jnp.zeros_like(scores.logp),
+    )
+
+  if implementation == 'one_pass':
+    return jax.jit(lambda *x: one_pass(*x, worth, split=split)[1:])
+  return jax.jit(grads)
+
+
+@pytest.mark.parametrize(
+  'implementation', ['chunked', 'vocabulary', 'pallas_tpu', 'one_pass']
+)
+def test_parts_that_cancel_among_devices_are_rounded_after_their_sum(implementation):
+  """1.5·(1 + 2^-7) is no bfloat16, and 1.5·2^-7, which is left of it, is one."""
+  mesh = jax.make_mesh((2, 2), ('data', 'tensor'), axis_types=(AxisType.Auto,) * 2)
+  grads = of_logp(implementation, 3.0, Split(mesh, ('data',), 'tensor'))
+  targets = jnp.arange(2)  # of two entries with one logit: their slopes are ±1.5
+  one, other = jnp.zeros((2, 1), BF16), jnp.asarray([[1 + 2**-7], [1]], BF16)
+  d_hidden, _ = grads(one, other.T, targets)
+  assert d_hidden[:, 0].tolist() == [1.5 * 2**-7, -1.5 * 2**-7]
+  _, d_head = grads(other, one.T, targets)
+  assert d_head[0].tolist() == [1.5 * 2**-7, -1.5 * 2**-7]
+
+
+@pytest.mark.parametrize('implementation', ['chunked', 'one_pass'])
+def test_chunks_add_up_in_float32(implementation, monkeypatch):
+  """700 equal tokens in chunks of one: a bfloat16 sum stands still after 256 of them."""
+  monkeypatch.setattr(chunked, 'ROWS', 1)
+  hidden, head = jnp.ones((700, 1), BF16), jnp.zeros((1, 2), BF16)
+  _, d_head = of_logp(implementation, 1.0)(hidden, head, jnp.zeros(700, jnp.int32))
+  np.testing.assert_allclose(np.float32(d_head), [[350, -350]], rtol=2**-8)
+
+
+@pytest.mark.parametrize(('temperature', 'softcap'), SETTINGS)
+def test_chunks_of_the_vocabulary_add_up(temperature, softcap, monkeypatch):
+  """101 entries in chunks of 40, of which the last one overlaps the one before."""
+  monkeypatch.setattr(vocabulary, 'TILE_BYTES', 4 * 37 * 40)
+  monkeypatch.setattr(vocabulary, 'LEAST_COLUMNS', 8)
+  hidden, head, targets, cotangents = draw('ragged')
+  # In the overlap, and at the edges of chunks.
+  targets = targets.at[:6].set(jnp.array([61, 79, 80, 39, 40, 100]))
+
+  def weighted(hidden, head):
+    how = dict(temperature=temperature, softcap=softcap, implementation='vocabulary')
+    s = logprob(hidden, head, targets, **how)
+    parts = jnp.stack([s.logp, s.entropy, s.mean_logp])
+    return (jnp.float32(cotangents) * parts).sum(), parts
+
+  grads, values = jax.jit(jax.grad(weighted, (0, 1), has_aux=True))(hidden, head)
+  want, *right = in_float64(hidden, head, targets, cotangents, temperature, softcap)
+  np.testing.assert_allclose(values, want, rtol=2e-6, atol=5e-6)  # see above
+  for got, of in zip(grads, right, strict=True):
+    np.testing.assert_allclose(got, of, rtol=1e-5, atol=2e-6 * np.abs(of).max())
 
 
 @pytest.mark.parametrize(
@@ -333,6 +421,7 @@ def test_temporaries_do_not_hold_the_logits(way, most):
     ({'temperature': 0.0}, 'temperature=0.0 must be > 0'),
     ({'temperature': float('nan')}, 'temperature=nan must be > 0'),
     ({'softcap': -1.0}, 'softcap=-1.0 must be > 0'),
+    ({'softcap': float('inf')}, 'softcap=inf must be > 0 and finite'),
     ({'implementation': 'palas'}, "implementation='palas' does not exist"),
   ],
 )
@@ -340,3 +429,34 @@ def test_bad_settings_are_refused(bad, message):
   hidden, head, targets, _ = draw('one_row')
   with pytest.raises(ValueError, match=message):
     logprob(hidden, head, targets, **bad)
+
+
+@pytest.mark.parametrize(
+  ('bad', 'message'),
+  [
+    ({'head': (6, 5)}, r'hidden is \(3, 4\) and head \(6, 5\)'),
+    ({'head': (4, 0)}, 'V > 0'),
+    ({'targets': (2,)}, r'targets is int32\[2\]; it must be integers of N = 3'),
+    ({'targets': (3,), 'dtype': F32}, 'targets is float32'),
+    ({'needed': (1,)}, r'needed is bool\[1\]; it must be bool of N = 3 tokens'),
+  ],
+)
+def test_operands_that_do_not_belong_together_are_refused(bad, message):
+  """Without jaxtyping a kernel reads beyond the smaller one, or broadcasts."""
+  with pytest.raises(ValueError, match=message):
+    check(
+      jnp.zeros((3, 4)),
+      jnp.zeros(bad.get('head', (4, 5))),
+      jnp.zeros(bad.get('targets', 3), bad.get('dtype', jnp.int32)),
+      jnp.zeros(bad.get('needed', 3), bool),
+    )
+
+
+@pytest.mark.parametrize('implementation', [*IMPLEMENTATIONS, 'one_pass'])
+def test_of_no_token_nothing_is_said(implementation):
+  """A batch of rows of a single token, which nothing predicts."""
+  hidden, head = jnp.zeros((0, 8), BF16), jnp.ones((8, 5), BF16)
+  d_hidden, d_head = of_logp(implementation, 1.0)(hidden, head, jnp.zeros(0, jnp.int32))
+  assert d_hidden.shape == (0, 8)
+  assert d_head.shape == (8, 5)
+  assert not d_head.any()

@@ -97,6 +97,14 @@ COUPLED = {
   'ranked': lambda a: jnp.argsort(a, 0) * 1.0,
   'less the row before': lambda a: a - jnp.cumsum(a, 0),
   'in a call': jax.jit(lambda a: a / jnp.abs(a).max()),
+  # Along another axis, once the rows lie there; and without any axis.
+  'transposed': lambda a: a - a.T.mean(1)[None],
+  'in groups': lambda a: a - a.reshape(2, 2, 6).mean(1).repeat(2, 0),
+  'shifted': lambda a: a - jnp.pad(a[:-1], ((1, 0), (0, 0))),
+  'a product': lambda a: jnp.eye(4)[::-1] @ a,
+  'reversed': lambda a: a[::-1],
+  'a loop': lambda a: jax.lax.scan(lambda c, x: (c + x, c), a[0], a)[1],
+  'picked': lambda a: a[a[:, 0].argmax()][None] + 0 * a,
 }
 
 
@@ -109,6 +117,43 @@ def test_advantages_that_a_loss_makes_of_all_rows_are_found_out(name):
   scores, batch = draw()
   assert elementwise(loss, scores, batch)
   assert couples_rows(loss, scores, batch)
+
+
+BY_COUNT = {
+  'a mean': lambda x: x.mean(),
+  'a mean over rows': lambda x: x.sum() / len(x),
+  'in a call': lambda x: jax.jit(jnp.mean)(x),
+  'by number': lambda x: (x * jnp.arange(len(x))[:, None]).sum(),
+  'of its own': lambda x: (x * np.ones((4, 1))).sum(),
+}
+
+
+@pytest.mark.parametrize('name', BY_COUNT)
+def test_a_loss_that_counts_rows_is_found_out(name):
+  """A device has fewer: its cotangents would be larger, by as many as there are."""
+  scores, batch = draw()
+  assert elementwise(one(BY_COUNT[name]), scores, batch)
+  assert couples_rows(one(BY_COUNT[name]), scores, batch)
+
+
+WITHIN = {
+  'whitened': lambda a: (a - a.mean(1, keepdims=True)) / a.std(1, keepdims=True),
+  'summed': lambda a: jnp.cumsum(a[:, ::-1], 1),
+  'ranked': lambda a: jnp.argsort(a, 1) * 1.0,
+  'shifted': lambda a: jnp.pad(a[:, 1:], ((0, 0), (0, 1))),
+  'discounted': lambda a: a * 0.9 ** jnp.arange(6)[None],
+}
+
+
+@pytest.mark.parametrize('name', WITHIN)
+def test_advantages_that_a_loss_makes_row_by_row_couple_none(name):
+  """Or a step on a mesh would make its logits twice for nothing."""
+
+  def loss(scores, batch):
+    weights = WITHIN[name](batch.advantages)
+    return Mean(-(weights * scores.logp * batch.mask).sum(), batch.mask.sum()), {}
+
+  assert not couples_rows(loss, *draw())
 
 
 @pytest.mark.parametrize('name', MIXED)

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from educe.losses import grpo, sft
+from educe import sharding
+from educe.kernels import dispatch
+from educe.losses import grpo, logprobs, sft
 from educe.losses.logprobs import lose, score
 from educe.types import Batch, Head, Model
 
@@ -108,11 +110,11 @@ def test_lose_is_the_loss_of_the_scores(importance, scale):
 
   def plain(params):
     mean, metrics = loss(score(model, params, batch, temperature=0.7), batch)
-    return mean.total, (mean, metrics)
+    return mean.total / mean.count, (mean, metrics)  # as a step does
 
   def fused(params):
     mean, metrics = lose(model, params, batch, loss, temperature=0.7)
-    return mean.total, (mean, metrics)
+    return mean.total / mean.count, (mean, metrics)  # as a step does
 
   (want, want_aux), (got, got_aux) = (
     jax.jit(jax.grad(f, has_aux=True))(params) for f in (plain, fused)
@@ -141,6 +143,30 @@ def test_one_pass_makes_the_logits_once():
     return sft.loss(scores._replace(logp=scores.logp.cumsum(-1)), batch)
 
   assert products(by_sequence) == 4
+
+
+def test_what_was_measured_to_be_better_runs_instead_of_one_pass(monkeypatch):
+  params, batch = draw()
+  where = ('logprob', dispatch.device_kind())
+  best = dispatch.Measurement(('vocabulary', 'chunked'), 'a file')
+  monkeypatch.setitem(dispatch.MEASURED, where, best)
+
+  def total(params):
+    return lose(bigram(), params, batch, sft.loss)[0].total
+
+  # Two passes over the logits: four products with the head, not three.
+  assert str(jax.make_jaxpr(jax.grad(total))(params)).count('dot_general') == 4
+
+
+def test_rows_that_share_a_prompt_are_split_as_the_prompts_are(mesh_of):
+  """Eight rows divide by four devices; their two prompts do not, nor do those rows."""
+  params, _ = draw()
+  batch = Batch(jnp.zeros((8, 6), jnp.int32), jnp.ones((8, 6)))
+  shared = batch._replace(prefix=jnp.zeros((2, 3), jnp.int32))
+  with sharding.using(mesh_of(4)):
+    head = Head(params['head'])
+    assert logprobs._split(batch, head)[1:] == (('data', 'fsdp'), None)
+    assert logprobs._split(shared, head) is None
 
 
 @pytest.mark.parametrize('lossy', [False, True])

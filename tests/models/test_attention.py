@@ -87,6 +87,11 @@ def test_a_named_one_runs_or_raises(kind, dtype, name, why):
     attention.choose(name, *operands(dtype), Causal())
 
 
+def test_a_name_that_is_not_there_is_said():
+  with pytest.raises(ValueError, match=r"attention='spalsh' does not exist.*'splash'"):
+    attention.attend(*map(jnp.zeros_like, operands()), Causal(), 'spalsh')
+
+
 @pytest.mark.parametrize('packed', [False, True])
 def test_by_rule_a_gpu_s_program_calls_cudnn(packed, heard):
   """As it is traced in a step: operands that are tracers, in a gradient."""
@@ -182,6 +187,30 @@ def test_a_decoder_means_the_same_by_each(name, case, monkeypatch):
     grads,
     want_grads,
   )
+
+
+@pytest.mark.parametrize('name', ['portable', 'splash', 'cudnn'])
+def test_padding_gets_zeros_and_gives_no_gradient(name, monkeypatch):
+  """To the libraries padding is a document like any other; to a caller it is nothing."""
+  monkeypatch.setattr(attention, 'choose', lambda *_: name)
+  monkeypatch.setattr(
+    splash, 'attend', functools.partial(splash.attend, interpret=True)
+  )
+  monkeypatch.setattr(cudnn, 'attend', functools.partial(cudnn.attend, library='xla'))
+  rng = np.random.default_rng(0)
+  q, k, v = (jnp.asarray(rng.normal(size=x.shape), jnp.float32) for x in operands())
+  segments = jnp.asarray(np.repeat([[1, 2, 0]], 2, 0).repeat([12, 9, 11], 1))
+
+  @jax.jit
+  def both(q, k, v):
+    run = lambda *x: attention.attend(*x, Causal(segments))  # noqa: E731
+    out, back = jax.vjp(run, q, k, v)
+    return out, *back(jnp.ones_like(out))
+
+  out, dq, dk, dv = both(q, k, v)
+  for x in (out[:, 21:], dq[:, 21:], dk[:, :, 21:], dv[:, :, 21:]):
+    assert not np.asarray(x).any()
+  assert np.asarray(out[:, :21]).all()
 
 
 def test_nothing_of_t_by_t_where_it_is_not_needed():

@@ -68,7 +68,7 @@ def attend(
   Scores and the softmax are float32 whatever the dtypes. A query that sees no key gets
   zeros, and zero gradient.
 
-  Raises ValueError if the named implementation cannot run here.
+  Raises ValueError if the named implementation cannot run here, or does not exist.
   """
   if not isinstance(visible, Causal | Fork):
     return portable.attend(q, k, v, visible)
@@ -90,6 +90,11 @@ def attend(
 
 def choose(implementation: str, q, k, v, visible: Causal | Fork) -> str:
   """The name of what computes it here; see `attend`."""
+  if implementation not in IMPLEMENTATIONS:
+    raise ValueError(
+      f'config.model.attention={implementation!r} does not exist; '
+      f'choose one of {sorted(IMPLEMENTATIONS)}'
+    )
   kind = device_kind()
   name = implementation
   if name == 'auto':

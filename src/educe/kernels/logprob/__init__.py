@@ -71,11 +71,10 @@ def logprob(
 
   All sums are float32 whatever the dtype of `hidden` and `head`; gradients come back
   in their own dtypes.
+
+  Raises ValueError for operands that do not belong together, and as `dispatch.choose` does.
   """
-  if not temperature > 0:
-    raise ValueError(f'logprob: temperature={temperature} must be > 0')
-  if softcap is not None and not softcap > 0:
-    raise ValueError(f'logprob: softcap={softcap} must be > 0, or None for no cap')
+  check(hidden, head, targets, needed, temperature, softcap)
   how = dict(temperature=temperature, softcap=softcap)
   trial = _trial(hidden, head, targets, how, split)
   op = dispatch.choose('logprob', IMPLEMENTATIONS, implementation, trial)
@@ -83,6 +82,27 @@ def logprob(
   if needed is None:
     return scores
   return jax.tree.map(lambda x: jnp.where(needed, x, 0), scores)
+
+
+def check(hidden, head, targets, needed=None, temperature=1.0, softcap=None) -> None:
+  """Raises ValueError for what an implementation might take without a word."""
+  if not temperature > 0:
+    raise ValueError(f'logprob: temperature={temperature} must be > 0')
+  if softcap is not None and not 0 < softcap < math.inf:
+    raise ValueError(
+      f'logprob: softcap={softcap} must be > 0 and finite, or None for no cap'
+    )
+  if head.shape[0] != hidden.shape[1] or not head.shape[1]:
+    raise ValueError(
+      f'logprob: hidden is {hidden.shape} and head {head.shape}; they must be [N, D] and '
+      '[D, V], V > 0'
+    )
+  for name, x, kind in (('targets', targets, 'iu'), ('needed', needed, 'b')):
+    if x is not None and (x.shape != hidden.shape[:1] or x.dtype.kind not in kind):
+      raise ValueError(
+        f'logprob: {name} is {x.dtype}{list(x.shape)}; it must be '
+        f'{"bool" if kind == "b" else "integers"} of N = {len(hidden)} tokens'
+      )
 
 
 def in_one_pass() -> bool:

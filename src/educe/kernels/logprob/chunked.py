@@ -64,6 +64,9 @@ def one_pass(
   dH `[N, D]` and dW `[D, V]` in the dtypes of hidden and head. Not differentiable itself.
   """
   how, vocab = op.How(temperature, softcap), head.shape[1]
+  if not len(hidden):
+    none = jnp.zeros(0, jnp.float32)
+    return Scores(none, none, mean_logp=none), hidden, jnp.zeros_like(head)
 
   def here(hidden, head, targets, needed, given):
     walk = _walk(len(hidden), head.shape[1], needed)
@@ -95,7 +98,7 @@ def one_pass(
     return scores, *op.summed(split, d_hidden, d_head, hidden, head)
 
   run = op.over(split, here, 'rhrrr', 'rrh')
-  return run(hidden, head, targets.astype(jnp.int32), needed, given)
+  return run(hidden, head, jnp.asarray(targets, jnp.int32), needed, given)
 
 
 def chunk_rows(rows: int, vocab: int) -> int:

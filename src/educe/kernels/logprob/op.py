@@ -39,7 +39,11 @@ class Passes(NamedTuple):
 
 def apply(passes: Passes, how, split: Split | None, hidden, head, targets, needed):
   """The scores by these passes; `how` begins as `How` does."""
-  return _apply(passes, how, split, hidden, head, targets.astype(jnp.int32), needed)
+  if not len(hidden):  # rows of a single token: no tile is that small
+    none = jnp.zeros(0, jnp.float32)
+    return Scores(none, none, mean_logp=none)
+  targets = jnp.asarray(targets, jnp.int32)
+  return _apply(passes, how, split, hidden, head, targets, needed)
 
 
 def logprob(passes: Passes) -> Callable[..., Scores]:
