@@ -1,6 +1,6 @@
 """results/*.json → <benchmark>.png beside this file, in the notebooks' style.
 
-  python benchmarks/figure.py [logprob_cpu shared_prompts_cpu rollout_cpu2 pods]
+  python benchmarks/figure.py [logprob_cpu shared_prompts_cpu rollout_cpu peers_cpu pods]
 
 Each is drawn as what it says that it is (its `benchmark`).
 """
@@ -21,7 +21,7 @@ from matplotlib import pyplot as plt
 from educe.measurement.curves import BLUE, INK, ORANGE
 
 HERE = pathlib.Path(__file__).resolve().parent
-DRAWN = ('logprob_cpu', 'shared_prompts_cpu', 'rollout_cpu2', 'pods')
+DRAWN = ('logprob_cpu', 'shared_prompts_cpu', 'rollout_cpu', 'peers_cpu', 'pods')
 PALE, GREY = '#9cc4ee', '#90a4ae'
 
 
@@ -50,7 +50,7 @@ def logprob(found: dict[str, Any]):
   left.set(xlim=(0, 1.12), xlabel='share of the rate of the bare products')
   left.axvline(1, color=INK, linewidth=1, linestyle=':')
   left.axvline(0.75, color=ORANGE, linewidth=1, linestyle=':')
-  left.set_title('speed; orange: logits made twice reach no more', loc='left')
+  left.set_title('speed; orange: the most with logits made twice', loc='left')
   bars(right, {name: row['temp_mb'] for name, row in ways.items()}, colours, ',.4g')
   right.set(xscale='log', xlabel='temporaries (MB)')
   right.set_xlim(1, right.get_xlim()[1] * 3)
@@ -67,9 +67,7 @@ def shared_prompts(found: dict[str, Any]):
   figure, axes = plt.subplots(figsize=(7, 2.2))
   rates = {name: row['tokens_per_second'] for name, row in found['ways'].items()}
   bars(axes, rates, [PALE, BLUE], ',d')
-  axes.set_xlabel(
-    "tokens per second of the rows, shared or not, in the update's gradient"
-  )
+  axes.set_xlabel('tokens per second')
   return figure, (
     f'groups of {found["group"]}: prompt {found["prompt"]:,}, completions '
     f'{found["completion"]:,}: {found["speedup"]:.2f} times as fast'
@@ -90,8 +88,28 @@ def rollout(found: dict[str, Any]):
     bars(axes, scaled, [BLUE, PALE, GREY], '.3g')
     axes.set_xlabel('ms')
     speed = f'{row["tokens_per_second"]:,.0f} tokens/s'
-    axes.set_title(f'{name}: {speed}, {row["fraction_of_bound"]:.2f} of its bound')
-  return figure, f'decoding {found["rows"]} rows, float32, beside this machine’s floors'
+    axes.set_title(f'{name}: {speed}', loc='left')
+  reached = ' and '.join(f'{row["fraction_of_bound"]:.2f}' for row in models.values())
+  return figure, (
+    f'decoding {found["rows"]} rows, float32: {reached} of the speed of the longer floor'
+  )
+
+
+def peers(found: dict[str, Any]):
+  """Tokens per CPU second, educe's over each peer's."""
+  figure, several = plt.subplots(1, len(found['ratios']), figsize=(10, 4), sharey=True)
+  for axes, (vocabulary, cases) in zip(several, found['ratios'].items(), strict=True):
+    for shift, peer, colour in ((-0.2, 'TRL', PALE), (0.2, 'Tunix', BLUE)):
+      ratios = [case[f'vs_{peer.lower()}'] for case in cases.values()]
+      places = [place + shift for place in range(len(ratios))]
+      drawn = axes.barh(places, ratios, height=0.36, color=colour, label=f'over {peer}')
+      label(axes, drawn, [f'{x:.2f}' for x in ratios])
+    axes.set_yticks(range(len(cases)), [case.replace('_', ', ') for case in cases])
+    axes.axvline(1, color=INK, linewidth=1, linestyle=':')
+    axes.set_title(f'vocabulary {int(vocabulary):,}', loc='left')
+    axes.set_xlabel('tokens per CPU second, ours over theirs')
+  several[0].legend(loc='lower right')
+  return figure, 'the same steps and sampling beside TRL and Tunix'
 
 
 def pods(found: dict[str, Any]):
@@ -118,9 +136,12 @@ def pods(found: dict[str, Any]):
       drawn = axes.barh(names, held, left=start, color=colour, label=part, height=0.55)
       start = [a + b for a, b in zip(start, held, strict=True)]
     label(axes, drawn, [f'{x:,.0f}' for x in start])
+    peaks = [run['peak_mb'] for run in runs]
+    axes.plot(peaks, names, '|', color=INK, markersize=16, label='peak')
+    axes.set_xlim(0, 1.25 * max(*peaks, *start))
     axes.set_title(f'{preset}: {runs[0]["params"] / 1e6:,.0f}M parameters')
-  several[-1, 0].set_xlabel('MB a device')
-  several[0, 0].legend(loc='lower left', bbox_to_anchor=(0.55, 1), ncols=2)
+    axes.set_xlabel('MB a device')
+  several[0, 0].legend(loc='lower left', bbox_to_anchor=(0.55, 1), ncols=3)
   return figure, 'a step compiled for TPUs that were not there'
 
 
@@ -128,6 +149,7 @@ PICTURES: dict[str, Callable[[dict[str, Any]], tuple[Any, str]]] = {
   'logprob': logprob,
   'shared_prompts': shared_prompts,
   'rollout': rollout,
+  'peers': peers,
   'pods': pods,
 }
 

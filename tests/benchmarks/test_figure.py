@@ -37,7 +37,7 @@ def test_bars_are_as_long_as_their_numbers(figure):
   (axes,) = figure.shared_prompts(found)[0].axes
   assert lengths(axes) == [row['tokens_per_second'] for row in found['ways'].values()]
 
-  found = results('rollout_cpu2')
+  found = results('rollout_cpu')
   for axes, name in zip(
     figure.rollout(found)[0].axes, ('10M', 'smollm2_135m'), strict=True
   ):
@@ -45,6 +45,19 @@ def test_bars_are_as_long_as_their_numbers(figure):
     step, products, read = lengths(axes)
     assert step == pytest.approx(1e3 * row['step_seconds'])
     assert max(products, read) / step == pytest.approx(row['fraction_of_bound'])
+
+
+def test_a_ratio_is_of_its_own_case_and_peer(figure):
+  found = results('peers_cpu')
+  for axes, cases in zip(
+    figure.peers(found)[0].axes, found['ratios'].values(), strict=True
+  ):
+    over = [
+      [case[f'vs_{peer}'] for case in cases.values()] for peer in ('trl', 'tunix')
+    ]
+    assert lengths(axes) == [*over[0], *over[1]]
+    said = [bar.get_text() for bar in axes.get_yticklabels()]
+    assert said == [case.replace('_', ', ') for case in cases]
 
 
 def test_a_pods_bar_is_what_a_device_holds(figure):

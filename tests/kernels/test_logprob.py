@@ -268,17 +268,20 @@ def test_one_pass_equals_float64(rows, temperature, softcap, needed):
   ],
 )
 @pytest.mark.parametrize(
-  'implementation', ['chunked', 'vocabulary', 'pallas_tpu', 'pallas_gpu', 'one_pass']
+  'implementation', ['chunked', 'vocabulary', 'pallas_tpu', 'one_pass']
 )
 def test_a_mesh_changes_nothing(implementation, axes, interpreted):
-  """Each device with its own tokens and its own entries, none of them even."""
+  """Each device with its own tokens and its own entries, none of them even.
+
+  Not pallas_gpu: all devices would share the one interpreter's barriers, and the process
+  ends. What happens on a mesh is op.py's for all of them.
+  """
   interpreted(implementation)
-  dtype = BF16 if implementation == 'pallas_gpu' else F32
   mesh = jax.make_mesh((2, 2), ('data', 'tensor'), axis_types=(AxisType.Auto,) * 2)
   split = Split(mesh, *axes)
   rng = np.random.default_rng(3)
-  hidden = jnp.asarray(rng.normal(size=(60, 16)), dtype)
-  head = jnp.asarray(rng.normal(size=(16, 150)), dtype)
+  hidden = jnp.asarray(rng.normal(size=(60, 16)), F32)
+  head = jnp.asarray(rng.normal(size=(16, 150)), F32)
   targets = jnp.int32(rng.integers(0, 150, 60))
   # The first and the last entry of a device are in no other one's ragged tile.
   targets = targets.at[:4].set(jnp.array([0, 74, 75, 149]))

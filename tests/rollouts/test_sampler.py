@@ -600,3 +600,17 @@ def test_on_policy_log_probs_of_smollm2_equal_score(smollm2):
     for row, prompt in enumerate(prompts):
       span = slice(len(prompt), len(prompt) + 6)
       np.testing.assert_allclose(samples.logp[row], scores.logp[row, span], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ('waiting', 'read'),
+  [(1, 4), (4, 4), (8, 4), (16, 4), (17, 32), (200, 32)],
+)
+def test_what_is_read_at_once_is_not_mostly_padding(waiting, read):
+  """Slots that ended let in a few prompts of 32 tokens; at the start there are many."""
+  prompts = [[row, *range(31)] for row in range(waiting)]
+  entries, entered = sampler._next_entries(
+    prompts, range(waiting), list(range(waiting)), np.arange(64), 32, 64
+  )
+  assert entries.prompts.shape == (read, 32)
+  assert len(entered) == min(waiting, read)

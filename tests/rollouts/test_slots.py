@@ -41,7 +41,7 @@ def test_rows_that_enter_at_other_steps_read_their_own_tokens_alone(use):
   rows, width, room = 3, 4, 6
   slots = slots_lib.empty(model=functions, rows=rows, width=width, room=room)
   rng, key, at_hand = np.random.default_rng(0), jax.random.key(3), {}
-  vocabulary = weights.head.matrix.shape[-1]
+  vocabulary = weights.head.matrix.shape[0]
   eos = np.arange(0, vocabulary, 5, np.int32)
   lengths, begins = [], set()
 

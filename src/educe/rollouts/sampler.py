@@ -25,7 +25,7 @@ from educe.types import Model, Params, Samples
 
 # A prefill reads about so many tokens at once: enough to be a matmul rather than a walk
 # through the weights, few enough that one prompt alone wastes little padding; and where
-# more than that wait, as at the start, MANY of them.
+# half of MANY wait, as at the start, those.
 PREFILL, MANY = 128, 1024
 COLDEST = 1e-20  # below it logits / temperature may leave float32, as if they were NaN
 
@@ -149,7 +149,7 @@ def _next_entries(prompts, seeds, waiting, free, width, rows):
   """(Entries, their rows): those who wait, as far as slots and one prefill reach."""
   waits = len({tuple(prompts[row][:-1]) for row in waiting[-len(free) :]})
   sizes = [min(max(1, tokens // width), rows) for tokens in (PREFILL, MANY)]
-  many = sizes[waits > sizes[0]]
+  many = sizes[2 * waits > sizes[1]]  # or most of what is read would be padding
   known: dict[tuple[int, ...], int] = {}  # a prompt -> its place in the prefill
   entered: list[int] = []
   entries = slots_lib.Entries(
