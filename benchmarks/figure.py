@@ -106,9 +106,9 @@ def peers(found: dict[str, Any]):
       label(axes, drawn, [f'{x:.2f}' for x in ratios])
     axes.set_yticks(range(len(cases)), [case.replace('_', ', ') for case in cases])
     axes.axvline(1, color=INK, linewidth=1, linestyle=':')
-    axes.set_title(f'vocabulary {int(vocabulary):,}', loc='left')
+    axes.set_title(f'V {int(vocabulary):,}', loc='left')
     axes.set_xlabel('tokens per CPU second, ours over theirs')
-  several[0].legend(loc='lower right')
+  several[-1].legend(loc='lower right', bbox_to_anchor=(1, 1), ncols=2)
   return figure, 'the same steps and sampling beside TRL and Tunix'
 
 
@@ -137,11 +137,11 @@ def pods(found: dict[str, Any]):
       start = [a + b for a, b in zip(start, held, strict=True)]
     label(axes, drawn, [f'{x:,.0f}' for x in start])
     peaks = [run['peak_mb'] for run in runs]
-    axes.plot(peaks, names, '|', color=INK, markersize=16, label='peak')
+    axes.plot(peaks, names, '|', color=INK, markersize=18, mew=2, label='peak')
     axes.set_xlim(0, 1.25 * max(*peaks, *start))
     axes.set_title(f'{preset}: {runs[0]["params"] / 1e6:,.0f}M parameters')
     axes.set_xlabel('MB a device')
-  several[0, 0].legend(loc='lower left', bbox_to_anchor=(0.55, 1), ncols=3)
+  several[0, 0].legend(loc='lower right', bbox_to_anchor=(1, 1), ncols=3)
   return figure, 'a step compiled for TPUs that were not there'
 
 

@@ -49,15 +49,14 @@ def test_bars_are_as_long_as_their_numbers(figure):
 
 def test_a_ratio_is_of_its_own_case_and_peer(figure):
   found = results('peers_cpu')
-  for axes, cases in zip(
-    figure.peers(found)[0].axes, found['ratios'].values(), strict=True
-  ):
+  several = figure.peers(found)[0].axes
+  for axes, cases in zip(several, found['ratios'].values(), strict=True):
     over = [
       [case[f'vs_{peer}'] for case in cases.values()] for peer in ('trl', 'tunix')
     ]
     assert lengths(axes) == [*over[0], *over[1]]
-    said = [bar.get_text() for bar in axes.get_yticklabels()]
-    assert said == [case.replace('_', ', ') for case in cases]
+  said = [text.get_text() for text in several[0].get_yticklabels()]
+  assert said == [case.replace('_', ', ') for case in cases]
 
 
 def test_a_pods_bar_is_what_a_device_holds(figure):
