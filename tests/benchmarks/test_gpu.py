@@ -210,7 +210,7 @@ def test_a_part_that_is_there_is_not_run_again(of, tmp_path, capsys):
   rate = found['rows']['matmul llama3_8b']
   flops = 2 * np.prod(rate['shape'], dtype=float)
   assert rate['tflops'] * 1e12 == pytest.approx(flops / rate['seconds'])
-  copy, size = found['rows']['copy'], of['gpu_parts'].SIZES['tiny']
+  copy, size = found['rows']['copy'], of['gpu_sizes'].SIZES['tiny']
   both = 2 * size.copied  # bytes read, and bytes written
   assert copy['gb_per_second'] * 1e9 == pytest.approx(both / copy['seconds'])
   found['rows']['copy']['seconds'] = 123.0
