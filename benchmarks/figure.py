@@ -160,8 +160,7 @@ def draw(name: str, folder: pathlib.Path = HERE) -> pathlib.Path:
   with plt.style.context('educe.measurement.pictures'):
     figure, title = PICTURES[found['benchmark']](found)
     where = [str(found[key]) for key in ('machine', 'device') if key in found]
-    cores = [f'{found["cores"]} cores'] if 'cores' in found else []
-    at = ', '.join([*where, *cores, f'jax {found["jax"]}'])
+    at = ', '.join([*where, f'jax {found["jax"]}'])
     figure.suptitle(title, x=0.01, ha='left', size=13)
     figure.supxlabel(at, x=0.01, ha='left', size=9, color=GREY)
     figure.get_layout_engine().set(h_pad=0.09, w_pad=0.09)

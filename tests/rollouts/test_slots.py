@@ -93,7 +93,8 @@ def test_rows_that_enter_at_other_steps_read_their_own_tokens_alone(use):
   assert len(begins) > 3
 
 
-def test_free_slots_stay_as_they_are():
+def the_middle_one(eos_ids):
+  """Three slots, of which only the second had a row, of up to 5 tokens; it has ended."""
   model, table = toy.model(vocabulary=16)
   functions = slots_lib.Functions(model.head, model.init_cache, model.decode)
   weights = slots_lib.prepare(table, model=functions)
@@ -101,18 +102,22 @@ def test_free_slots_stay_as_they_are():
   slots = slots_lib.enter(
     table, slots, entries(3, 4, {1: ([3, 4], 7)}), model=functions
   )
-  slots = slots_lib.advance(
+  return slots_lib.advance(
     weights,
     slots,
     jax.random.key(0),
     Settings(),
-    np.zeros(0, np.int32),
+    np.asarray(eos_ids, np.int32),
     None,
     np.int32(0),
     np.int32(5),
     model=functions,
     width=4,
   )
+
+
+def test_free_slots_stay_as_they_are():
+  slots = the_middle_one(eos_ids=[])
   assert slots.drawn.tolist() == [0, 5, 0]
   assert slots.step == 5
   assert not np.asarray(slots.logp)[[0, 2]].any()
@@ -121,24 +126,6 @@ def test_free_slots_stay_as_they_are():
 
 def test_what_a_slot_draws_after_its_end_ends_nothing():
   """It draws on beside those that live; an EOS then does not say that a row ended so."""
-  model, table = toy.model(vocabulary=16)
-  functions = slots_lib.Functions(model.head, model.init_cache, model.decode)
-  weights = slots_lib.prepare(table, model=functions)
-  slots = slots_lib.empty(model=functions, rows=3, width=4, room=5)
-  slots = slots_lib.enter(
-    table, slots, entries(3, 4, {1: ([3, 4], 7)}), model=functions
-  )
-  slots = slots_lib.advance(
-    weights,
-    slots,
-    jax.random.key(0),
-    Settings(),
-    np.arange(16, dtype=np.int32),  # whatever is drawn
-    None,
-    np.int32(0),
-    np.int32(5),
-    model=functions,
-    width=4,
-  )
+  slots = the_middle_one(eos_ids=range(16))  # whatever is drawn
   assert slots.drawn.tolist() == [0, 1, 0]
   assert slots.stopped.tolist() == [False, True, False]

@@ -65,8 +65,7 @@ def one_pass(
   """
   how, vocab = op.How(temperature, softcap), head.shape[1]
   if not len(hidden):
-    none = jnp.zeros(0, jnp.float32)
-    return Scores(none, none, mean_logp=none), hidden, jnp.zeros_like(head)
+    return op.of_no_tokens(), hidden, jnp.zeros_like(head)
 
   def here(hidden, head, targets, needed, given):
     walk = _walk(len(hidden), head.shape[1], needed)

@@ -39,11 +39,16 @@ class Passes(NamedTuple):
 
 def apply(passes: Passes, how, split: Split | None, hidden, head, targets, needed):
   """The scores by these passes; `how` begins as `How` does."""
-  if not len(hidden):  # rows of a single token: no tile is that small
-    none = jnp.zeros(0, jnp.float32)
-    return Scores(none, none, mean_logp=none)
+  if not len(hidden):
+    return of_no_tokens()
   targets = jnp.asarray(targets, jnp.int32)
   return _apply(passes, how, split, hidden, head, targets, needed)
+
+
+def of_no_tokens() -> Scores:
+  """Of rows of a single token, which no tile is small enough for."""
+  none = jnp.zeros(0, jnp.float32)
+  return Scores(none, none, mean_logp=none)
 
 
 def logprob(passes: Passes) -> Callable[..., Scores]:
