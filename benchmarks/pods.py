@@ -89,9 +89,7 @@ CHIPS = {
 def mesh_of(topology: str, **sizes: int) -> Mesh:
   """A (data, fsdp, tensor) mesh over a topology like v5e:2x4 that need not be here."""
   described = topologies.get_topology_desc(platform='tpu', topology_name=topology)
-  return sharding.mesh_over(
-    described.devices, **{'data': 1, 'fsdp': 1, 'tensor': 1} | sizes
-  )
+  return sharding.mesh_over(described.devices, **sizes)
 
 
 def placed(tree: Any, axes: Any, mesh: Mesh) -> Any:

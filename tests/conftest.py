@@ -4,6 +4,7 @@ import contextlib
 import http.server
 import importlib
 import json
+import math
 import os
 import sys
 import threading
@@ -32,17 +33,13 @@ jaxtyping.install_import_hook(['educe.kernels', 'educe.losses'], 'beartype.beart
 
 @pytest.fixture
 def mesh_of():
-  """A (data, fsdp, tensor) mesh over the first n virtual devices."""
+  """A mesh over the first n virtual devices; axes that are left out are 1."""
 
-  def make(data, fsdp=1, tensor=1):
-    from jax.sharding import AxisType
+  def make(data=1, fsdp=1, tensor=1, **more):
+    from educe.sharding import mesh_over
 
-    from educe.sharding import AXES
-
-    devices = jax.devices()[: data * fsdp * tensor]
-    return jax.make_mesh(
-      (data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
-    )
+    sizes = dict(data=data, fsdp=fsdp, tensor=tensor, **more)
+    return mesh_over(jax.devices()[: math.prod(sizes.values())], **sizes)
 
   return make
 

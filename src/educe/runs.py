@@ -138,7 +138,7 @@ def train(
   # The policy, on the mesh.
   grid = call('mesh', mesh)
   say(headline(run_dir, config))
-  ways = grid.shape['data'] * grid.shape['fsdp'] // jax.process_count()
+  ways = sharding.ways(grid) // jax.process_count()
 
   def place(batch: Batch, shares: int = 1) -> Batch:
     if jax.process_count() > 1:  # each would choose widths of its own

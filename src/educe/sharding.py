@@ -18,8 +18,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from educe.types import Split
 
-AXES = ('data', 'fsdp', 'tensor')
-BATCH = PartitionSpec(('data', 'fsdp'))
+AXES = ('data', 'fsdp', 'expert', 'context', 'tensor')
+ROWS = ('data', 'fsdp', 'expert')  # what the rows of a batch are split over
+BATCH = PartitionSpec(ROWS)
 
 # logical axis → mesh axis. What is not named here is replicated.
 RULES = {
@@ -28,20 +29,34 @@ RULES = {
   'heads': 'tensor',
   'kv_heads': 'tensor',
   'mlp': 'tensor',
+  'experts': 'expert',
 }
 
 
-def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+def make_mesh(
+  *, data: int = -1, fsdp: int = 1, expert: int = 1, context: int = 1, tensor: int = 1
+) -> Mesh:
   """A mesh over every device; one axis may be −1 and takes what the others leave.
+
+  Args:
+    data: copies of the params, each with rows of its own
+    fsdp: parts of every param and of its optimizer state; rows are split over it too
+    expert: parts of the experts of a sparse model; rows are split over it too
+    context: parts of a row's tokens, for contexts that no device could hold
+    tensor: parts of heads, of an MLP's width and of the vocabulary; the innermost, for it
+      exchanges most
 
   Axes are Auto: the compiler propagates shardings (explicit mode is jax.make_mesh's
   default and would ask every reshape in the model for its output sharding).
   """
-  return mesh_over(jax.devices(), data=data, fsdp=fsdp, tensor=tensor)
+  sizes = dict(data=data, fsdp=fsdp, expert=expert, context=context, tensor=tensor)
+  return mesh_over(jax.devices(), **sizes)
 
 
 def mesh_over(devices: Sequence[Any], **sizes: int) -> Mesh:
-  """`make_mesh` of given devices, such as those of a topology that is not here."""
+  """`make_mesh` of given devices, such as those of a topology that is not here; an axis
+  that is left out is 1."""
+  sizes = dict.fromkeys(AXES, 1) | sizes
   known = math.prod(size for size in sizes.values() if size != -1)
   free = [name for name, size in sizes.items() if size == -1]
   if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
@@ -88,10 +103,15 @@ def split(rows: int, size: int, axis: str) -> Split | None:
   mesh = _in_use()
   if mesh is None or mesh.size == 1:
     return None
-  over, across = BATCH[0], RULES[axis]
-  ways, parts = math.prod(mesh.shape[name] for name in over), mesh.shape[across]
-  by_rows, by_size = ways > 1 and rows % ways == 0, parts > 1 and size % parts == 0
-  return Split(mesh, over if by_rows else (), across if by_size else None)
+  across, parts = RULES[axis], ways(mesh)
+  by_rows = parts > 1 and rows % parts == 0
+  by_size = mesh.shape[across] > 1 and size % mesh.shape[across] == 0
+  return Split(mesh, ROWS if by_rows else (), across if by_size else None)
+
+
+def ways(mesh: Any) -> int:
+  """How many parts the rows of a batch are split into."""
+  return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
 def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh):
@@ -114,7 +134,7 @@ def by_row(x: Any) -> Any:
   every device holds the activations of all rows.
   """
   mesh = _in_use()
-  if mesh is None or x.shape[0] % math.prod(mesh.shape[axis] for axis in BATCH[0]):
+  if mesh is None or x.shape[0] % ways(mesh):
     return x
   return jax.lax.with_sharding_constraint(x, BATCH)
 
@@ -163,10 +183,11 @@ def check_batch(
       f'microbatches={microbatches}: the loss compares rows across the whole batch, so '
       'that it cannot be cut; set microbatches=1, or choose another loss'
     )
-  ways = mesh.shape['data'] * mesh.shape['fsdp'] * microbatches
-  if rows % (ways * group):
+  parts = ways(mesh)
+  if rows % (parts * microbatches * group):
     whole = f' in groups of {group}' if group > 1 else ''
     raise ValueError(
       f'batch of {rows} rows{whole} does not divide into {microbatches} microbatches × '
-      f'{ways // microbatches} data-parallel devices; make it a multiple of {ways * group}'
+      f'{parts} data-parallel devices; make it a multiple of '
+      f'{parts * microbatches * group}'
     )

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
-from jax.sharding import AxisType
 
 from educe.algorithms import distillation as algorithm
 from educe.data import pipeline, sources
@@ -18,7 +17,7 @@ from educe.environments import chain
 from educe.losses import distillation
 from educe.models import policy, presets
 from educe.rollouts import rounds
-from educe.sharding import AXES
+from educe.sharding import mesh_over
 from educe.training import optimizer
 from educe.training.step import init_state, make_step
 from educe.types import StateMismatch
@@ -57,9 +56,7 @@ def build(
   run_dir, *, data=None, rollouts=None, seed=0, loss=None, whose='ours', **options
 ):
   loss = loss or {'objective': 'jsd'}
-  mesh = jax.make_mesh(
-    (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
-  )
+  mesh = mesh_over(jax.devices()[:1])
   return algorithm.make(
     STUDENT,
     functools.partial(distillation.loss, **loss),

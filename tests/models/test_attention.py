@@ -17,7 +17,7 @@ from educe.models import attention, policy, transformer
 from educe.models.attention import Causal, Fork
 
 
-def chip(kind, size=1, names=('data', 'fsdp', 'tensor')):
+def chip(kind, size=1, names=sharding.AXES):
   """A context in which programs are traced for such chips."""
   device = AbstractDevice(kind, 1, 'tpu' if kind.startswith('TPU') else 'gpu')
   mesh = AbstractMesh(
@@ -121,7 +121,7 @@ def test_many_chips_without_a_mesh(monkeypatch, heard):
 
 @pytest.mark.parametrize(
   ('size', 'B', 'want'),
-  [(1, 2, None), (2, 2, (('data', 'fsdp'), None)), (4, 2, ((), None))],
+  [(1, 2, None), (2, 2, (sharding.ROWS, None)), (4, 2, ((), None))],
 )
 def test_how_a_mesh_splits_it(size, B, want):
   with chip('TPU v5 lite', size):

@@ -2,26 +2,18 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from educe.models import attention, policy
 from educe.models.transformer import Architecture
+from educe.sharding import mesh_over
 
 B, T, H, K, h = 2, 4096, 8, 4, 64  # h: half of a chip's 128 lanes, as in SmolLM2
 # A decoder compiles in half the time; kernels are the same.
 LIGHTLY = {'exec_time_optimization_effort': -1.0}
 SCORES = B * H * T * T * 4  # bytes
-
-
-def mesh_over(devices, shape):
-  return Mesh(
-    np.array(devices[: np.prod(shape)]).reshape(shape),
-    ('data', 'fsdp', 'tensor'),
-    axis_types=(AxisType.Auto,) * 3,
-  )
 
 
 def like(mesh, dtype, shape, *spec):
@@ -43,7 +35,7 @@ def check(program, scores):
   [('v4:2x2x1', False), ('v5e:2x2', True), ('v5p:2x2x1', False), ('v6e:2x2', False)],
 )
 def test_scores_stay_on_the_chip(chips, topology, fork):
-  mesh = mesh_over(chips(topology), (1, 1, 1))
+  mesh = mesh_over(chips(topology)[:1])
   q, k = ((B, T, H, h), (B, K, T, h))
   args = [like(mesh, jnp.bfloat16, shape) for shape in (q, k, k)]
   segments = like(mesh, jnp.int32, (B, T))
@@ -60,7 +52,7 @@ def test_scores_stay_on_the_chip(chips, topology, fork):
 
 
 def test_a_decoder_s_rows_and_heads_over_four_chips(chips):
-  mesh = mesh_over(chips('v5e:2x2'), (2, 1, 2))
+  mesh = mesh_over(chips('v5e:2x2'), data=2, tensor=2)
   architecture = Architecture(
     vocab_size=512,
     dim=128,

@@ -33,7 +33,7 @@ from educe.data import pipeline
 from educe.data.tokenizer import Tokenizer
 from educe.losses.logprobs import score
 from educe.measurement.accuracy import wilson
-from educe.sharding import place_batch
+from educe.sharding import place_batch, ways
 from educe.types import Batch, Model, Params
 
 RECORDS = ('pairs', 'rated', 'steps')
@@ -290,8 +290,7 @@ def _spread(batch: Batch, params: Params) -> Batch:
   mesh = getattr(where, 'mesh', None)
   if not isinstance(mesh, jax.sharding.Mesh) or jax.process_count() > 1:
     return batch
-  ways = mesh.shape['data'] * mesh.shape['fsdp']
-  return batch if len(batch.tokens) % ways else place_batch(batch, mesh)
+  return batch if len(batch.tokens) % ways(mesh) else place_batch(batch, mesh)
 
 
 def _transcript(tokenizer, rows, pair, rewards) -> dict[str, Any]:
