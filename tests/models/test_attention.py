@@ -130,6 +130,23 @@ def test_how_a_mesh_splits_it(size, B, want):
     assert (split and split[1:]) == want
 
 
+def test_where_the_tokens_of_a_row_lie_on_several_devices(monkeypatch):
+  """What is chosen for them, and why something else is not."""
+  heard = []
+  monkeypatch.setattr(attention, 'say_once', heard.append)
+  mesh = AbstractMesh(
+    (1, 1, 1, 4, 1),
+    sharding.AXES,
+    (AxisType.Auto,) * 5,
+    abstract_device=AbstractDevice('TPU v5 lite', 1, 'tpu'),
+  )
+  with jax.sharding.use_abstract_mesh(mesh):
+    assert attention.choose('auto', *operands(N=1024), Causal()) == 'splash'
+    assert attention.choose('auto', *operands(N=1000), Causal()) == 'portable'
+    assert '1000 tokens over config.mesh.context do not divide by 512' in heard[-1]
+    assert attention._split(*operands(N=1002)[:2], Causal()).along is None
+
+
 ARCHITECTURE = transformer.Architecture(
   vocab_size=64,
   dim=32,
