@@ -238,16 +238,15 @@ def test_the_tokens_of_a_row_on_several_devices(way, sizes, packed, mesh_of):
     visible &= (segments[:, :, None] == segments[:, None]) & (segments[:, None] > 0)
   want = loop(q, k, v, out, visible)
   given = jnp.asarray(segments) if packed else None
-  mesh = mesh_of(**sizes)
-  with sharding.using(mesh):
-    split = sharding.split(2, 2, 'kv_heads', T)
-  assert split.along == 'context'
   way = (
     ring.attend if way == 'ring' else functools.partial(splash.attend, interpret=True)
   )
-  attend = functools.partial(way, segments=given, split=split)
   there = np.expand_dims(segments > 0, (2, 3)) if packed else 1
-  check(run(attend, q, k, v, out, there), want, 2e-5)
+  with jax.set_mesh(mesh_of(**sizes)):
+    split = sharding.split(2, 2, 'kv_heads', T)
+    assert split.along == 'context'
+    attend = functools.partial(way, segments=given, split=split)
+    check(run(attend, q, k, v, out, there), want, 2e-5)
 
 
 def test_a_ring_holds_no_more_than_its_part(mesh_of):
@@ -266,7 +265,7 @@ def test_a_ring_holds_no_more_than_its_part(mesh_of):
   q = jax.ShapeDtypeStruct((2, T, 4, 8), jnp.float32, sharding=where[0])
   k = jax.ShapeDtypeStruct((2, 2, T, 8), jnp.float32, sharding=where[1])
   program = jax.jit(jax.grad(total, (0, 1, 2))).lower(q, k, k).compile()
-  moved = {x.op for x in collectives.read(program.as_text())}
+  moved = {x.op for x in collectives.read(program.as_text()) if x.bytes}
   assert moved == {'collective-permute'}
   part = 2 * 4 * (T // 8) ** 2 * 4  # float32 scores of all heads
   assert program.memory_analysis().temp_size_in_bytes < 6 * part

@@ -121,7 +121,7 @@ def test_many_chips_without_a_mesh(monkeypatch, heard):
 
 @pytest.mark.parametrize(
   ('size', 'B', 'want'),
-  [(1, 2, None), (2, 2, (sharding.ROWS, None)), (4, 2, ((), None))],
+  [(1, 2, None), (2, 2, (sharding.ROWS, None, None)), (4, 2, ((), None, None))],
 )
 def test_how_a_mesh_splits_it(size, B, want):
   with chip('TPU v5 lite', size):
