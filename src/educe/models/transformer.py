@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int
 from educe.kernels import logprob
 from educe.models import attention
 from educe.models.attention import Causal, Fork, attend
-from educe.sharding import by_row, by_token, lay
+from educe.sharding import by_row, by_token, in_parts, in_use, lay
 
 DTYPES = ('float32', 'bfloat16', 'float16')
 REMAT = {
@@ -122,9 +122,12 @@ def project(x: Float[Array, 'B T *n'], weight: Float[Array, '*n_m']) -> Array:
   """x [B, T, *n] · weight [*n, *m] → [B, T, *m], as a matmul of two matrices.
 
   Not an einsum: the gradient of a dot of rank 3 makes XLA's CPU backend transpose the
-  weights in memory, at every layer of every step.
+  weights in memory, at every layer of every step. Where the tokens of a row lie on several
+  devices, rows and tokens do not merge, and it is one.
   """
   inner = x.shape[2:]
+  if in_parts(in_use()) > 1:
+    return jnp.tensordot(x, weight, len(inner))
   outer = weight.shape[len(inner) :]
   matrix = weight.reshape(math.prod(inner), math.prod(outer))
   return (x.reshape(-1, matrix.shape[0]) @ matrix).reshape(*x.shape[:2], *outer)
@@ -248,7 +251,9 @@ class Transformer(nn.Module):
     block = Block
     if REMAT[a.remat] is not None:
       block = nn.remat(Block, prevent_cse=False, policy=REMAT[a.remat])
-    x = by_token(embedding[tokens].astype(a.compute_dtype))
+    # Rows of an embedding whose width is split would be those of the whole batch.
+    looked_up = lay(embedding, 'vocab')[tokens]
+    x = by_token(looked_up.astype(a.compute_dtype))
     x, _ = nn.scan(
       block,
       length=a.layers,
