@@ -17,7 +17,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,7 +27,6 @@ from educe.roll_call import roll_call
 
 WAIT = 300.0  # seconds for all processes to arrive
 LAST = 10  # seconds that a process that failed waits for the others to fail as well
-T = TypeVar('T')
 
 
 class Alone(ValueError):
@@ -173,10 +172,10 @@ def exchange(value: Any) -> list[Any]:
   """What every process brings, by process; plain JSON. All must call it."""
   if count() == 1:
     return [value]
-  text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  text = np.frombuffer(json.dumps(value, default=str).encode(), np.uint8)
   sizes = multihost_utils.process_allgather(np.int32(len(text)))
   # Few widths, for each is a program.
-  padded = np.zeros(1 << max(int(sizes.max()) - 1, 15).bit_length(), np.uint8)
+  padded = np.zeros(max(1 << 16, 1 << (int(sizes.max()) - 1).bit_length()), np.uint8)
   padded[: len(text)] = text
   rows = multihost_utils.process_allgather(padded)
   return [json.loads(row[:n].tobytes()) for row, n in zip(rows, sizes, strict=True)]
@@ -187,35 +186,61 @@ def agreed(value: Any) -> Any:
   return exchange(value if is_first() else None)[0]
 
 
-def together(what: Callable[[], T]) -> T:
-  """what() in every process; where it fails in one, the same error in all of them.
+def gathered(what: Callable[[], Any]) -> list[Any]:
+  """what() of every process, by process; plain JSON. All must call it.
 
-  Of mistakes that a user can mend: ValueError and OSError. All must call it.
+  Where it fails in one, by a mistake that a user can mend (ValueError, OSError), the same
+  error is raised in all of them.
   """
   if count() == 1:
-    return what()
-  result, error = None, None
+    return [what()]
+  failed, value = None, None
   try:
-    result = what()
-  except (ValueError, OSError) as failed:
-    error = failed
-  said = exchange(None if error is None else str(error))
-  if error is not None:
-    raise error
-  for process, text in enumerate(said):
-    if text is not None:
-      raise ValueError(f'process {process}: {text}')
-  return result  # type: ignore[return-value]
+    value = what()
+  except (ValueError, OSError) as error:
+    failed = error
+  said = exchange([value, None if failed is None else str(failed)])
+  if failed is not None:
+    raise failed
+  for process, (_, why) in enumerate(said):
+    if why is not None:
+      raise ValueError(f'process {process}: {why}')
+  return [value for value, _ in said]
 
 
 def by_first(what: Callable[[], object]) -> None:
   """what() in process 0 alone, such as a file written: if it fails, all fail."""
-  together(lambda: what() if is_first() else None)
+
+  def first() -> None:
+    if is_first():
+      what()
+
+  gathered(first)
 
 
-def spread(rows: int, unit: int = 1) -> list[int]:
-  """This process's share of 0 … rows − 1, dealt out `unit` next to each other at a time."""
-  return [row for row in range(rows) if row // unit % count() == index()]
+def shared(rows: int, unit: int, what: Callable[[list[int]], Sequence[Any]]) -> list:
+  """what(those rows) of each process for its share of 0 … rows − 1, put in order.
+
+  unit: rows next to each other that one process gets; a share may be empty
+  what: a plain JSON value for each row that it is given. Errors are everybody's
+  """
+  if count() == 1:
+    return list(what(list(range(rows))))
+
+  def share(process: int) -> list[int]:
+    return [row for row in range(rows) if row // unit % count() == process]
+
+  def mine() -> list[Any]:
+    asked = share(index())
+    return list(what(asked)) if asked else []
+
+  every = gathered(mine)
+  found = {
+    row: x
+    for p, said in enumerate(every)
+    for row, x in zip(share(p), said, strict=True)
+  }
+  return [found[row] for row in range(rows)]
 
 
 _asked = itertools.count(

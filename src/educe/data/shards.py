@@ -27,7 +27,7 @@ class Shards:
   """Batches of `rows`' rows; what a run needs of one pipeline, over the shards read here.
 
   fingerprint, counts, rows_of: see `pipeline.Batches`; counts are of the shards read here
-  batch_size: rows of the whole batch
+  batch_size: rows of the whole batch; mine: which of them are this process's
   """
 
   def __init__(
@@ -48,8 +48,8 @@ class Shards:
     self.fingerprint = {
       name: x for name, x in whole.fingerprint.items() if not name.startswith('process')
     }
-    self._mine = np.asarray(rows(self.batch_size))
-    self._shards, self._places = 1, self._mine
+    self.mine = np.asarray(rows(self.batch_size))
+    self._shards, self._places = 1, self.mine
     shards = math.gcd(parts, self.fingerprint['batch_size'])
     if shards > 1:
       self._deal(shards)
@@ -59,10 +59,10 @@ class Shards:
     self.close()
     self._shards = shards
     size = self.batch_size // shards
-    needed = sorted({int(row) // size for row in self._mine})
+    needed = sorted({int(row) // size for row in self.mine})
     self._read = {shard: self._open(shard, shards, False) for shard in needed}
     starts = {shard: place * size for place, shard in enumerate(needed)}
-    self._places = np.array([starts[r // size] + r % size for r in self._mine.tolist()])
+    self._places = np.array([starts[r // size] + r % size for r in self.mine.tolist()])
 
   def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
     return self

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Key
 
+from educe import sharding
 from educe.data.sharing import bucket as bucket
 from educe.rollouts import slots as slots_lib
 from educe.rollouts.draw import Settings
@@ -109,7 +110,7 @@ def sample(
     slots = slots_lib.advance(
       weights, slots, key, settings, *ends, *bounds, model=functions, width=width
     )
-    host = jax.device_get(slots._replace(cache=None))
+    host = sharding.fetch(slots._replace(cache=None))
     ended = np.flatnonzero((row_of >= 0) & ~host.live)
     rows_ended = row_of[ended]
     row_of[ended] = -1
