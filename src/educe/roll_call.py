@@ -65,6 +65,7 @@ def _listen(host, port, count, index, wait) -> str | list[int] | None:
     return f'--coordinator: port {port} cannot be had here ({error}); name another'
   deadline = time.monotonic() + wait
   here: dict[int, socket.socket] = {}
+  told: list[socket.socket] = []
   wrong = None
   with contextlib.ExitStack() as closing, selectors.DefaultSelector() as selector:
     closing.enter_context(server)
@@ -87,12 +88,13 @@ def _listen(host, port, count, index, wait) -> str | list[int] | None:
         process, of = said
         if of != count:
           wrong = f'process {process} counts {of} processes, and process 0 {count}'
-        elif not 0 < process < count or process in here:
+        elif not 0 < process < count or _waits(here.get(process)):
           wrong = f'two processes say that they are process {process} of {count}'
         here[process] = connection
+        told.append(connection)
     missing = [process for process in range(1, count) if process not in here]
     verdict = (json.dumps(wrong or missing) + '\n').encode()
-    for connection in here.values():
+    for connection in told:
       with contextlib.suppress(OSError):
         connection.sendall(verdict)
         # They close first: then it is not this port that has to rest before JAX has it.
@@ -106,6 +108,19 @@ def _read(connection: socket.socket):
     return int(said['process']), int(said['of'])
   except (OSError, ValueError, KeyError, TypeError):
     return None
+
+
+def _waits(connection: socket.socket | None) -> bool:
+  """Whether there is such a one, and it has not gone: one that was restarted may come
+  again."""
+  if connection is None:
+    return False
+  try:
+    return bool(connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+  except BlockingIOError:
+    return True
+  except OSError:
+    return False
 
 
 def _answer(host, port, count, index, wait) -> str | list[int] | None:

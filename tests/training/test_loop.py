@@ -22,13 +22,10 @@ class Counter:
     self.given = 0
 
   def get_state(self):
-    return str(self.given).encode()
+    return {'given': self.given}
 
   def set_state(self, state):
-    self.given = int(state)
-
-  def start_prefetch(self):
-    pass
+    self.given = state['given']
 
 
 def algorithm(data, end=10**9):
