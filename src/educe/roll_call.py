@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import select
 import selectors
 import socket
 import time
@@ -115,10 +116,10 @@ def _waits(connection: socket.socket | None) -> bool:
   again."""
   if connection is None:
     return False
-  try:
-    return bool(connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
-  except BlockingIOError:
+  if not select.select([connection], [], [], 0)[0]:
     return True
+  try:
+    return bool(connection.recv(1, socket.MSG_PEEK))
   except OSError:
     return False
 

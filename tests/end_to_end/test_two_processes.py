@@ -34,7 +34,9 @@ def get_config():
     loss=dict(name='sft'),
     source=dict(name='jsonl', path={data!r}),
     data=dict(batch_size=8, max_length=40, seed=5),
-    optimizer=dict(name='adamw', learning_rate=1e-2, warmup_steps=3),
+    optimizer=dict(
+      name='adamw', learning_rate=1e-2, warmup_steps=3, schedule='constant',
+    ),
     mesh=dict(data=1, fsdp=-1),
   ))
 """
