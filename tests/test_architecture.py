@@ -14,7 +14,7 @@ FILES = sorted(p for p in SOURCE.rglob('*.py') if p.name != '__init__.py')
 FLOORS = [
   {'roll_call'},
   {'hosts'},
-  {'types', 'memory', 'paths', 'progress', 'spelling'},
+  {'types', 'memory', 'paths', 'progress', 'spelling', 'collectives'},
   {'sharding', 'kernels'},
   {'data', 'models', 'environments'},
   {'losses'},

@@ -12,6 +12,7 @@ import inspect
 import logging
 import os
 import pathlib
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -246,5 +247,18 @@ def main(argv: Sequence[str]) -> int:
       raise
     who = f'process {hosts.index()}: ' if hosts.count() > 1 else ''
     complain(f'educe: {who}{" ".join(str(error).split())}')
+    return hosts.leave(1)
+  except Exception as error:
+    if hosts.count() == 1:
+      raise
+    lost = isinstance(error, jax.errors.JaxRuntimeError)
+    if lost and not os.environ.get('EDUCE_TRACEBACK'):
+      first = str(error).strip().splitlines()[0]
+      complain(
+        f'educe: process {hosts.index()}: {first[:300]} (if another process has ended, it '
+        'said why; EDUCE_TRACEBACK=1 shows where this one was)'
+      )
+    else:
+      traceback.print_exc()
     return hosts.leave(1)
   return 0

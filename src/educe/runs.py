@@ -139,9 +139,10 @@ def train(
   rows = batches.batch_size if batches else None  # of a batch that processes share
 
   def place(batch: Batch, shares: int = 1) -> Batch:
-    parts = sharding.ways(grid) * microbatches
-    if rows is None or len(batch.tokens) == rows:  # or each would choose its own widths
-      batch = share(batch, shares, parts)
+    # Of a part each process would choose widths of its own; and who goes on from a shared
+    # prompt reads it on the same device.
+    if (rows is None or len(batch.tokens) == rows) and sharding.in_parts(grid) == 1:
+      batch = share(batch, shares, sharding.ways(grid) * microbatches)
     return sharding.place_batch(batch, grid, rows)
 
   net, params = call('model', model)
