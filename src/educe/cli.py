@@ -242,23 +242,17 @@ def main(argv: Sequence[str]) -> int:
         tokenizer=arguments.tokenizer,
         dtype=arguments.dtype,
       )
-  except MISTAKES as error:
-    if os.environ.get('EDUCE_TRACEBACK'):
-      raise
-    who = f'process {hosts.index()}: ' if hosts.count() > 1 else ''
-    complain(f'educe: {who}{" ".join(str(error).split())}')
-    return hosts.leave(1)
   except Exception as error:
-    if hosts.count() == 1:
+    lost = hosts.count() > 1 and isinstance(error, jax.errors.JaxRuntimeError)
+    told = isinstance(error, MISTAKES) or lost
+    if hosts.count() == 1 and (not told or os.environ.get('EDUCE_TRACEBACK')):
       raise
-    lost = isinstance(error, jax.errors.JaxRuntimeError)
-    if lost and not os.environ.get('EDUCE_TRACEBACK'):
-      first = str(error).strip().splitlines()[0]
-      complain(
-        f'educe: process {hosts.index()}: {first[:300]} (if another process has ended, it '
-        'said why; EDUCE_TRACEBACK=1 shows where this one was)'
-      )
-    else:
+    if not told or os.environ.get('EDUCE_TRACEBACK'):
       traceback.print_exc()
+    text = ' '.join(str(error).split())
+    if lost:
+      text = f'{text[:300]} (if another process has ended, it has said why)'
+    who = f'process {hosts.index()}: ' if hosts.count() > 1 else ''
+    complain(f'educe: {who}{text}')
     return hosts.leave(1)
   return 0
