@@ -243,9 +243,7 @@ def shared(rows: int, unit: int, what: Callable[[list[int]], Sequence[Any]]) -> 
   return [found[row] for row in range(rows)]
 
 
-_asked = itertools.count(
-  1
-)  # one count for all runs of a process: it must never go back
+_asked = itertools.count(1)  # through all runs of a process: it must never go back
 
 
 def stopping() -> bool:

@@ -141,6 +141,7 @@ def history(run_dir):
 def same(ours, theirs, steps):
   for step in steps:
     assert ours[step].keys() == theirs[step].keys()
+    assert theirs[step]['loss'] == pytest.approx(ours[step]['loss'], rel=1e-6, abs=1e-6)
     for name, value in ours[step].items():
       assert theirs[step][name] == pytest.approx(value, **CLOSE), (step, name)
 
