@@ -44,6 +44,49 @@ def mesh_of():
   return make
 
 
+@pytest.fixture
+def as_processes():
+  """`as_processes(n, run)`: what run(index) returns in each of n threads that take
+  themselves for processes, or the error that it raised. One that leaves the common path
+  while the others exchange something breaks the test."""
+  from educe import hosts
+
+  def start(count, run):
+    here = threading.local()
+    table, barrier = {}, threading.Barrier(count, timeout=20)
+    found = [None] * count
+
+    def exchange(value):
+      table[here.index] = json.dumps(value, default=str)
+      barrier.wait()
+      said = [json.loads(table[i]) for i in range(count)]
+      barrier.wait()
+      return said
+
+    def one(index):
+      here.index = index
+      try:
+        found[index] = run(index)
+      except Exception as error:
+        found[index] = error
+
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(hosts, 'count', lambda: count)
+      patch.setattr(hosts, 'index', lambda: here.index)
+      patch.setattr(hosts, 'exchange', exchange)
+      threads = [threading.Thread(target=one, args=(i,)) for i in range(count)]
+      for thread in threads:
+        thread.start()
+      for thread in threads:
+        thread.join()
+    for error in found:
+      if isinstance(error, threading.BrokenBarrierError):
+        raise error
+    return found
+
+  return start
+
+
 @pytest.fixture(scope='module')
 def scripts():
   """`scripts(folder, name, …)`: {name: module} as commands import them from there."""

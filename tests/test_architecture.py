@@ -12,6 +12,8 @@ FILES = sorted(p for p in SOURCE.rglob('*.py') if p.name != '__init__.py')
 
 # Floors, lowest first. A file imports from lower floors and from its own folder.
 FLOORS = [
+  {'roll_call'},
+  {'hosts'},
   {'types', 'memory', 'paths', 'progress', 'spelling', 'collectives'},
   {'sharding', 'kernels'},
   {'data', 'models', 'environments'},

@@ -357,3 +357,49 @@ def test_a_vocabulary_that_just_fits_passes_and_one_more_does_not():
     else:
       with pytest.raises(ValueError, match='has 261 tokens, the model 260 embeddings'):
         check_vocabulary(small, params, words)
+
+
+@pytest.mark.parametrize(
+  ('error', 'text', 'trace'),
+  [
+    (ValueError('wrong'), 'educe: process 1: wrong', False),
+    (
+      jax.errors.JaxRuntimeError('INTERNAL: connection closed\nby peer'),
+      'educe: process 1: INTERNAL: connection closed by peer (if another process has '
+      'ended, it has said why)',
+      False,
+    ),
+    (KeyError('ours'), "educe: process 1: 'ours'", True),
+  ],
+)
+def test_a_process_of_several_says_what_failed_and_leaves(
+  tmp_path, monkeypatch, capsys, error, text, trace
+):
+  """Whatever it is: for the others wait in a collective for as long as it lives."""
+
+  def fail(*_, **__):
+    raise error
+
+  left = []
+  monkeypatch.setattr(cli, 'run_all', fail)
+  monkeypatch.setattr(cli.hosts, 'count', lambda: 2)
+  monkeypatch.setattr(cli.hosts, 'index', lambda: 1)
+  monkeypatch.setattr(cli.hosts, 'leave', lambda code: left.append(code) or code)
+  assert cli.main(['train', '--config=x.py', f'--run_dir={tmp_path}']) == 1
+  said = capsys.readouterr().err
+  assert said.strip().endswith(text)
+  assert ('Traceback' in said) == trace
+  assert left == [1]
+  monkeypatch.undo()
+  monkeypatch.setattr(cli, 'run_all', fail)
+  if not isinstance(error, ValueError):  # alone, what is our bug keeps its trace
+    with pytest.raises(type(error)):
+      cli.main(['train', '--config=x.py', f'--run_dir={tmp_path}'])
+
+
+def test_flags_of_several_hosts_come_before_the_config_is_read(tmp_path, capsys):
+  command = ['train', '--config=none.py', f'--run_dir={tmp_path}', '--processes=2']
+  assert cli.main(command) == 1
+  assert '--process=0 belong together' in capsys.readouterr().err
+  assert cli.main(['measure', '--policy=x', '--multihost', '--process=1']) == 1
+  assert '--multihost finds the other processes by itself' in capsys.readouterr().err

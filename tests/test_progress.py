@@ -25,8 +25,17 @@ def test_a_bar_starts_where_the_run_stands(start):
     assert (bar.n, bar.initial, bar.total) == (start, start, 10)
 
 
-def test_only_the_first_process_shows_a_bar(monkeypatch, capsys):
-  monkeypatch.setattr(progress.jax, 'process_index', lambda: 1)
-  with progress.steps(10, 0) as bar:
-    bar.update(3)
-  assert capsys.readouterr().err == ''
+def test_only_the_first_process_speaks_but_any_may_complain(as_processes, capsys):
+  def run(index):
+    with progress.steps(10, 0) as bar:
+      if index:
+        bar.update(3)
+    progress.say(f'from {index}')
+
+  as_processes(2, run)
+  err = capsys.readouterr().err
+  assert 'from 0' in err
+  assert 'from 1' not in err
+  assert '3/10' not in err
+  as_processes(2, lambda index: progress.complain(f'wrong in {index}') if index else 0)
+  assert capsys.readouterr().err == 'wrong in 1\n'

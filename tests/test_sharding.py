@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from educe import sharding
@@ -53,6 +54,97 @@ def test_a_batch_is_split_by_rows_over_data_and_fsdp(mesh_of):
   batch = sharding.place_batch({'tokens': np.arange(16).reshape(8, 2)}, mesh_of(2, 4))
   shards = batch['tokens'].addressable_shards
   assert sorted(int(s.data[0, 0]) for s in shards) == list(range(0, 16, 2))
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+  """One of several hosts'; process_rows asks where rows lie, and no more."""
+
+  id: int
+  process_index: int
+
+
+def rows_of(monkeypatch, mesh, hosts_of, rows):
+  """process_rows of each process, where device i of the mesh is of host hosts_of[i]."""
+  there = {d: Device(d.id, hosts_of[i]) for i, d in enumerate(mesh.devices.flat)}
+
+  class Named(NamedSharding):
+    def devices_indices_map(self, shape):
+      found = super().devices_indices_map(shape)
+      return {there[device]: where for device, where in found.items()}
+
+  monkeypatch.setattr(sharding, 'NamedSharding', Named)
+  every = sorted(set(hosts_of))
+  return [sharding.process_rows(mesh, rows, process).tolist() for process in every]
+
+
+@pytest.mark.parametrize(
+  ('sizes', 'hosts_of', 'rows'),
+  [
+    # Next to each other; a tensor axis within a host; across hosts: both have all rows.
+    ((2, 4, 1), [0] * 4 + [1] * 4, [[*range(8)], [*range(8, 16)]]),
+    ((2, 2, 2), [0] * 4 + [1] * 4, [[*range(8)], [*range(8, 16)]]),
+    ((1, 1, 8), [0] * 4 + [1] * 4, [[*range(16)]] * 2),
+    # On a torus a host has a corner of the mesh.
+    (
+      (2, 4, 1),
+      [0, 0, 1, 1] * 2,
+      [[*range(4), *range(8, 12)], [*range(4, 8), *range(12, 16)]],
+    ),
+    # Hosts of four devices, and three of tensor: they share rows in part.
+    ((2, 1, 3), [0] * 4 + [1] * 2, [[*range(16)], [*range(8, 16)]]),
+  ],
+)  # fmt: skip
+def test_a_process_needs_the_rows_of_its_devices(
+  mesh_of, monkeypatch, sizes, hosts_of, rows
+):
+  assert rows_of(monkeypatch, mesh_of(*sizes), hosts_of, 16) == rows
+
+
+def test_rows_that_do_not_divide_are_one_line(mesh_of):
+  with pytest.raises(
+    ValueError, match='a batch of 12 rows does not divide over 8 data-'
+  ):
+    sharding.process_rows(mesh_of(8), 12)
+
+
+def test_a_share_of_the_rows_or_all_of_them_make_the_same_array(mesh_of, monkeypatch):
+  """Of this process's rows alone, devices elsewhere get nothing: here they are left out."""
+  mesh = mesh_of(2, 4)
+  whole = {'tokens': np.arange(32).reshape(16, 2), 'labels': np.arange(16.0)}
+  placed = sharding.place_batch(whole, mesh, 16)
+  jax.tree.map(np.testing.assert_array_equal, placed, whole)
+  assert placed['tokens'].sharding.spec == sharding.BATCH
+
+  mine, asked = np.array([0, 1, 2, 3, 8, 9, 10, 11]), []
+  monkeypatch.setattr(sharding, 'process_rows', lambda mesh, rows: mine)
+  make = jax.make_array_from_callback
+
+  def only_mine(shape, where, part):
+    def get(index):
+      rows = np.arange(shape[0])[index[0]]
+      if not np.isin(rows, mine).all():
+        return np.zeros((len(rows), *shape[1:]), part((slice(0, 2),)).dtype)
+      asked.extend(rows)
+      return part(index)
+
+    return make(shape, where, get)
+
+  monkeypatch.setattr(jax, 'make_array_from_callback', only_mine)
+  share = sharding.place_batch({n: x[mine] for n, x in whole.items()}, mesh, 16)
+  assert sorted(set(asked)) == mine.tolist()
+  for name, x in share.items():
+    np.testing.assert_array_equal(np.asarray(x)[mine], whole[name][mine])
+
+
+def test_what_is_fetched_is_whole(mesh_of):
+  tree = {'w': np.arange(32.0).reshape(4, 8), 'host': np.ones(2)}
+  placed = sharding.place(
+    tree, {'w': ('embed', 'mlp'), 'host': (None,)}, mesh_of(1, 4, 2)
+  )
+  found = sharding.fetch({**placed, 'none': None, 'own': np.ones(2)})
+  assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(found))
+  jax.tree.map(np.testing.assert_array_equal, {n: found[n] for n in tree}, tree)
 
 
 def test_operands_are_split_where_they_divide(mesh_of):

@@ -12,17 +12,18 @@ import inspect
 import logging
 import os
 import pathlib
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from educe import memory, paths
+from educe import hosts, memory, paths
 from educe.measure import measure
 from educe.models import safetensors, weights
 from educe.policies import loader_of, open_policy
-from educe.progress import say
+from educe.progress import complain
 from educe.rollouts import texts
 from educe.stages import run_all
 from educe.training import checkpoint, loop
@@ -108,6 +109,24 @@ def parser() -> argparse.ArgumentParser:
   add.add_argument('--sweep', action='store_true', help='every point of its sweep()')
   add.epilog = 'Any key: --config.optimizer.learning_rate=1e-5'
 
+  def several(add):
+    add.add_argument(
+      '--multihost',
+      action='store_true',
+      help='one of several processes, which JAX finds: TPU metadata, SLURM, GKE, Open MPI',
+    )
+    add.add_argument('--coordinator', help='… or named: host:port of process 0,')
+    add.add_argument('--processes', type=int, help='how many there are,')
+    add.add_argument('--process', type=int, help='and which this is, from 0')
+    add.add_argument(
+      '--wait',
+      type=float,
+      default=hosts.WAIT,
+      help='seconds for all to arrive (default: %(default)s)',
+    )
+
+  several(add)
+
   def with_policy(name, text):
     add = commands.add_parser(name, help=text, allow_abbrev=False)
     add.add_argument(
@@ -161,6 +180,7 @@ def parser() -> argparse.ArgumentParser:
   number('workers', 'processes that judge; 0: this one')
   number('seed', 'of the samples')
   number('budget', 'samples of the base within which a gain counts as elicited')
+  several(add)
 
   add = with_policy('convert', 'write a Hugging Face folder')
   add.add_argument('--to', required=True, help='the folder to write; may be new')
@@ -191,7 +211,14 @@ def main(argv: Sequence[str]) -> int:
   # Libraries log what they also raise; a mistake is told once, in one line.
   logging.getLogger('absl').setLevel(logging.CRITICAL)
   checkpoint.quiet()
+  joining = {
+    name: vars(arguments).pop(name)
+    for name in ('multihost', 'coordinator', 'processes', 'process', 'wait')
+    if name in arguments
+  }
   try:
+    if arguments.command in ('train', 'measure'):
+      hosts.start(**joining)
     if arguments.command == 'train':
       for flag in rest:
         if not flag.startswith('--config.'):
@@ -215,9 +242,17 @@ def main(argv: Sequence[str]) -> int:
         tokenizer=arguments.tokenizer,
         dtype=arguments.dtype,
       )
-  except MISTAKES as error:
-    if os.environ.get('EDUCE_TRACEBACK'):
+  except Exception as error:
+    lost = hosts.count() > 1 and isinstance(error, jax.errors.JaxRuntimeError)
+    told = isinstance(error, MISTAKES) or lost
+    if hosts.count() == 1 and (not told or os.environ.get('EDUCE_TRACEBACK')):
       raise
-    say(f'educe: {" ".join(str(error).split())}')
-    return 1
+    if not told or os.environ.get('EDUCE_TRACEBACK'):
+      traceback.print_exc()
+    text = ' '.join(str(error).split())
+    if lost:
+      text = f'{text[:300]} (if another process has ended, it has said why)'
+    who = f'process {hosts.index()}: ' if hosts.count() > 1 else ''
+    complain(f'educe: {who}{text}')
+    return hosts.leave(1)
   return 0

@@ -12,11 +12,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-from jax.experimental import multihost_utils
-
 from educe import config as config_lib
-from educe import paths
+from educe import hosts, paths
 from educe.environments import verifiers
 from educe.measurement import report, report_figures, table
 from educe.measurement.findings import REACH
@@ -106,9 +103,8 @@ def measure(
       table.draw(
         folder, models, words['policy'], world, header, verifier=pool, **options
       )
-  if jax.process_count() > 1:  # the others may still be drawing
-    multihost_utils.sync_global_devices('drawn')
-  if jax.process_index():
+  hosts.exchange(None)  # the others may still be drawing
+  if not hosts.is_first():
     return None
   written = report.write(table.load(folder, samples), folder, budget=budget)
   say(f'\n{written.verdict.sentence}\n')

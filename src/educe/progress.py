@@ -5,12 +5,19 @@ from __future__ import annotations
 import functools
 import sys
 
-import jax
 import tqdm
+
+from educe import hosts
 
 
 def say(text: str) -> None:
-  """A message, above any progress bar."""
+  """A message, above any progress bar; of several processes the first one's alone."""
+  if hosts.is_first():
+    complain(text)
+
+
+def complain(text: str) -> None:
+  """A message of any process."""
   tqdm.tqdm.write(text, file=sys.stderr)
 
 
@@ -29,5 +36,5 @@ def steps(total: int, start: int) -> tqdm.tqdm:
     unit='step',
     dynamic_ncols=True,
     mininterval=0.5 if terminal else 30,
-    disable=jax.process_index() != 0,
+    disable=not hosts.is_first(),
   )

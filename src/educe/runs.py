@@ -7,6 +7,7 @@ to bottom as the story of a run.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import inspect
 import json
@@ -16,7 +17,9 @@ from typing import Any
 import jax
 
 from educe import config as config_lib
-from educe import paths, sharding
+from educe import hosts, paths, sharding
+from educe.data import pipeline
+from educe.data.shards import Shards
 from educe.data.sharing import share
 from educe.losses.dry_run import reads_values
 from educe.measurement import curves, reliability, transcript_page
@@ -115,13 +118,9 @@ def train(
     same = tokenizer.get('path') == model.get('path')
     hint = ' (it is config.model.path, which config.tokenizer.path follows)'
     raise config_lib.ConfigError(f'{error}{hint if same else ""}') from error
-  batches = data and call(
-    'data',
-    data,
-    source=source and call('source', source),
-    tokenizer=words,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+  grid = call('mesh', mesh)
+  batches = data and opened(
+    data, grid, source=source and call('source', source), tokenizer=words
   )
   world: Any = environment and call('environment', environment)
   exam: Any = evaluation and config_lib.bound(
@@ -136,16 +135,15 @@ def train(
     )
 
   # The policy, on the mesh.
-  grid = call('mesh', mesh)
   say(headline(run_dir, config))
-  ways = sharding.ways(grid) // jax.process_count()
+  rows = batches.batch_size if batches else None  # of a batch that processes share
 
   def place(batch: Batch, shares: int = 1) -> Batch:
-    # Each process would choose widths of its own; and who goes on from a shared prompt
-    # reads it on the same device.
-    if jax.process_count() > 1 or sharding.in_parts(grid) > 1:
-      shares = 1
-    return sharding.place_batch(share(batch, shares, ways * microbatches), grid)
+    # Of a part each process would choose widths of its own; and who goes on from a shared
+    # prompt reads it on the same device.
+    if (rows is None or len(batch.tokens) == rows) and sharding.in_parts(grid) == 1:
+      batch = share(batch, shares, sharding.ways(grid) * microbatches)
+    return sharding.place_batch(batch, grid, rows)
 
   net, params = call('model', model)
   check_vocabulary(net, params, words)
@@ -182,8 +180,7 @@ def train(
       run_dir=run_dir,
     )
     closing.callback(method.data.close)
-    rows = method.rows * jax.process_count()
-    sharding.check_batch(rows, microbatches, grid, method.group, method.couples)
+    sharding.check_batch(method.rows, microbatches, grid, method.group, method.couples)
     copied = method.reference_every is not None and method.reference is None
     # What an evaluation compares with: the policy that the run starts from, or the
     # reference, which is that one unless it follows the policy.
@@ -192,7 +189,7 @@ def train(
     compares = 'start' in asks or ('reference' in asks and implicit)
     kept = copied and ('reference' in asks or not method.reference_every)
     # On the host, where it is in nobody's way.
-    began = jax.device_get(params) if compares and not kept else None
+    began = sharding.fetch(params) if compares and not kept else None
     state = init_state(params, tx, jax.random.key(seed), reference=copied)
     if method.reference is not None:
       state = state._replace(reference=method.reference)
@@ -212,7 +209,7 @@ def train(
       f'{jax.devices()[0].platform} device(s); the first step also compiles'
     )
     if int(state.step) < steps:
-      write_config(run_dir, config)
+      hosts.by_first(lambda: write_config(run_dir, config))
     else:
       say(f'no step is left: {run_dir / "config.json"} stays as it is')
     log = metrics.Log(run_dir, step=int(state.step), tensorboard=tensorboard)
@@ -222,7 +219,8 @@ def train(
       step = int(state.step)
       against = (state.reference if began is None else began,)
       score = exam(net, state.params, words, *(against if compares else ()))
-      transcripts.save(score.transcripts, run_dir / 'samples' / f'{step}.jsonl')
+      file = run_dir / 'samples' / f'{step}.jsonl'
+      hosts.by_first(lambda: transcripts.save(score.transcripts, file))
       if 'completion' in score.transcripts[0]:
         say(f'\n{transcripts.show(score.transcripts, limit=3)}')
       say(f'\nstep {step}: {score.verb} {score}')
@@ -256,13 +254,28 @@ def train(
       flops_per_token=flops_per_token,
     )
     checkpoint.wait(manager)
-  if finished:
+  if finished and hosts.is_first():
     say(f'done: {", ".join(map(str, [run_dir, *pictures(run_dir)]))}')
-  else:
+  elif not finished:
     say(
       f'stopped at step {int(state.step)}, saved; the same command goes on from there'
     )
   return finished
+
+
+def opened(data: dict[str, Any], grid: Any, **supply: Any) -> Shards:
+  """The section `data`, dealt out to the processes that have rows of their own."""
+
+  def open_shard(shard: int, of: int, looks: bool) -> pipeline.Batches:
+    size = data['batch_size']
+    cut = data if of == 1 else {**data, 'batch_size': size // of}
+    place = dict(process_index=shard, process_count=of, looks=looks)
+    return config_lib.call('data', cut, **supply, **place)
+
+  if hosts.count() == 1:
+    return Shards(open_shard)
+  mine = functools.partial(sharding.process_rows, grid)
+  return Shards(open_shard, sharding.parts_of_rows(grid), mine)
 
 
 def write_config(run_dir: pathlib.Path, config: dict[str, Any]) -> None:

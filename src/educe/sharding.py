@@ -14,8 +14,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from educe import hosts
 from educe.types import Split
 
 AXES = ('data', 'fsdp', 'expert', 'context', 'tensor')
@@ -191,8 +193,21 @@ def shardings(shapes: Any, axes: Any, mesh: Mesh) -> Any:
 
 
 def place(tree: Any, axes: Any, mesh: Mesh) -> Any:
-  """Params onto the mesh, tensor by tensor."""
-  return jax.tree.map(jax.device_put, tree, shardings(tree, axes, mesh))
+  """Params onto the mesh, tensor by tensor; every process has all of them."""
+  return jax.tree.map(_put, tree, shardings(tree, axes, mesh))
+
+
+def _put(x: Any, where: NamedSharding) -> jax.Array:
+  """A host's array onto a mesh that may go beyond it."""
+  if where.is_fully_addressable:
+    return jax.device_put(x, where)
+  if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    return jax.random.wrap_key_data(
+      _put(jax.random.key_data(x), where), impl=jax.random.key_impl(x)
+    )
+  # device_put would compare all that it is given between all processes.
+  host = np.asarray(x)
+  return jax.make_array_from_callback(host.shape, where, lambda part: host[part])
 
 
 def replicate_rest(tree: Any, mesh: Mesh) -> Any:
@@ -201,17 +216,70 @@ def replicate_rest(tree: Any, mesh: Mesh) -> Any:
 
   def put(x):
     on_mesh = isinstance(x.sharding, NamedSharding) and x.sharding.mesh == mesh
-    return x if on_mesh else jax.device_put(x, everywhere)
+    return x if on_mesh else _put(x, everywhere)
 
   return jax.tree.map(put, tree)
 
 
-def place_batch(batch: Any, mesh: Mesh) -> Any:
-  """This process's rows of a batch → global arrays split by row over data × fsdp."""
+def process_rows(mesh: Mesh, rows: int, process: int | None = None) -> np.ndarray:
+  """Which rows of a batch lie on the devices of a process (this one), in order.
+
+  On a torus they need not be next to each other; with a tensor axis that goes across
+  hosts several processes have the same. Raises ValueError where rows do not divide.
+  """
+  if rows % ways(mesh):
+    raise ValueError(
+      f'a batch of {rows} rows does not divide over {ways(mesh)} data-parallel devices; '
+      f'make it a multiple of {ways(mesh)}'
+    )
+  process = hosts.index() if process is None else process
+  parts: Any = NamedSharding(mesh, BATCH).devices_indices_map((rows,))
+  there = [part for device, (part,) in parts.items() if device.process_index == process]
+  return np.unique(np.concatenate([np.arange(rows)[part] for part in there]))
+
+
+def parts_of_rows(mesh: Mesh) -> int:
+  """How many different parts of a batch the processes have."""
+  devices: Any = mesh.devices.flat
+  there = {device.process_index for device in devices}
+  return len({process_rows(mesh, ways(mesh), process).tobytes() for process in there})
+
+
+def place_batch(batch: Any, mesh: Mesh, rows: int | None = None) -> Any:
+  """Rows of a batch → global arrays split by row (ROWS).
+
+  rows: of the global batch. Then each process brings all of them, or those of
+    `process_rows` alone; None: all.
+  """
   sharding = NamedSharding(mesh, BATCH)
-  return jax.tree.map(
-    lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
-  )
+  here = len(jax.tree.leaves(batch)[0])
+  if rows is None or here == rows:
+    return jax.tree.map(lambda x: _put(np.asarray(x), sharding), batch)
+  mine = process_rows(mesh, rows)
+
+  def put(x):
+    x = np.asarray(x)
+
+    def part(index):  # of one device: rows next to each other
+      start = np.searchsorted(mine, index[0].start or 0)
+      stop = rows if index[0].stop is None else index[0].stop
+      return x[start : np.searchsorted(mine, stop)]
+
+    return jax.make_array_from_callback((rows, *x.shape[1:]), sharding, part)
+
+  return jax.tree.map(put, batch)
+
+
+def fetch(tree: Any) -> Any:
+  """Arrays as NumPy's, whole, in every process. All processes must ask for them."""
+
+  def get(x):
+    here = not isinstance(x, jax.Array) or x.is_fully_addressable
+    if here or x.is_fully_replicated:
+      return jax.device_get(x)
+    return multihost_utils.process_allgather(x, tiled=True)
+
+  return jax.tree.map(get, tree)
 
 
 def check_batch(

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from educe import config as config_lib
-from educe import recipes
+from educe import hosts, recipes
 from educe.measurement import story
 from educe.policies import read_config
 from educe.progress import say
@@ -56,7 +56,7 @@ def run_all(argv: Sequence[str], run_dir: pathlib.Path, *, sweep: bool) -> None:
       before[folder.name] = folder
     previous = None
     for folder, config in runs.items():
-      if stages and is_done(folder, config):
+      if stages and hosts.agreed(is_done(folder, config)):
         check_same(folder, config, runs)
         say(f'{folder} is already done')
       else:

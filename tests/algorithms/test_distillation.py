@@ -231,7 +231,6 @@ def test_a_restart_goes_on_with_the_same_batches(tmp_path, taken):
   first, second = make(), make()
   got = steps(first, range(taken))
   second.data.set_state(first.data.get_state())
-  second.data.start_prefetch()
   got += steps(second, range(taken, 8))
   assert got == want
   other = build(tmp_path, rollouts=sampled())

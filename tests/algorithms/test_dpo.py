@@ -12,6 +12,7 @@ import pytest
 from educe import cli, runs
 from educe.algorithms import dpo as algorithm
 from educe.data import pipeline, sources, tokenizer
+from educe.data.shards import Shards
 from educe.losses import dpo as real
 from educe.models import policy, presets
 from educe.rollouts import transcripts
@@ -137,13 +138,41 @@ def test_stored_log_probs_are_those_computed_at_every_step(tmp_path, capsys):
   assert len([*(tmp_path / 'reference').iterdir()]) == 2
 
 
-def test_a_reference_is_read_by_one_process(monkeypatch):
-  monkeypatch.setattr(jax, 'process_count', lambda: 2)
-  with pytest.raises(
-    ValueError, match='reference_every=0 is read by one process, and t'
-  ):
-    make()
-  make(setting={'variant': 'free'}, reference_every=None)
+def test_of_a_batch_that_processes_share_each_keeps_its_own_log_probs(tmp_path):
+  """What the reference says comes back for all rows, those of other processes too."""
+
+  def open_shard(shard, of, looks):
+    return pipeline.make(
+      sources.memory(records=PAIRS), BYTE, shard, of, looks=looks, batch_size=4 // of,
+      max_length=16, records='pairs',
+    )  # fmt: skip
+
+  whole = Shards(open_shard)
+  rows, _ = pipeline.read(whole)
+  state, _ = state_of(1, reference_seed=0)
+  for mine in (np.arange(2), np.arange(2, 8)):
+
+    def place(batch, shares=1, mine=mine):
+      if len(batch.tokens) == 8:  # for the stored ones all have all
+        return batch
+      tokens, mask = np.array(rows['tokens']), np.array(rows['mask'])
+      tokens[mine], mask[mine] = batch.tokens, batch.mask
+      return batch._replace(tokens=tokens, mask=mask)
+
+    found = {}
+    for precompute in (None, str(tmp_path / 'reference')):
+      share = Shards(open_shard, 1, lambda n, mine=mine: mine)
+      bound = functools.partial(loss)
+      method = algorithm.make(
+        MODEL, params(), share, bound, place, precompute=precompute
+      )
+      found[precompute] = method.next_batch(state)[0]
+      assert method.rows == 8
+    one, other = found.values()
+    np.testing.assert_array_equal(one.tokens, rows['tokens'][mine])
+    assert one.ref_logp.shape == one.tokens.shape
+    assert (np.abs(one.ref_logp).sum(-1) > 0).all()
+    np.testing.assert_allclose(one.ref_logp, other.ref_logp, atol=1e-5)
 
 
 def test_a_loss_of_ones_own_need_not_say_what_it_misses(capsys):

@@ -129,9 +129,9 @@ def test_a_table_that_was_stopped_goes_on(drawn, tmp_path, capsys):
 
 
 def test_processes_share_the_blocks(drawn, tmp_path, monkeypatch):
-  monkeypatch.setattr(table.jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(table.hosts, 'count', lambda: 2)
   for process in (0, 1):
-    monkeypatch.setattr(table.jax, 'process_index', lambda process=process: process)
+    monkeypatch.setattr(table.hosts, 'index', lambda process=process: process)
     draw(tmp_path, 6, temperature=0.8)
     names = {file.name[:5] for file in tmp_path.rglob('*.jsonl')}
     assert names == {f'{block:05}' for block in range(process + 1)}

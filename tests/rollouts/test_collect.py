@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import toy
 
+from educe import hosts
 from educe.data import tokenizer as tokenizer_lib
 from educe.losses.logprobs import score
 from educe.models import policy, presets
@@ -294,3 +295,54 @@ def test_fitting_drops_what_leaves_no_room(plain):
   assert kept == [RECORDS[0], RECORDS[2]]
   assert fitting(model, tokenizer, RECORDS, max_new_tokens=43) == RECORDS
   assert run(plain, max_new_tokens=43).tokens.shape[1] <= 64
+
+
+def test_processes_judge_a_share_each_and_hear_of_all(plain, as_processes):
+  asked = {}
+
+  def noted(record, transcript):
+    asked.setdefault(hosts.index(), []).append(record['prompt'])
+    return respond(record, transcript)
+
+  whole = run(plain, environment=ENVIRONMENT._replace(respond=noted), together=True)
+  everything = asked.pop(0)
+  for verifier in (None, lambda rows: [noted(*row) for row in rows]):
+    asked.clear()
+    found = as_processes(
+      2,
+      lambda _, v=verifier: run(
+        plain,
+        environment=ENVIRONMENT._replace(respond=noted),
+        together=True,
+        verifier=v,
+      ),
+    )
+    for each in found:
+      assert each.transcripts == whole.transcripts
+      np.testing.assert_array_equal(each.rewards, whole.rewards)
+    assert sorted(asked[0] + asked[1]) == sorted(everything)
+    assert abs(len(asked[0]) - len(asked[1])) <= 1
+  # Alone, as where each process samples rows of its own, nothing is exchanged.
+  asked.clear()
+  alone = ENVIRONMENT._replace(respond=noted)
+  as_processes(2, lambda i: i or run(plain, environment=alone))
+  assert {i: sorted(x) for i, x in asked.items()} == {0: sorted(everything)}
+
+
+def test_a_reward_that_always_raises_is_said_in_all_processes(plain, as_processes):
+  some = ENVIRONMENT._replace(respond=broken)
+  found = as_processes(2, lambda _: run(plain, environment=some, together=True))
+  for error in found:
+    assert isinstance(error, ValueError)
+    assert 'the reward of every row raised' in str(error)
+
+  def dies(rows):
+    if hosts.index():
+      raise ValueError('verifier workers die while starting')
+    return [respond(*row) for row in rows]
+
+  found = as_processes(2, lambda _: run(plain, together=True, verifier=dies))
+  assert [str(x) for x in found] == [
+    'process 1: verifier workers die while starting',
+    'verifier workers die while starting',
+  ]

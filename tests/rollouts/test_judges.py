@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import toy
 
+from educe import hosts
 from educe.data import tokenizer as tokenizers
 from educe.environments import chain, reward_functions
 from educe.models import policy, presets
 from educe.rollouts import judges, rounds
 from educe.rollouts.chat_endpoint import JudgeError
-from educe.types import Environment, Turn
+from educe.types import Environment, Rollouts, Turn
 
 WORDS = tokenizers.load(path=f'characters:{chain.ALPHABET}')
 TEXTS = [('0a=', 'bc'), ('12a=', 'b'), ('0a=', ''), ('01ab=', 'ababab')]
@@ -364,3 +365,37 @@ def test_length_is_nearest_to_its_target():
   assert scores == [-0.5, 0.0, -1.0]
   with pytest.raises(ValueError, match='target=0 must be at least 1'):
     judges.length(target=0)
+
+
+@pytest.mark.parametrize('compares', [False, True])
+def test_processes_ask_about_a_share_each_and_hear_of_all(as_processes, compares):
+  texts = ['a', 'bb', 'c', 'dddd', 'ee', 'f']
+  transcripts = [
+    dict(completion=x, reward=None, rewards={}, outcome='judged') for x in texts
+  ]
+  rollouts = Rollouts(None, None, None, None, None, 2, transcripts)  # type: ignore
+  records = [{'prompt': x} for x in '012']
+  asked = {}
+
+  def judge(records, completions):
+    asked.setdefault(hosts.index(), []).extend(completions)
+    return [float(len(text)) for text in completions]
+
+  judge.compares = compares
+  found = as_processes(2, lambda _: judges.rewarded(rollouts, records, judge))
+  for each in found:
+    assert each.rewards.tolist() == [1, 2, 1, 4, 2, 1]
+  groups = [['a', 'bb', 'ee', 'f'], ['c', 'dddd']]
+  assert [asked[0], asked[1]] == (groups if compares else [texts[::2], texts[1::2]])
+
+  def down(records, completions):
+    if hosts.index():
+      raise ValueError('the judge does not answer')
+    return judge(records, completions)
+
+  found = as_processes(2, lambda _: judges.rewarded(rollouts, records, down))
+  assert [str(x) for x in found] == [
+    'process 1: the judge does not answer', 'the judge does not answer'
+  ]  # fmt: skip
+  short = as_processes(2, lambda _: judges.rewarded(rollouts, records, lambda *_: []))
+  assert 'the judge scored 0 rows, 3 were asked' in str(short[0])

@@ -224,6 +224,19 @@ def test_ahead_is_one_round_behind_and_never_more():
   assert asked == Pool(20, seed=0, adaptive=False).draw(20)
 
 
+def test_several_processes_sample_no_round_ahead(as_processes):
+  def run(_):
+    return rounds.make(
+      None, None, None, 0, prompts=1, group=1, max_new_tokens=1, ahead=True
+    )
+
+  for error in as_processes(2, run):
+    assert isinstance(error, ValueError)
+    assert 'rollouts.ahead=True: 2 processes would sample and train in thr' in str(
+      error
+    )
+
+
 def test_ahead_brings_the_greedy_baseline_of_every_round():
   r = fake(Oracle(lambda i, row, call: i / 100), ahead=True)
   for step in range(3):

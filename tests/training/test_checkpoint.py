@@ -252,16 +252,26 @@ def test_params_alone_come_back_for_sampling(tmp_path):
     checkpoint.saved_params(tmp_path, state_of(width=5).params)
 
 
-def test_a_checkpoint_moves_to_another_mesh(tmp_path, mesh_of):
-  state = state_of(width=8, step=1)
-  save(tmp_path, state)
-  mesh = mesh_of(2, 4)
-  axes = {'embed': ('vocab', 'embed'), 'layers': {'w': ('embed', None)}}
-  placed = sharding.place(state_of(width=8, seed=9).params, axes, mesh)
-  like = sharding.replicate_rest(init_state(placed, TX, jax.random.key(1)), mesh)
-  got = restore(tmp_path, like)
-  assert got.params['embed'].sharding == placed['embed'].sharding
-  same(jax.device_get(got._replace(key=state.key)), state)
+def test_a_checkpoint_moves_from_mesh_to_mesh(tmp_path, mesh_of):
+  """Split eight ways, then in two by two by two, then not at all: always the same bits."""
+  axes = {'embed': ('vocab', 'embed'), 'layers': {'w': ('embed', 'mlp')}}
+
+  def on(mesh, seed):
+    placed = sharding.place(state_of(width=8, seed=seed).params, axes, mesh)
+    state = init_state(placed, TX, jax.random.key(seed))
+    return sharding.replicate_rest(state, mesh)
+
+  first = on(mesh_of(1, 8), 0)._replace(step=jnp.int32(1))
+  first = sharding.replicate_rest(first, mesh_of(1, 8))
+  data = stream()
+  save(tmp_path / '0', first, data=data)
+  for place, sizes in enumerate([(8, 1, 1), (2, 2, 2), (1, 1, 1)]):
+    like = on(mesh_of(*sizes), 9)
+    got = restore(tmp_path / str(place), like, stream())
+    where = (jax.tree.map(lambda x: x.sharding, s.params) for s in (got, like))
+    assert next(where) == next(where)
+    same(jax.device_get(got), jax.device_get(first))
+    save(tmp_path / str(place + 1), got)
 
 
 def critic(trunk, model=None):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from educe import progress
+from educe import hosts, progress
 from educe.training import checkpoint, loop, metrics
 from educe.types import Algorithm, Batch, TrainState
 
@@ -22,13 +22,10 @@ class Counter:
     self.given = 0
 
   def get_state(self):
-    return str(self.given).encode()
+    return {'given': self.given}
 
   def set_state(self, state):
-    self.given = int(state)
-
-  def start_prefetch(self):
-    pass
+    self.given = state['given']
 
 
 def algorithm(data, end=10**9):
@@ -298,3 +295,49 @@ def test_a_batch_that_cannot_be_made_costs_no_update(tmp_path, failing, kind):
     state, finished = run(tmp_path, 6, data=after)
   assert finished
   assert int(state.params) == 123456
+
+
+def test_an_error_of_one_process_alone_asks_nothing_of_the_others(tmp_path):
+  """To save would take all of them, and they do not know."""
+  data = Counter()
+
+  def broken(data, end):
+    method = real(data, end)
+
+    def next_batch(state):
+      if data.given == 3:
+        raise hosts.Alone('stale file handle')
+      return method.next_batch(state)
+
+    return method._replace(next_batch=next_batch)
+
+  real = algorithm
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(globals(), 'algorithm', broken)
+    with pytest.raises(hosts.Alone, match='stale file handle'):
+      run(tmp_path, 6, data=data)
+  assert not [p for p in (tmp_path / 'checkpoints').iterdir() if p.name.isdigit()]
+  assert [r['step'] for r in records(tmp_path)] == [1, 2, 3]
+
+
+def test_of_several_processes_all_stop_where_it_was_agreed(tmp_path, monkeypatch):
+  asked = []
+
+  def stopping():
+    asked.append(1)
+    return len(asked) == 4
+
+  before = signal.getsignal(signal.SIGTERM)
+  monkeypatch.setattr(loop.hosts, 'stopping', stopping)
+  monkeypatch.setattr(loop.hosts, 'exchange', lambda value: [value])
+  with monkeypatch.context() as patch:
+    patch.setattr(loop.hosts, 'count', lambda: 2)
+    stop, handler = loop.catch_sigterm()
+    assert (stop, handler) == (stopping, None)
+    assert signal.getsignal(signal.SIGTERM) is before  # JAX has its own
+  monkeypatch.setattr(loop, 'catch_sigterm', lambda: (stopping, None))
+  state, finished = run(tmp_path, 9)
+  assert not finished
+  assert int(state.step) == 4
+  assert len(asked) == 4  # once a step
+  assert (tmp_path / 'checkpoints' / '4').is_dir()

@@ -47,3 +47,20 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
 def test_the_matmul_rate_is_a_rate():
   rate = metrics.measured_matmul_flops(size=256, repeats=1)
   assert 1e8 < rate < 1e14
+
+
+def test_all_processes_know_what_was_evaluated_and_the_first_writes(
+  tmp_path, as_processes
+):
+  """Or some of them would evaluate, and wait for the others."""
+  log = metrics.Log(tmp_path)
+  log.write(2, {'accuracy': 0.5})
+  log.write(3, {'loss': 0.5})
+
+  def run(index):
+    log = metrics.Log(tmp_path, step=3)
+    log.write(4, {'loss': float(index)})
+    return log.evaluated
+
+  assert as_processes(2, run) == [{2}, {2}]
+  assert metrics.read(tmp_path / 'metrics.jsonl')[-1] == {'step': 4, 'loss': 0.0}

@@ -16,7 +16,6 @@ minibatches are used up before the next are sampled.
 from __future__ import annotations
 
 import inspect
-import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -164,17 +163,14 @@ class Texts:
   def __init__(self, data: Batches | None, sampled: Position | None):
     self.data, self.sampled = data, sampled
 
-  def get_state(self) -> bytes:
-    return json.dumps(
-      {
-        'data': None if self.data is None else self.data.get_state(),
-        'sampled': None if self.sampled is None else self.sampled.get_state().decode(),
-      }
-    ).encode()
+  def get_state(self) -> dict[str, Any]:
+    return {
+      'data': None if self.data is None else self.data.get_state(),
+      'sampled': None if self.sampled is None else self.sampled.get_state(),
+    }
 
-  def set_state(self, text: bytes) -> None:
+  def set_state(self, state: dict[str, Any]) -> None:
     """Raises StateMismatch for the state of other data, or of text of another kind."""
-    state = json.loads(text)
     for name in ('data', 'sampled'):
       ours, saved = getattr(self, name), state[name]
       if (ours is None) != (saved is None):
@@ -186,12 +182,7 @@ class Texts:
     if self.data is not None:
       self.data.set_state(state['data'])
     if self.sampled is not None:
-      self.sampled.set_state(state['sampled'].encode())
-
-  def start_prefetch(self) -> None:
-    """Grain's handler asks for it after a restore."""
-    if self.data is not None:
-      self.data.start_prefetch()
+      self.sampled.set_state(state['sampled'])
 
   def close(self) -> None:
     for part in (self.data, self.sampled):

@@ -61,11 +61,6 @@ def make(
   settings that contradict each other, and what the loss refuses.
   """
   _check(data, reference_every, reference_alpha, precompute)
-  if reference_every is not None and jax.process_count() > 1:
-    raise ValueError(
-      f'algorithm: {reference_every=} is read by one process, and there are '
-      f'{jax.process_count()}; run one, or a loss without a reference, with None'
-    )
   check_records(loss, data.records)
   labels = ['labels'] if data.has_labels else []
   keeps = reference_every is not None
@@ -78,10 +73,13 @@ def make(
   read = jax.jit(lambda params, batch: score(model, params, batch).logp)
 
   def logp(params, tokens, mask) -> np.ndarray:
-    """`[B, T]`; 0 where the mask is."""
+    """`[B, T]` of the rows given, this process's or all; 0 where the mask is."""
     batch = place(Batch(tokens, mask), data.group)
     with sharding.using_that_of(params):
-      return restore(np.asarray(read(params, batch)), batch, tokens.shape[1])
+      found = sharding.fetch(read(params, batch))
+    if len(found) != len(tokens):
+      found = found[data.mine]
+    return restore(found, batch, tokens.shape[1])
 
   stored = None
   if precompute is not None:

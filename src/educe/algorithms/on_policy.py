@@ -76,14 +76,14 @@ def reader(
     cuts = [slice(at, at + size) for at in range(0, len(tokens), size)]
     batches = [place(Batch(tokens[cut], mask[cut]), shares) for cut in cuts]
     with sharding.using_that_of(params):
-      found = [parts(params, batch) for batch in batches]
+      found = sharding.fetch([parts(params, batch) for batch in batches])
     logp = [
-      restore(np.asarray(x), batch, tokens.shape[1])
+      restore(x, batch, tokens.shape[1])
       for batch, (x, _) in zip(batches, found, strict=True)
     ]
     if model.values is None:
       return np.concatenate(logp), None
-    return np.concatenate(logp), np.concatenate([np.asarray(v) for _, v in found])
+    return np.concatenate(logp), np.concatenate([v for _, v in found])
 
   return read
 

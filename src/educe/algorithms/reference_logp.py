@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from educe import paths
+from educe import hosts, paths, sharding
 from educe.data.pipeline import Batches
 from educe.progress import say
 from educe.types import Model, Params
@@ -63,7 +63,7 @@ def load_or_compute(
   folder = paths.output(folder, 'algorithm.precompute')
   # Twice through the data rather than all of it in memory.
   file = folder / f'{key(model, params, _records(data))}.npz'
-  if file.exists():
+  if hosts.agreed(file.exists()):  # or some would compute, and wait for the others
     return _load(file)
   count = data.fingerprint['records']
   say(f'log-probs of {count} records under the reference, once: {file}')
@@ -96,9 +96,13 @@ def load_or_compute(
       'the reference has log-probs that are not finite: look at config.model (its '
       'weights, its dtypes); nothing was stored'
     )
-  folder.mkdir(parents=True, exist_ok=True)
-  with paths.whole(file) as temporary, temporary.open('wb') as stream:
-    np.savez(stream, **stored._asdict())
+
+  def write() -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with paths.whole(file) as temporary, temporary.open('wb') as stream:
+      np.savez(stream, **stored._asdict())
+
+  hosts.by_first(write)
   return stored
 
 
@@ -113,7 +117,7 @@ def key(model: Model, params: Params, records: Iterable[Rows | None]) -> str:
   leaves = jax.tree_util.tree_flatten_with_path(params)[0]
   for path, leaf in leaves:
     digest.update(f'{path} {leaf.shape} {leaf.dtype}'.encode())
-    digest.update(np.ascontiguousarray(jax.device_get(leaf)).view(np.uint8).tobytes())
+    digest.update(np.ascontiguousarray(sharding.fetch(leaf)).view(np.uint8).tobytes())
   for record in records:
     for name in ('tokens', 'mask'):
       digest.update(b'-' if record is None else record[name].tobytes())

@@ -53,6 +53,7 @@ def make(
   process_index: int = 0,
   process_count: int = 1,
   learns: bool = True,
+  looks: bool = True,
   *,
   batch_size: int,
   max_length: int,
@@ -69,8 +70,8 @@ def make(
   """An iterator of dicts of [B, T] arrays: tokens, mask, segments, positions, ids.
 
   source: random access to records (see `sources`)
-  batch_size: rows of this process; of pairs and unpaired records, groups of two rows (64
-    pairs are 128 rows)
+  batch_size: rows; of pairs and unpaired records, groups of two rows (64 pairs are 128
+    rows). In a config those of the whole batch, however many processes read it
   max_length: T, tokens a row
   records: 'documents', what `chat.encode_record` accepts; or 'pairs', 'unpaired', 'rated',
     'steps', what `pairs.encode` does, in rows as `preference_rows` lays them out
@@ -84,11 +85,12 @@ def make(
   max_prompt_length: tokens of a prompt's end that truncated preferences keep; None is half
     of max_length
   drop_remainder: leave out the last, incomplete batch; False fills it with padding rows
-  process_index, process_count: which share of the records is read here
+  process_index, process_count: which share of the records is read here (`shards`)
   learns: whether judgements are to be learned from, and so must differ
+  looks: whether the first records are tried now
 
-  Raises ValueError for arguments that cannot work, an empty source, and the first 8
-  records (of preferences 5,000) if they cannot be encoded.
+  Raises ValueError for arguments that cannot work, an empty source, and, if it looks, the
+  first 8 records (of preferences 5,000) if they cannot be encoded.
   """
   _check(locals())
   cut: dict[str, Any] = dict(max_length=max_length, overlong=overlong)
@@ -100,9 +102,9 @@ def make(
   if records == 'pairs':
     encode = functools.partial(encode, rated='labels' in encode(0))
   peek = _PEEK if records == 'documents' else _PEEK_PREFERENCES
-  for index in range(min(peek, len(source))):
+  for index in range(min(peek, len(source)) if looks else 0):
     encode(index)
-  if learns and records in _LABELLED:
+  if looks and learns and records in _LABELLED:
     _check_labels(source, *_LABELLED[records])
   read = reading.Records(
     functools.partial(

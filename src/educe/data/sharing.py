@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from educe.sharding import fetch
 from educe.types import Batch
 
 WORTH = 0.9  # of the tokens that there were; above it, rows stay as they are
@@ -69,7 +70,7 @@ def restore(x: np.ndarray, batch: Batch, length: int) -> np.ndarray:
   0 elsewhere."""
   if batch.prefix is None:
     return x
-  columns = np.asarray(batch.positions)
+  columns = np.asarray(fetch(batch.positions))
   inside = columns < length
   out = np.zeros((len(x), length), x.dtype)
   row, _ = np.nonzero(inside)

@@ -73,7 +73,8 @@ def evaluate(
   workers: int = 0,
   time_limit: float = 10.0,
 ) -> Accuracy:
-  """Accuracy of a policy on an environment: what the config section `evaluation` runs.
+  """Accuracy of a policy on an environment: what the config section `evaluation` runs, in
+  all processes; each judges a share.
 
   temperature: 0 is greedy
   repeats: completions of each prompt, always with the same seeds. The interval takes
@@ -102,6 +103,7 @@ def evaluate(
     temperature=temperature,
     batch_size=batch_size,
     show='evaluating',
+    together=True,
   )
   if not workers:
     return accuracy(ask().transcripts)

@@ -33,7 +33,7 @@ from educe.data import pipeline
 from educe.data.tokenizer import Tokenizer
 from educe.losses.logprobs import score
 from educe.measurement.accuracy import wilson
-from educe.sharding import place_batch, ways
+from educe.sharding import fetch, place_batch, ways
 from educe.types import Batch, Model, Params
 
 RECORDS = ('pairs', 'rated', 'steps')
@@ -257,7 +257,7 @@ def _rewards(model, params, reference, rows, reward, beta, pad_id) -> np.ndarray
   batch = _spread(batch, params)
 
   def read(weights, what):
-    return np.asarray(_read(model, weights, batch, what), np.float64)
+    return np.asarray(fetch(_read(model, weights, batch, what)), np.float64)
 
   if reward == 'value':
     return np.where(mask > 0, read(params, 'values'), 0).sum(-1)
@@ -271,9 +271,8 @@ def _judged(model, params, rows, pad_id):
   """(row, V, y) of each real row, at the places that are judged, in float64."""
   batch = readings(rows, pad_id=pad_id)
   labels, mask = np.asarray(batch.returns, np.float64), np.asarray(batch.mask)
-  values = np.asarray(
-    _read(model, params, _spread(batch, params), 'values'), np.float64
-  )
+  found = fetch(_read(model, params, _spread(batch, params), 'values'))
+  values = np.asarray(found, np.float64)
   for row in np.flatnonzero(rows['ids'][:, 0] >= 0):
     at = mask[row] > 0
     if not np.isin(labels[row, at], (0, 1)).all():
@@ -288,7 +287,7 @@ def _spread(batch: Batch, params: Params) -> Batch:
   """Its rows over the mesh of the params, or else every device would read all of them."""
   where = getattr(jax.tree.leaves(params)[0], 'sharding', None)
   mesh = getattr(where, 'mesh', None)
-  if not isinstance(mesh, jax.sharding.Mesh) or jax.process_count() > 1:
+  if not isinstance(mesh, jax.sharding.Mesh):
     return batch
   return batch if len(batch.tokens) % ways(mesh) else place_batch(batch, mesh)
 

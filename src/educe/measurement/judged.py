@@ -82,7 +82,8 @@ def evaluate(
   repeats: int = 1,
   batch_size: int = 64,
 ) -> Judged:
-  """A policy's answers, judged: what the config section `evaluation` runs.
+  """A policy's answers, judged: what the config section `evaluation` runs, in all
+  processes.
 
   start: the policy that the run started from
   environment: only its prompts are read
@@ -115,6 +116,7 @@ def evaluate(
       temperature=temperature,
       batch_size=batch_size,
       show='evaluating',
+      together=True,
     )
 
   ours, theirs = answers(params), answers(start)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from educe.losses.logprobs import score
+from educe.sharding import fetch
 from educe.types import Batch, Model, Params
 
 
@@ -37,8 +39,9 @@ def sequence_logp(
     # Few shapes, few programs: what is left over is filled up to a power of two.
     missing = (1 << (len(rows) - 1).bit_length()) - len(rows)
     filled = np.pad(rows, (0, missing), 'edge')
-    batch = Batch(jnp.asarray(said[filled]), jnp.asarray(there[filled]))
-    logp = np.asarray(_logp(model, params, batch, temperature), np.float64)
+    arrays: dict[str, Any] = dict(tokens=said[filled], mask=there[filled])
+    batch = Batch(**arrays)
+    logp = np.asarray(fetch(_logp(model, params, batch, temperature)), np.float64)
     parts.append(logp[: len(rows)])
   return np.concatenate(parts)[back.ravel()]
 

@@ -30,7 +30,7 @@ import numpy as np
 import tqdm
 from jaxtyping import Float
 
-from educe import paths
+from educe import hosts, paths
 from educe.data.tokenizer import Tokenizer
 from educe.measurement.sequence_logp import sequence_logp
 from educe.progress import say
@@ -117,7 +117,7 @@ def draw(
   parts = [
     (side, block, numbers)
     for side in SIDES
-    for block in range(jax.process_index(), len(blocks), jax.process_count())
+    for block in range(hosts.index(), len(blocks), hosts.count())
     for numbers in _runs(_missing(folder / side, block, samples), group)
   ]
   if not parts:
@@ -245,7 +245,7 @@ def read_header(folder: pathlib.Path) -> dict[str, Any]:
 def _keep_header(folder: pathlib.Path, header: dict[str, Any]) -> None:
   header = json.loads(json.dumps(header))
   if not (folder / HEADER).exists():
-    if jax.process_index() == 0:
+    if hosts.is_first():
       paths.write(folder / HEADER, json.dumps(header, indent=2) + '\n')
     return
   old = read_header(folder)

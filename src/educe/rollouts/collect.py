@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Key
 
+from educe import hosts
 from educe.data.chat import encode_prompt
 from educe.data.tokenizer import Tokenizer
 from educe.environments import verifiers, worker
@@ -24,6 +25,9 @@ from educe.types import Environment, Model, Params, Rollouts, Turn
 Record = Mapping[str, Any]
 # (record, transcript: the completion's text, turn by turn) of each row -> their Turns
 Verifier = Callable[[Sequence[tuple[Record, Sequence[str]]]], Sequence[Turn]]
+
+RAISED = 'raised'  # in the info of a verdict that is none
+TOLD = ('outcome', 'rewards', 'answer', 'error', RAISED)  # what is read of an info
 
 
 def collect(
@@ -38,6 +42,7 @@ def collect(
   max_new_tokens: int,
   seeds: Sequence[int] | None = None,
   verifier: Verifier | None = None,
+  together: bool = False,
   **sampling: Any,
 ) -> Rollouts:
   """`group` completions of each record's prompt, judged; rows are group-major.
@@ -48,6 +53,8 @@ def collect(
   verifier: answers all rows at once, in order, such as a pool of worker processes; None
     asks environment.respond here, one row after the other. A reward that raises or
     is no number is the outcome 'error' and not scored; if all are, this raises.
+  together: of several processes all call this with the same rows; each has its share of
+    them judged, and hears of the others'
   sampling: temperature, top_k, top_p, min_p, stop, batch_size, show of `texts.generate`
 
   Rows are padded to a bucket of the longest (`sampler.bucket`), so that few training
@@ -85,7 +92,20 @@ def collect(
   texts = [[done.text] for done in completions]
   rows = list(zip(repeated, texts, strict=True))
   names = [records[row // group].get('id', row // group) for row in range(len(rows))]
-  turns = _asked(verifier, rows, names) if verifier else _here(environment, rows, names)
+
+  def judged(which: Sequence[int]) -> list[Turn]:
+    some, called = [rows[i] for i in which], [names[i] for i in which]
+    if verifier:
+      return _asked(verifier, some, called)
+    return _here(environment, some)
+
+  if together and hosts.count() > 1:
+    told = hosts.shared(len(rows), 1, lambda which: list(map(_plain, judged(which))))
+    turns = [Turn(*turn) for turn in told]
+  else:
+    turns = judged(range(len(rows)))
+  if not verifier:
+    _check_any(environment, turns, names)
   rewards: Any = np.array([_nan(turn.reward) for turn in turns], np.float32)
   truncated = any(mass < 1 for done in completions for mass in done.kept)
   tokens, mask, logp, kept, stopped = _arrays(repeated_ids, completions)
@@ -145,21 +165,31 @@ def _asked(verifier: Verifier, rows, names) -> list[Turn]:
   return list(turns)
 
 
-def _here(environment: Environment, rows, names) -> list[Turn]:
-  turns, errors = [], []
+def _here(environment: Environment, rows) -> list[Turn]:
+  turns = []
   for record, transcript in rows:
     try:
       turns.append(_verdict(environment.respond(record, transcript)))
     except Exception as error:  # the text is a model's: anything may happen
-      errors.append(worker.one_line(error))
-      info = {'outcome': 'error', 'error': errors[-1]}
-      turns.append(Turn(None, None, True, info))
-  if len(errors) == len(rows):
+      said = worker.one_line(error)
+      turns.append(
+        Turn(None, None, True, {'outcome': 'error', 'error': said, RAISED: 1})
+      )
+  return turns
+
+
+def _check_any(environment: Environment, turns: Sequence[Turn], names) -> None:
+  if all(RAISED in turn.info for turn in turns):
     raise ValueError(
       f'the reward of every row raised: environment {_name(environment)}; the first, '
-      f'record {names[0]!r}: {errors[0]}'
+      f'record {names[0]!r}: {turns[0].info["error"]}'
     )
-  return turns
+
+
+def _plain(turn: Turn) -> list[Any]:
+  """A Turn as it goes from one process to another."""
+  info = {name: turn.info[name] for name in TOLD if name in turn.info}
+  return [turn.observation, turn.reward, turn.done, info]
 
 
 def _name(environment: Environment) -> str:

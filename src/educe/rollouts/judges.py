@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from educe import hosts
 from educe.data import pairs
 from educe.data.chat import encode_record, normalize
 from educe.environments import verifiers
@@ -329,15 +330,22 @@ def rewarded(rollouts: Rollouts, records: Sequence[Record], judge: Judge) -> Rol
 
   records: of each group. What the environment had said stays in `rewards`, and so does its
   outcome where it had scored the row; else that is 'judged', or 'error' without a score.
+  Of several processes each asks about a share of the rows, groups kept together for a judge
+  that compares; all of them must call this.
 
   Raises ValueError for a judge that answers the wrong number of rows, or no numbers.
   """
   rows = list(rollouts.transcripts)
   repeated = [record for record in records for _ in range(rollouts.group)]
-  scores = judge(repeated, [row['completion'] for row in rows])
-  if len(scores) != len(rows):
-    raise ValueError(f'the judge scored {len(scores)} rows, {len(rows)} were asked')
-  scores = [verifiers.real(score, 'judge: a score') for score in scores]
+  unit = rollouts.group if compares(judge) else 1
+
+  def judged(which: Sequence[int]) -> list[float | None]:
+    said = judge([repeated[i] for i in which], [rows[i]['completion'] for i in which])
+    if len(said) != len(which):
+      raise ValueError(f'the judge scored {len(said)} rows, {len(which)} were asked')
+    return [verifiers.real(score, 'judge: a score') for score in said]
+
+  scores = hosts.shared(len(rows), unit, judged)
   transcripts = []
   for row, score in zip(rows, scores, strict=True):
     parts = {'environment': row['reward'], **row['rewards'], 'judge': score}

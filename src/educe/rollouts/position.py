@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import jax
@@ -44,18 +43,17 @@ class Position:
   def rows(self, which: np.ndarray) -> Batch:
     return jax.tree.map(lambda x: x[which], self.whole)
 
-  def get_state(self) -> bytes:
+  def get_state(self) -> dict[str, Any]:
     state: dict[str, Any] = {'rollouts': self.rollouts.get_state()}
     if self.extra:
-      state['extra'] = self.extra
+      state['extra'] = dict(self.extra)
     if self.whole is not None and not self.spent:
       arrays = {n: x for n, x in self.whole._asdict().items() if x is not None}
       state |= {n: getattr(self, n) for n in ('number', 'used', 'steps')}
       state['whole'] = pack(arrays)
-    return json.dumps(state).encode()
+    return state
 
-  def set_state(self, text: bytes) -> None:
-    state = json.loads(text)
+  def set_state(self, state: dict[str, Any]) -> None:
     self.rollouts.set_state(state['rollouts'])
     self.whole = None
     self.extra |= state.get('extra', {})
@@ -63,9 +61,6 @@ class Position:
       arrays: dict[str, Any] = unpack(state['whole'])
       self.begin(Batch(**arrays), state['number'], state['steps'])
       self.used = state['used']
-
-  def start_prefetch(self) -> None:
-    """Grain's handler asks for it after a restore; nothing runs ahead here."""
 
   def close(self) -> None:
     self.rollouts.close()

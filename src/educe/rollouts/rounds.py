@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from educe import hosts
 from educe.data.tokenizer import Tokenizer
 from educe.environments import verifiers
 from educe.environments.prompts import only_asks
@@ -80,15 +81,19 @@ def make(
     overlong_prompts: 'error', or 'drop' those that leave no room for max_new_tokens.
     workers, time_limit (seconds a completion), error_limit: of the verifier's
       processes, see environments/verifiers.py; workers=0 judges in this process,
-      without a limit of time.
-    ahead: sample the next round while this one is trained on, one round off policy.
+      without a limit of time. Several hosts have so many each, and judge a share each.
+    ahead: sample the next round while this one is trained on, one round off policy; on
+      one host.
     show_every: rounds between samples on the terminal; 0 shows none.
 
   Raises ValueError for values out of range, prompts that do not fit and an environment
   without prompts.
   """
-  if jax.process_count() > 1:  # all would ask, and train on, the same
-    raise ValueError(f'rollouts: sampled in one process, not {jax.process_count()}')
+  if ahead and hosts.count() > 1:
+    raise ValueError(
+      f'rollouts.ahead=True: {hosts.count()} processes would sample and train in threads '
+      'of their own, and come to wait for each other in two orders; set it to False'
+    )
   if prompts < 1 or group < 1:
     raise ValueError(f'rollouts: {prompts=} and {group=} must be at least 1')
   if pool not in ('uniform', 'adaptive'):
@@ -141,6 +146,7 @@ def make(
       key=key,
       max_new_tokens=max_new_tokens,
       verifier=verifier,
+      together=True,
       temperature=temperature,
       top_k=top_k,
       top_p=top_p,

@@ -123,7 +123,7 @@ def _run(
     slots = slots_lib.advance(
       weights, slots, key, settings, *ends, *bounds, model=functions, width=width
     )
-    host = jax.device_get(slots._replace(cache=None))
+    host = sharding.fetch(slots._replace(cache=None))
     ended = np.flatnonzero((row_of >= 0) & ~host.live)
     rows_ended = row_of[ended]
     row_of[ended] = -1

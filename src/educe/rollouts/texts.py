@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import tqdm
 from jaxtyping import Array, Key
 
+from educe import hosts
 from educe.data.chat import encode_prompt
 from educe.data.tokenizer import Tokenizer
 from educe.rollouts import stop_strings
@@ -76,7 +77,8 @@ def generate(
     table = stop_strings.automaton(stop, texts)
   if not ids:
     return []
-  with tqdm.tqdm(total=len(ids), desc=show, disable=show is None, leave=False) as bar:
+  hidden = show is None or not hosts.is_first()
+  with tqdm.tqdm(total=len(ids), desc=show, disable=hidden, leave=False) as bar:
     samples = sample(
       model,
       params,

@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from educe import paths
+from educe import hosts, paths
 
 
 def save(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
@@ -22,9 +22,10 @@ def save(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
 def save_round(
   run_dir: pathlib.Path, number: int, step: int, rows: Sequence[Mapping[str, Any]]
 ) -> None:
-  """rollouts/<number>.jsonl: the rows, each with the step that it was trained at."""
+  """rollouts/<number>.jsonl: the rows, each with the step that it was trained at. All
+  processes must call it; the first writes."""
   file = run_dir / 'rollouts' / f'{number:06}.jsonl'
-  save([{**row, 'step': step} for row in rows], file)
+  hosts.by_first(lambda: save([{**row, 'step': step} for row in rows], file))
 
 
 def load(path: str | os.PathLike, limit: int | None = None) -> list[dict[str, Any]]:

@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-import grain
 import jax
 import orbax.checkpoint as ocp
 
@@ -69,9 +68,10 @@ def save(manager, state: TrainState, data: Any, config: dict[str, Any]) -> None:
   if step in manager.all_steps():
     return
   wait(manager)
+  position = data.get_state()
   args = ocp.args.Composite(
     state=ocp.args.StandardSave(state),
-    data=grain.checkpoint.CheckpointSave(data),
+    data=ocp.args.JsonSave(position),
     config=ocp.args.JsonSave(config),
   )
   with _writing(manager, step):
@@ -103,15 +103,17 @@ def restore(manager, like: TrainState, data: Any) -> TrainState | None:
   with _reading(folder, mend):
     _same_model(folder, _saved_shapes(folder / 'state'), _shapes(abstract))
     args = ocp.args.Composite(
-      state=ocp.args.StandardRestore(abstract),
-      data=grain.checkpoint.CheckpointRestore(data),
+      state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
     )
-    return manager.restore(step, args=args).state
+    found = manager.restore(step, args=args)
+    data.set_state(found.data)
+    return found.state
 
 
 def abstract_of(tree: Any) -> Any:
-  """Shapes, dtypes and places of arrays; what comes from the host goes to device 0."""
-  host = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  """Shapes, dtypes and places of arrays; what comes from the host goes to its
+  first device."""
+  host = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
   def describe(x):
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, 'sharding', host))

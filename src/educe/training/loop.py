@@ -14,10 +14,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 
-from educe import progress
+from educe import hosts, progress, sharding
 from educe.training import checkpoint as ckpt
 from educe.training import metrics as metrics_lib
 from educe.training.step import Step
@@ -49,8 +48,8 @@ def run(
 ) -> tuple[TrainState, bool]:
   """Trains from `state.step` to `steps`. Returns the state, and whether it got there.
 
-  False means that SIGTERM came: the state was saved at that step boundary, and the same
-  command goes on from it.
+  False means that SIGTERM came, to any of the processes: the state was saved at that step
+  boundary, and the same command goes on from it.
 
   Args:
     place: a batch of host arrays onto the devices, prompts that its rows share once.
@@ -67,7 +66,7 @@ def run(
   peak = metrics_lib.peak_flops()
   bar = progress.steps(steps, start)
   clock = time.perf_counter()
-  pending: tuple[int, Batch, int, dict, dict] | None = None
+  pending: tuple[int, Batch, int, int, dict, dict] | None = None
   asked = 0.0  # seconds that the batch in flight took to come
 
   def flush():
@@ -75,12 +74,12 @@ def run(
     nonlocal pending, clock
     if pending is None:
       return
-    number, batch, read, values, info = pending
+    number, batch, tokens, read, values, info = pending
     pending = None
-    values = {name: float(x) for name, x in jax.device_get(values).items()}
+    values = {name: float(x) for name, x in sharding.fetch(values).items()}
     now = time.perf_counter()
     seconds, clock = now - clock - asked, now
-    rate = batch.tokens.size * jax.process_count() / seconds  # padding counts as work
+    rate = tokens / seconds  # padding counts as work
     values |= {
       'timing/step_seconds': seconds,
       'perf/tokens_per_second': rate,
@@ -100,7 +99,8 @@ def run(
     broken = number == 1 and skipped == 1 and not math.isfinite(values['loss'])
     if broken or skipped >= min(abort_after, steps):
       dump = run_dir / f'nonfinite_{number}.npz'
-      np.savez(dump, **{k: v for k, v in batch._asdict().items() if v is not None})
+      if hosts.is_first():
+        np.savez(dump, **{k: v for k, v in batch._asdict().items() if v is not None})
       if skipped == number:  # from the first on
         raise NonFinite(
           f'loss {values["loss"]} and gradients that are not finite before any update, '
@@ -138,6 +138,9 @@ def run(
           f'the data ended before step {number} of {steps}; raise data.epochs, or '
           'lower steps'
         ) from None
+      except hosts.Alone:  # to save it would need the others
+        flush()
+        raise
       except (ValueError, OSError):  # a judge is down, say: no update is lost to that
         flush()
         if number > start + 1:
@@ -150,8 +153,9 @@ def run(
       state, values = step(state, placed)
       flush()
       asked = waited if algorithm.asks_policy else 0.0
-      pending = (number, batch, read, values, info)
-      stopping = stop.is_set()
+      tokens = len(placed.tokens) * batch.tokens.shape[1]
+      pending = (number, batch, tokens, read, values, info)
+      stopping = stop()
       if number == steps or stopping or due(number) or number % save_every == 0:
         flush()
         ckpt.save(manager, state, algorithm.data, config)
@@ -165,12 +169,16 @@ def run(
       signal.signal(signal.SIGTERM, before)
 
 
-def catch_sigterm() -> tuple[threading.Event, Any]:
-  """An event set once this process is asked to stop, and the handler to put back.
+def catch_sigterm() -> tuple[Callable[[], bool], Any]:
+  """(whether this process is asked to stop, the handler to put back).
 
-  Python delivers signals to the main thread alone; elsewhere the event is never set.
+  Of several processes, whether this is the step that all of them stop at; JAX has a
+  handler of its own there. Python delivers signals to the main thread alone; elsewhere
+  the answer is always no.
   """
+  if hosts.count() > 1:
+    return hosts.stopping, None
   stop = threading.Event()
   if threading.current_thread() is not threading.main_thread():
-    return stop, None
-  return stop, signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    return stop.is_set, None
+  return stop.is_set, signal.signal(signal.SIGTERM, lambda *_: stop.set())

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from educe import paths
+from educe import hosts, paths
 
 # Dense bf16 peak of one device, FLOP/s (vendors' data sheets). Others are measured.
 PEAK_FLOPS = {
@@ -32,7 +32,8 @@ def peak_flops() -> float:
   device = jax.devices()[0]
   each = PEAK_FLOPS.get(device.device_kind) or measured_matmul_flops()
   # Virtual CPU devices share one processor.
-  return each * (1 if device.platform == 'cpu' else jax.device_count())
+  several = hosts.count() if device.platform == 'cpu' else jax.device_count()
+  return each * several
 
 
 def measured_matmul_flops(size: int = 2048, repeats: int = 3) -> float:
@@ -58,13 +59,15 @@ class Log:
     self, run_dir: pathlib.Path, *, step: int = 0, tensorboard: bool = False
   ):
     self.path = run_dir / 'metrics.jsonl'
-    self.writer = None
-    self.on = jax.process_index() == 0
-    self.evaluated: set[int] = set()  # steps whose evaluation is already written
-    if not self.on:
-      return
+    self.writer: Any = None
+    self.on = hosts.is_first()
+    hosts.by_first(lambda: self._open(run_dir, step, tensorboard))
+    # Steps whose evaluation is already written; to all the same, for all evaluate or none.
+    kept = evaluated(read(self.path)) if self.on else ()
+    self.evaluated: set[int] = set(hosts.agreed(sorted(kept)))
+
+  def _open(self, run_dir: pathlib.Path, step: int, tensorboard: bool) -> None:
     kept = [line for line in read(self.path) if line['step'] <= step and step > 0]
-    self.evaluated = evaluated(kept)
     paths.write(self.path, ''.join(_line(record) for record in kept))
     if tensorboard:
       try:
