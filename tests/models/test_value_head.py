@@ -40,7 +40,8 @@ def compiled(trunk, **changes):
   model = build(trunk, **changes)[2]
 
   def values(params, tokens, *rest):
-    return model.values(params, model.hidden(params, tokens, *rest)[0], tokens, *rest)
+    states, _ = model.hidden(params, tokens, *rest)
+    return model.values(params, states, tokens, *rest)[0]
 
   return jax.jit(values), jax.jit(functools.partial(score, model))
 
