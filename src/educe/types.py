@@ -48,7 +48,9 @@ class Scores(NamedTuple):
   values: Float[Array, 'B T'] | None = None  # of tokens[b, :t], from a value head
   mean_logp: Float[Array, 'B T'] | None = None  # Σ_v log p(v) / V (nats); smoothing
   divergence: Float[Array, 'B T'] | None = None  # to a teacher's distribution (nats)
-  aux: Any = None  # dict[str, Mean] of a sparse model's auxiliary losses; no loss reads it
+  aux: Any = (
+    None  # dict[str, Mean] of a sparse model's auxiliary losses; no loss reads it
+  )
 
 
 class Mean(NamedTuple):

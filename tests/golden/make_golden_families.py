@@ -67,7 +67,10 @@ def on_disk(name, gradient):
     start = f'{name.rsplit(".", 1)[0]}.{number}'
     if name.endswith('gate_up_proj'):
       gate, up = part.chunk(2)
-      parts += [(f'{start}.{names[0]}.weight', gate), (f'{start}.{names[1]}.weight', up)]
+      parts += [
+        (f'{start}.{names[0]}.weight', gate),
+        (f'{start}.{names[1]}.weight', up),
+      ]
     else:
       parts.append((f'{start}.{names[2]}.weight', part))
   return parts or [(name, gradient)]
@@ -137,7 +140,7 @@ def exported():
     logits = np.asarray(states @ model.head(params).matrix, np.float32)
     with torch.no_grad():
       other = theirs(torch.tensor(tokens).long()).logits.numpy()
-    assert not info['missing_keys'] and not info['unexpected_keys'], info
+    assert not any(info[f'{kind}_keys'] for kind in ('missing', 'unexpected')), info
     print(type(theirs).__name__, float(np.abs(logits - other).max()))
 
 

@@ -136,7 +136,7 @@ def _said(model: Model, batch: Batch):
 
 def _real(batch: Batch):
   """`[B, T]`: the tokens that are read for a later one, which is trained on, in the same
-  row and document. So padding does not count, nor does what a shared row has no room for."""
+  row and document. So padding does not count, nor what a shared row has no room for."""
   length = batch.tokens.shape[1]
   trained = jnp.where(batch.mask > 0, jnp.arange(length), length)
   after = jnp.pad(trained[:, 1:], ((0, 0), (0, 1)), constant_values=length)

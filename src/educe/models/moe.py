@@ -17,13 +17,13 @@ Two auxiliary losses, of sequence s with n tokens and layer l:
   router_z      mean of (log Σ_e e^x_e)²                      x: the router's logits
                 (ST-MoE, Zoph et al. 2022, eq. 5, arXiv:2202.08906)
 
-**Differs from the paper**: Fedus et al. take f and P over a whole batch, which is no sum over
-rows. Here they are those of one sequence and one layer, and their loss is a mean over both,
-so that microbatches, packing, shared prompts and meshes change nothing (as the sequence-wise
-loss of DeepSeek-V3, 2024, eq. 17–20, arXiv:2412.19437).
+**Differs from the paper**: Fedus et al. take f and P over a whole batch, which is no sum
+over rows. Here they are those of one sequence and one layer, and their loss is a mean over
+both, so that microbatches, packing, shared prompts and meshes change nothing (as the
+sequence-wise loss of DeepSeek-V3, 2024, eq. 17–20, arXiv:2412.19437).
 
-Dimensions: B rows · T tokens · N tokens of all rows · E experts (e of them here) · k choices
-of a token · D width · F hidden width of an expert · A = N·k choices.
+Dimensions: B rows · T tokens · N tokens of all rows · E experts (e of them here) · k
+choices of a token · D width · F hidden width of an expert · A = N·k choices.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ def mlp(
   """(Σ of k experts' weighted outputs, who they are), on the mesh in use if there is one.
 
   There a device holds some experts and a part of their width, and reads the rows of all
-  devices that share them, each for its own experts: what it gets is a gather of the rows, and
-  what it gives a sum that scatters them. With as many choices as there are parts of the
-  experts, or more, an all-to-all would move no less, and it would need a capacity. Its
-  buffers are for the worst case: all choices of all those rows.
+  devices with which it shares them, for its own experts: what it gets is a gather of the
+  rows, and what it gives a sum that scatters them. With as many choices as there are parts
+  of the experts, or more, an all-to-all would move no less, and it would need a capacity.
+  Its buffers are for the worst case: all choices of all those rows.
   """
   run = functools.partial(_here, k=k, renormalise=renormalise)
   by_expert = sharding.split(len(x), len(gate), 'experts')
@@ -103,15 +103,12 @@ def _here(
   gathered: rows are split over `expert` too
   """
   weight, chosen = route(logits, k, renormalise)
-  parts, first = (x, weight, chosen), 0
-  if expert is not None:
-    first = jax.lax.axis_index(expert) * len(gate)
-    if gathered:
-      parts = jax.tree.map(
-        lambda y: jax.lax.all_gather(y, expert, axis=0, tiled=True), parts
-      )
-  flat = [y.reshape(-1, y.shape[-1]) for y in parts]
-  found = experts(*flat, gate, up, down, first).reshape(parts[0].shape)
+  parts = [x, weight, chosen]
+  first = 0 if expert is None else jax.lax.axis_index(expert) * len(gate)
+  if expert is not None and gathered:
+    parts = [jax.lax.all_gather(y, expert, axis=0, tiled=True) for y in parts]
+  x, weight, among = (y.reshape(-1, y.shape[-1]) for y in parts)
+  found = experts(x, weight, among, gate, up, down, first).reshape(parts[0].shape)
   if expert is not None and gathered:
     found = jax.lax.psum_scatter(found, expert, scatter_dimension=0, tiled=True)
   elif expert is not None:

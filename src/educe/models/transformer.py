@@ -1,4 +1,4 @@
-"""The decoder: RMSNorm, rotary positions, grouped-query attention, gated SiLU MLP or experts.
+"""The decoder: RMSNorm, rotary positions, grouped-query attention, gated SiLU MLP.
 
 Llama (Touvron et al. 2023, arXiv:2302.13971) with grouped queries (Ainslie et al. 2023,
 arXiv:2305.13245), rotate-half RoPE (Su et al. 2021, arXiv:2104.09864), RMSNorm (Zhang &
@@ -97,10 +97,11 @@ class Architecture:
     for name, choices in CHOICES.items():
       if getattr(self, name) not in choices:
         raise ValueError(f'{name} = {getattr(self, name)!r} is none of {choices}')
-    if (self.experts > 0) != (1 <= self.experts_per_token <= max(self.experts, 1)):
+    k = self.experts_per_token
+    if k > self.experts or (k > 0) != (self.experts > 0):
       raise ValueError(
-        f'architecture.experts_per_token = {self.experts_per_token} must be in 1…experts, '
-        f'of {self.experts}, and 0 of a dense model'
+        f'architecture.experts_per_token = {k} must be in 1…{self.experts}, the number of '
+        'experts; 0 of a dense model'
       )
     if not self.experts:
       for name in ('renormalise', 'balance_coef', 'router_z_coef'):
@@ -258,8 +259,8 @@ class Experts(nn.Module):
     down = weight(
       'down', _residual(a, 'experts', 'mlp', 'embed'), a.experts, a.ffn, a.dim
     )
-    options = dict(k=a.experts_per_token, renormalise=a.renormalise)
-    y, chosen = moe.mlp(x, logits, gate, up, down, **options)
+    k, renormalise = a.experts_per_token, a.renormalise
+    y, chosen = moe.mlp(x, logits, gate, up, down, k=k, renormalise=renormalise)
     return y, logits, chosen
 
 
@@ -336,7 +337,7 @@ class Transformer(nn.Module):
       in_axes=nn.broadcast,
       metadata_params={nn.PARTITION_NAME: 'layers'},
     )(a, name='layers')(x, rotary(a, positions), visible, real)
-    aux = moe.means(totals, a.layers, real, visible) if a.experts else {}
+    aux = {} if real is None else moe.means(totals, a.layers, real, visible)
     if prefix is not None:
       x = x[:, prefix.shape[1] :].reshape(rows, T, a.dim)
     return RMSNorm(a, name='norm')(x), aux

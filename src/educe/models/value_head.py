@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from educe.types import Model, Params
+from educe.types import Mean, Model, Params
 
 KEY = 'value'
 TRUNKS = ('shared', 'separate')
@@ -122,7 +122,8 @@ def _trunk(params: Params) -> Params:
 
 
 def _values(model: Model, params, states, *said):
-  value, aux = params[KEY], {}
+  value = params[KEY]
+  aux: dict[str, Mean] = {}
   if 'trunk' in value:
     # A module asks for all of its params, an unembedding that it will not use included.
     own = {**without(params), **value['trunk']}

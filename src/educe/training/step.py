@@ -4,8 +4,8 @@ A loss is a sum and a count, so the gradient of any batch is
 
   ∇L = Σ_i ∇total_i / Σ_i count_i
 
-over its microbatches i, however it is cut; only the division waits for the end. An auxiliary
-loss of a sparse model has a count of its own, A, and is added to each microbatch as
+over its microbatches i, however it is cut; only the division waits for the end. An
+auxiliary loss of a sparse model has a count of its own, A, and is added to a microbatch as
 
   total_i + coef · aux_i.total · C / A        C, A: the counts of the whole batch
 """
@@ -66,10 +66,10 @@ def make_step(
     state_shardings: a TrainState of shardings, when on a mesh: what comes out lies where
       what went in lay.
 
-  metrics: scalars on the device: `loss` (without auxiliary ones), the loss's own metrics
-  and the model's auxiliary losses, `grad_norm` (before clipping), `learning_rate`, `num_tokens` (trained), `skipped_updates` (so far) and
-  `skipped_in_a_row`. An update whose gradients are not finite leaves params and
-  optimizer as they were.
+  metrics: scalars on the device: `loss` (without auxiliary ones), the loss's own metrics,
+  the model's auxiliary losses, `grad_norm` (before clipping), `learning_rate`,
+  `num_tokens` (trained), `skipped_updates` (so far) and `skipped_in_a_row`. An update
+  whose gradients are not finite leaves params and optimizer as they were.
   """
 
   coefs = {name: coef for name, coef in (model.aux_coefs or {}).items() if coef}
