@@ -94,8 +94,8 @@ def test_what_transformers_saved_comes_back_from_us_byte_for_byte(
   theirs = safetensors.numpy.load_file(golden / name / 'model.safetensors')
   written = safetensors.numpy.load_file(tmp_path / 'model.safetensors')
   assert theirs.keys() == written.keys()
-  for name, array in theirs.items():
-    np.testing.assert_array_equal(array, written[name])
+  for tensor, array in theirs.items():
+    np.testing.assert_array_equal(array, written[tensor])
   want = json.loads((golden / name / 'config.json').read_text())
   got = json.loads((tmp_path / 'config.json').read_text())
   if name == 'tiny_qwen3_moe':  # transformers 5 renames what its own files are read by
@@ -103,7 +103,7 @@ def test_what_transformers_saved_comes_back_from_us_byte_for_byte(
     del want['intermediate_size']  # of dense layers, and there are none
   if name == 'tiny_olmoe':
     want['head_dim'] = want['hidden_size'] // want['num_attention_heads']
-  names = ours._keys(ours.FAMILIES[got['model_type']]).values()
+  names = ours.keys_of(ours.FAMILIES[got['model_type']]).values()
   for key in (*names, 'architectures', 'model_type', 'hidden_act'):
     assert got[key] == want[key], key
   again, loaded = ours.load(path=str(tmp_path))

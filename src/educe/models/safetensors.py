@@ -204,7 +204,7 @@ def export(
     total = dtype.itemsize * sum(math.prod(row.shape) for row in rows)
     _write(folder / INDEX, {'metadata': {'total_size': total}, 'weight_map': where})
   tokens = {'bos_token_id': bos_token_id, 'eos_token_id': eos_token_id}
-  keys = _keys(family)
+  keys = keys_of(family)
   config = {ours: getattr(architecture, field) for field, ours in keys.items()}
   if family.experts:
     config['router_aux_loss_coef'] = architecture.balance_coef
@@ -304,7 +304,7 @@ def _found(files: dict) -> dict[str, weights.Found]:
   return found
 
 
-def _keys(family: Family) -> dict[str, str]:
+def keys_of(family: Family) -> dict[str, str]:
   """config.json's key for each of our fields."""
   keys = {**KEYS, 'ffn': family.ffn}
   if family.experts:
@@ -322,7 +322,7 @@ def _architecture(file: pathlib.Path) -> tuple[Architecture, str]:
       f'{file}: model_type is {kind!r}; only {list(FAMILIES)} can be loaded'
     )
   family = FAMILIES[kind]
-  keys = _keys(family)
+  keys = keys_of(family)
   if family.experts:  # transformers 5 writes the one for the other
     config.setdefault(family.experts, config.get('num_local_experts'))
   for key, value in (FIXED | dict(family.fixed)).items():
