@@ -67,8 +67,8 @@ def mlp(
   by_width = sharding.split(len(x), gate.shape[2], 'mlp')
   if by_expert is None or by_width is None:
     return run(x, logits, gate, up, down)
-  mesh, rows, expert = by_expert
-  width = by_width.across
+  mesh, rows = by_expert.mesh, by_expert.rows
+  expert, width = by_expert.across, by_width.across
   # A row's tokens may be split too; here they need nothing of each other.
   context = None if x.shape[1] % mesh.shape['context'] else 'context'
   of_x = PartitionSpec(rows or None, context)
