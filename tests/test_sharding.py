@@ -58,10 +58,10 @@ def test_a_batch_is_split_by_rows_over_data_and_fsdp(mesh_of):
 def test_operands_are_split_where_they_divide(mesh_of):
   assert sharding.split(8, 6, 'vocab') is None  # no mesh is in use
   with sharding.using(mesh_of(2, 2, 2)):
-    assert sharding.split(8, 6, 'vocab')[1:] == (sharding.ROWS, 'tensor')
-    assert sharding.split(6, 6, 'kv_heads')[1:] == ((), 'tensor')
-    assert sharding.split(8, 5, 'vocab')[1:] == (sharding.ROWS, None)
-    assert sharding.split(3, 5, 'vocab')[1:] == ((), None)
+    assert sharding.split(8, 6, 'vocab')[1:] == (sharding.ROWS, 'tensor', None)
+    assert sharding.split(6, 6, 'kv_heads')[1:] == ((), 'tensor', None)
+    assert sharding.split(8, 5, 'vocab')[1:] == (sharding.ROWS, None, None)
+    assert sharding.split(3, 5, 'vocab')[1:] == ((), None, None)
 
 
 def test_where_the_axes_are_a_kernel_s_own_nothing_is_split_again(mesh_of):
@@ -85,7 +85,7 @@ def test_the_mesh_of_params_is_found(mesh_of):
   mesh = mesh_of(2, 4)
   placed = sharding.place({'w': np.ones((4, 4))}, {'w': ('embed', None)}, mesh)
   with sharding.using_that_of(placed):
-    assert sharding.split(8, 5, 'vocab')[1:] == (sharding.ROWS, None)
+    assert sharding.split(8, 5, 'vocab')[1:] == (sharding.ROWS, None, None)
   for elsewhere in ({'w': np.ones(3)}, {'w': jnp.ones(3)}):
     with sharding.using_that_of(elsewhere):
       assert sharding.split(8, 5, 'vocab') is None

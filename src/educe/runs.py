@@ -141,7 +141,9 @@ def train(
   ways = sharding.ways(grid) // jax.process_count()
 
   def place(batch: Batch, shares: int = 1) -> Batch:
-    if jax.process_count() > 1:  # each would choose widths of its own
+    # Each process would choose widths of its own; and who goes on from a shared prompt
+    # reads it on the same device.
+    if jax.process_count() > 1 or sharding.in_parts(grid) > 1:
       shares = 1
     return sharding.place_batch(share(batch, shares, ways * microbatches), grid)
 

@@ -22,8 +22,10 @@ AXES = ('data', 'fsdp', 'expert', 'context', 'tensor')
 ROWS = ('data', 'fsdp', 'expert')  # what the rows of a batch are split over
 BATCH = PartitionSpec(ROWS)
 
-# logical axis → mesh axis. What is not named here is replicated.
-RULES = {
+# logical axis → mesh axis, or axes. What is not named here is replicated.
+RULES: dict[str, Any] = {
+  'rows': ROWS,
+  'length': 'context',
   'vocab': 'tensor',
   'embed': 'fsdp',
   'heads': 'tensor',
@@ -82,47 +84,77 @@ def using(mesh: Mesh) -> contextlib.AbstractContextManager[Any]:
   return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
+def mesh_of(params: Any) -> Mesh | None:
+  """The mesh that these arrays lie on."""
+  where: Any = getattr(jax.tree.leaves(params)[0], 'sharding', None)
+  named = isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh)
+  return where.mesh if named else None
+
+
 def using_that_of(params: Any) -> contextlib.AbstractContextManager[Any]:
-  """`using` the mesh that these arrays lie on; nothing if they lie on none."""
-  where = getattr(jax.tree.leaves(params)[0], 'sharding', None)
-  if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh):
-    return using(where.mesh)
-  return contextlib.nullcontext()
+  """`using` the mesh that these arrays lie on, outside of jit: programs without operands
+  run on it too. Nothing if they lie on none."""
+  mesh = mesh_of(params)
+  one = mesh is None or mesh.size == 1
+  return contextlib.nullcontext() if one else jax.set_mesh(mesh)
 
 
-def _in_use():
+def whole_over(axis: str, params: Any) -> Any:
+  """What describes these arrays, on a mesh, if they were not split over this axis."""
+
+  def describe(x):
+    spec = PartitionSpec(*(None if name == axis else name for name in x.sharding.spec))
+    where = NamedSharding(x.sharding.mesh, spec)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+  return jax.tree.map(describe, params)
+
+
+def in_use() -> Any:
   """The mesh of `using`; None outside of it, and where its axes are a kernel's own."""
   mesh = jax.sharding.get_abstract_mesh()
   ours = mesh.axis_names == AXES and set(mesh.axis_types) == {AxisType.Auto}
   return mesh if ours else None
 
 
-def split(rows: int, size: int, axis: str) -> Split | None:
-  """How `rows`, and `size` of the logical axis `axis`, lie on the mesh in use, by BATCH and
-  RULES where they divide; None where there is none."""
-  mesh = _in_use()
+def split(rows: int, size: int, axis: str, length: int = 1) -> Split | None:
+  """How `rows`, `size` of the logical axis `axis`, and rows' `length` lie on the mesh in
+  use, by RULES where they divide; None where there is none."""
+  mesh = in_use()
   if mesh is None or mesh.size == 1:
     return None
   across, parts = RULES[axis], ways(mesh)
   by_rows = parts > 1 and rows % parts == 0
   by_size = mesh.shape[across] > 1 and size % mesh.shape[across] == 0
-  return Split(mesh, ROWS if by_rows else (), across if by_size else None)
+  along = RULES['length'] if length > 1 and length % in_parts(mesh) == 0 else None
+  return Split(
+    mesh,
+    ROWS if by_rows else (),
+    across if by_size else None,
+    along if in_parts(mesh) > 1 else None,
+  )
 
 
 def ways(mesh: Any) -> int:
-  """How many parts the rows of a batch are split into."""
-  return math.prod(mesh.shape[axis] for axis in ROWS)
+  """How many parts the rows of a batch are split into; 1 without a mesh."""
+  return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
 
 
-def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh):
+def in_parts(mesh: Any) -> int:
+  """How many parts the tokens of a row are split into; 1 without a mesh."""
+  return 1 if mesh is None else mesh.shape[RULES['length']]
+
+
+def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Any):
   """The PartitionSpec of one array; an axis that does not divide stays whole."""
-  used: set[str] = set()
-  dims: list[str | None] = []
+  used: set[Any] = set()
+  dims: list[Any] = []
   for name, size in zip(axes, shape, strict=True):
     target = RULES.get(name) if name else None
-    fits = target is not None and target not in used and size % mesh.shape[target] == 0
+    parts = ways(mesh) if target == ROWS else mesh.shape[target] if target else 1
+    fits = parts > 1 and target not in used and size % parts == 0
     dims.append(target if fits else None)
-    if fits and target:
+    if fits:
       used.add(target)
   return PartitionSpec(*dims)
 
@@ -133,10 +165,22 @@ def by_row(x: Any) -> Any:
   Left to itself the compiler splits their width, for that is how the weights lie, and then
   every device holds the activations of all rows.
   """
-  mesh = _in_use()
-  if mesh is None or x.shape[0] % ways(mesh):
+  return lay(x, 'rows')
+
+
+def by_token(x: Any) -> Any:
+  """`by_row` of `[B, T, …]`, tokens split as well where the mesh splits contexts."""
+  return lay(x, 'rows', 'length')
+
+
+def lay(x: Any, *axes: str | None) -> Any:
+  """x with its first dimensions split by their logical axes, where a mesh is in use and
+  one of them divides; what is not named stays whole then."""
+  mesh = in_use()
+  if mesh is None:
     return x
-  return jax.lax.with_sharding_constraint(x, BATCH)
+  how = spec(axes + (None,) * (x.ndim - len(axes)), x.shape, mesh)
+  return jax.lax.with_sharding_constraint(x, how) if any(how) else x
 
 
 def shardings(shapes: Any, axes: Any, mesh: Mesh) -> Any:

@@ -14,7 +14,8 @@ from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from educe.kernels.attention import cudnn, portable, splash
+from educe import collectives, sharding
+from educe.kernels.attention import cudnn, portable, ring, splash
 from educe.types import Split
 
 B, H, K, h = 2, 6, 3, 8
@@ -214,6 +215,60 @@ def test_splash_on_a_mesh():
   check(run(attend, *placed, out, there), want, 2e-5)
   replicated = functools.partial(attend, split=Split(mesh))
   check(run(replicated, *args, out, there), want, 2e-5)
+
+
+@pytest.mark.parametrize(
+  ('sizes', 'packed'),
+  [(dict(context=4), False), (dict(data=2, context=2, tensor=2), True)],
+)
+@pytest.mark.parametrize('way', ['ring', 'splash'])
+def test_the_tokens_of_a_row_on_several_devices(way, sizes, packed, mesh_of):
+  """As the loop over queries says; documents end inside of a device's part, and the last
+  part of a row may be padding."""
+  T = 512
+  rng = np.random.default_rng(12)
+  q, k, v, out = (
+    jnp.asarray(rng.normal(size=shape) / 4**0.25, jnp.float32)
+    for shape in ((2, T, 4, 4), (2, 2, T, 4), (2, 2, T, 4), (2, T, 4, 4))
+  )
+  segments = np.repeat([[1] * 200 + [2] * 180 + [0] * 132, [1] * 512], 1, 0)
+  before = np.tril(np.ones((T, T), bool))
+  visible = np.stack([before] * 2)
+  if packed:
+    visible &= (segments[:, :, None] == segments[:, None]) & (segments[:, None] > 0)
+  want = loop(q, k, v, out, visible)
+  given = jnp.asarray(segments) if packed else None
+  way = (
+    ring.attend if way == 'ring' else functools.partial(splash.attend, interpret=True)
+  )
+  there = np.expand_dims(segments > 0, (2, 3)) if packed else 1
+  with jax.set_mesh(mesh_of(**sizes)):
+    split = sharding.split(2, 2, 'kv_heads', T)
+    assert split.along == 'context'
+    attend = functools.partial(way, segments=given, split=split)
+    check(run(attend, q, k, v, out, there), want, 2e-5)
+
+
+def test_a_ring_holds_no_more_than_its_part(mesh_of):
+  """Of keys, and of scores: neither T keys nor T² scores, forward and backward."""
+  T, mesh = 1024, mesh_of(context=8)
+  with sharding.using(mesh):
+    split = sharding.split(2, 2, 'kv_heads', T)
+
+  def total(q, k, v):
+    return ring.attend(q, k, v, None, split=split).sum()
+
+  where = (
+    NamedSharding(mesh, P(None, 'context')),
+    NamedSharding(mesh, P(None, None, 'context')),
+  )
+  q = jax.ShapeDtypeStruct((2, T, 4, 8), jnp.float32, sharding=where[0])
+  k = jax.ShapeDtypeStruct((2, 2, T, 8), jnp.float32, sharding=where[1])
+  program = jax.jit(jax.grad(total, (0, 1, 2))).lower(q, k, k).compile()
+  moved = {x.op for x in collectives.read(program.as_text()) if x.bytes}
+  assert moved == {'collective-permute'}
+  part = 2 * 4 * (T // 8) ** 2 * 4  # float32 scores of all heads
+  assert program.memory_analysis().temp_size_in_bytes < 6 * part
 
 
 @pytest.mark.parametrize('segments', [None, PACKED[:, :128]])

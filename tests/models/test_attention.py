@@ -121,13 +121,30 @@ def test_many_chips_without_a_mesh(monkeypatch, heard):
 
 @pytest.mark.parametrize(
   ('size', 'B', 'want'),
-  [(1, 2, None), (2, 2, (sharding.ROWS, None)), (4, 2, ((), None))],
+  [(1, 2, None), (2, 2, (sharding.ROWS, None, None)), (4, 2, ((), None, None))],
 )
 def test_how_a_mesh_splits_it(size, B, want):
   with chip('TPU v5 lite', size):
     q, k, _ = operands(B=B)
     split = sharding.split(len(q), k.shape[1], 'kv_heads')
     assert (split and split[1:]) == want
+
+
+def test_where_the_tokens_of_a_row_lie_on_several_devices(monkeypatch):
+  """What is chosen for them, and why something else is not."""
+  heard = []
+  monkeypatch.setattr(attention, 'say_once', heard.append)
+  mesh = AbstractMesh(
+    (1, 1, 1, 4, 1),
+    sharding.AXES,
+    (AxisType.Auto,) * 5,
+    abstract_device=AbstractDevice('TPU v5 lite', 1, 'tpu'),
+  )
+  with jax.sharding.use_abstract_mesh(mesh):
+    assert attention.choose('auto', *operands(N=1024), Causal()) == 'splash'
+    assert attention.choose('auto', *operands(N=1000), Causal()) == 'portable'
+    assert '1000 tokens over config.mesh.context do not divide by 512' in heard[-1]
+    assert attention._split(*operands(N=1002)[:2], Causal()).along is None
 
 
 ARCHITECTURE = transformer.Architecture(

@@ -614,14 +614,18 @@ def test_on_policy_log_probs_of_smollm2_equal_score(smollm2):
 
 
 @pytest.mark.parametrize(
-  ('waiting', 'read'),
-  [(1, 4), (4, 4), (8, 4), (16, 4), (17, 32), (200, 32)],
+  ('waiting', 'ways', 'read'),
+  [
+    *[(1, 1, 4), (4, 1, 4), (8, 1, 4), (16, 1, 4), (17, 1, 32), (200, 1, 32)],
+    *[(1, 8, 8), (17, 8, 32), (1, 2, 4)],
+  ],
 )
-def test_what_is_read_at_once_is_not_mostly_padding(waiting, read):
-  """Slots that ended let in a few prompts of 32 tokens; at the start there are many."""
+def test_what_is_read_at_once_is_not_mostly_padding(waiting, ways, read):
+  """Slots that ended let in a few prompts of 32 tokens; at the start there are many. Over
+  several devices each reads as many as the others."""
   prompts = [[row, *range(31)] for row in range(waiting)]
   entries, entered = sampler._next_entries(
-    prompts, range(waiting), list(range(waiting)), np.arange(64), 32, 64
+    prompts, range(waiting), list(range(waiting)), np.arange(64), 32, 64, ways
   )
   assert entries.prompts.shape == (read, 32)
   assert len(entered) == min(waiting, read)

@@ -188,18 +188,29 @@ def by_weights_of_all_rows(scores, batch):
   return Mean(total, batch.mask.sum()), {}
 
 
+SHAPES = [
+  dict(data=8),
+  dict(fsdp=8),
+  dict(data=2, fsdp=2, tensor=2),
+  dict(tensor=8),
+  dict(context=4),
+  dict(data=2, context=2, tensor=2),
+]
+
+
 @pytest.mark.parametrize('loss', [sft.loss, by_sequence, by_weights_of_all_rows])
-@pytest.mark.parametrize('shape', [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)])
+@pytest.mark.parametrize('shape', SHAPES, ids=str)
 def test_eight_devices_equal_one(mesh_of, shape, loss):
   batch = draw()
   want, want_history = run(batch, loss=loss)
-  got, history = run(batch, mesh=mesh_of(*shape), loss=loss)
+  got, history = run(batch, mesh=mesh_of(**shape), loss=loss)
   for a, b in zip(history, want_history, strict=True):
     np.testing.assert_allclose(a['loss'], b['loss'], rtol=1e-6)
     np.testing.assert_allclose(a['grad_norm'], b['grad_norm'], rtol=1e-5)
   close(jax.device_get(got.params), jax.device_get(want.params), 1e-6)
   specs = {str(x.sharding.spec) for x in jax.tree.leaves(got.params)}
-  assert shape == (8, 1, 1) or len(specs) > 1  # something really is split
+  params_too = {'fsdp', 'tensor'} & set(shape)
+  assert not params_too or len(specs) > 1  # something really is split
 
 
 def test_a_mesh_shares_prompts_and_leaves_out_tokens_device_by_device(mesh_of):

@@ -45,8 +45,8 @@ def score(
   scores = logprob(
     flat * jnp.asarray(head.scale, flat.dtype),
     head.matrix,
-    batch.tokens[:, 1:].reshape(-1),
-    needed=(batch.mask[:, 1:] > 0).reshape(-1),
+    _asked(batch, batch.tokens),
+    needed=_asked(batch, batch.mask) > 0,
     temperature=temperature,
     softcap=head.softcap,
     split=_split(batch, head),
@@ -82,10 +82,10 @@ def lose(
   scores, d_hidden, d_matrix = one_pass(
     sg(scaled),
     sg(head.matrix),
-    batch.tokens[:, 1:].reshape(-1),
+    _asked(batch, batch.tokens),
     cotangents,
     (batch, sg(values)),
-    needed=(batch.mask[:, 1:] > 0).reshape(-1),
+    needed=_asked(batch, batch.mask) > 0,
     temperature=temperature,
     softcap=head.softcap,
     split=_split(batch, head),
@@ -98,6 +98,8 @@ def lose(
 def _allows(loss: LossFn, model: Model, batch: Batch) -> bool:
   """Whether a token's cotangents follow from its own scores; and, where each device has
   rows of its own, from what is in them."""
+  if _parts(batch) > 1:  # a token's mask is on the device of the one before it
+    return False
   like: Any = jax.ShapeDtypeStruct(batch.tokens.shape, jnp.float32)
   scores = Scores(like, like, like if model.values else None, mean_logp=like)
   split = sharding.split(_rows(batch), 1, 'vocab')
@@ -118,7 +120,10 @@ def _rows(batch: Batch) -> int:
 
 def _split(batch: Batch, head) -> Split | None:
   """Of tokens and vocabulary."""
-  split = sharding.split(_rows(batch), head.matrix.shape[1], 'vocab')
+  length = batch.tokens.shape[1] if _parts(batch) > 1 else 1
+  split = sharding.split(_rows(batch), head.matrix.shape[1], 'vocab', length)
+  if split and split.along:  # as `_flat` orders them
+    split = split._replace(rows=(split.along, *split.rows), along=None)
   # Where nothing divides, the compiler finds something to divide.
   return split if split and (split.rows or split.across) else None
 
@@ -154,8 +159,7 @@ def _read(model: Model, params: Params, batch: Batch):
   """All states, those that predict a token `[B·(T−1), D]`, the head, and what `hidden`
   says beside the states."""
   states, aux = model.hidden(params, *_said(model, batch))
-  flat = _ahead(batch, states).reshape(-1, states.shape[-1])
-  return states, flat, model.head(params), aux
+  return states, _flat(batch, states), model.head(params), aux
 
 
 def _values(model: Model, params: Params, batch: Batch, states):
@@ -171,13 +175,48 @@ def _ahead(batch: Batch, x):
   return x[:, : batch.tokens.shape[1] - 1]
 
 
+def _parts(batch: Batch) -> int:
+  """How many devices the tokens of a row lie on."""
+  parts = sharding.in_parts(sharding.in_use())
+  whole = batch.prefix is not None or batch.tokens.shape[1] % parts
+  return 1 if whole else parts
+
+
+def _flat(batch: Batch, x):
+  """x [B, T, …] of the tokens that another one follows, one after another.
+
+  Where they lie on several devices, of all tokens: one less would not divide. Part by
+  part, so that what is on a device stays together.
+  """
+  parts = _parts(batch)
+  if parts == 1:
+    x = _ahead(batch, x)
+    return x.reshape(-1, *x.shape[2:])
+  B, T, *rest = x.shape
+  return jnp.swapaxes(x.reshape(B, parts, T // parts, *rest), 0, 1).reshape(-1, *rest)
+
+
+def _asked(batch: Batch, x):
+  """x [B, T] of what follows each token of `_flat`; 0 behind a row."""
+  return _flat(batch, jnp.pad(x[:, 1:], ((0, 0), (0, 1))))
+
+
+def _rowwise(batch: Batch, x):
+  """What `_flat` made of [B, T − 1], as it was."""
+  parts, B = _parts(batch), len(batch.tokens)
+  if parts > 1:
+    x = jnp.swapaxes(x.reshape(parts, B, -1), 0, 1).reshape(B, -1)
+  return _ahead(batch, x.reshape(B, -1))
+
+
 def _aligned(batch: Batch, scores: Scores, values, distance=None) -> Scores:
   """Of the tokens after the first → of all, [B, T]."""
 
   def align(x):
     if x is None:
       return None
-    return jnp.pad(x.reshape(len(batch.tokens), -1), ((0, 0), (1, 0)))
+    rows = x if x.ndim == 2 else _rowwise(batch, x)
+    return jnp.pad(rows, ((0, 0), (1, 0)))
 
   return Scores(
     align(scores.logp),

@@ -25,9 +25,10 @@ from jax.sharding import get_abstract_mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from educe import sharding
-from educe.kernels.attention import cudnn, portable, splash
+from educe.kernels.attention import cudnn, portable, ring, splash
 from educe.kernels.dispatch import device_kind
 from educe.progress import say_once
+from educe.types import Split
 
 IMPLEMENTATIONS = ('auto', 'portable', 'cudnn', 'splash')
 # How the kind of a device begins → what 'auto' tries there.
@@ -73,13 +74,15 @@ def attend(
   if not isinstance(visible, Causal | Fork):
     return portable.attend(q, k, v, visible)
   name = choose(implementation, q, k, v, visible)
+  split = _split(q, k, visible)
   if name == 'portable':
     if isinstance(visible, Fork):
       return portable.forked(q, k, v, visible.prompt, visible.length)
+    if split and split.along:
+      return ring.attend(q, k, v, visible.segments, split=split)
     return portable.causal(q, k, v, visible.segments)
   segments, fork = _library(q, visible)
   if name == 'splash':
-    split = sharding.split(len(q), k.shape[1], 'kv_heads')
     mixed = splash.attend(q, k, v, segments, fork, split=split)
   else:
     mixed = cudnn.attend(q, k, v, segments, fork)
@@ -120,15 +123,26 @@ def _obstacle(name: str, kind: str, q, k, v, visible) -> str | None:
   maker = next(start for start, n in RULE.items() if n == name)
   if not kind.startswith(maker):
     return f'it needs a device of kind {maker}, and this one is {kind}'
+  split = _split(q, k, visible)
   if name == 'cudnn':
+    if split and split.along:
+      return 'the tokens of a row lie on several devices (config.mesh.context)'
     return cudnn.obstacle(q, k, v, *_library(q, visible))
   if q.dtype == jnp.float16:
     return 'TPUs have no float16'
+  if split and split.along and q.shape[1] % (least := splash.least(split)):
+    return f'{q.shape[1]} tokens over config.mesh.context do not divide by {least}'
   if get_abstract_mesh().empty and jax.device_count() > 1:
     return (
       f'{jax.device_count()} devices are here and no mesh is in use (sharding.using)'
     )
   return None
+
+
+def _split(q, k, visible: Causal | Fork) -> Split | None:
+  """Of q, k and v on the mesh in use. What goes on from a shared prompt stays together."""
+  length = q.shape[1] if isinstance(visible, Causal) else 1
+  return sharding.split(len(q), k.shape[1], 'kv_heads', length)
 
 
 def _library(q, visible: Causal | Fork):

@@ -30,7 +30,7 @@ from jaxtyping import Array, Bool, Float, Int
 from educe.kernels import logprob
 from educe.models import attention, moe
 from educe.models.attention import Causal, Fork, attend
-from educe.sharding import by_row
+from educe.sharding import by_row, by_token, lay
 from educe.types import Mean
 
 DTYPES = ('float32', 'bfloat16', 'float16')
@@ -204,6 +204,7 @@ class Attention(nn.Module):
       start = (0, 0, slot, 0)
       k = jax.lax.dynamic_update_slice(cache.keys, k, start)
       v = jax.lax.dynamic_update_slice(cache.values, v, start)
+      k, v = (lay(x, 'rows', 'kv_heads') for x in (k, v))
       cache = LayerCache(k, v)
     # Params are drawn anywhere, also where the model will not run.
     how = 'portable' if self.is_initializing() else a.attention
@@ -280,7 +281,7 @@ class Block(nn.Module):
     a = self.architecture
     y = RMSNorm(a, name='attention_norm')(x)
     y, cache = Attention(a, name='attention')(y, angles, visible, cache, slot)
-    x = by_row(x + y)
+    x = by_token(x + y)
     y = RMSNorm(a, name='mlp_norm')(x)
     totals: moe.Totals = {}
     if a.experts:
@@ -289,7 +290,7 @@ class Block(nn.Module):
         totals = moe.totals(logits, chosen, real, visible)
     else:
       y = MLP(a, name='mlp')(y)
-    return by_row(x + y), (cache, totals)
+    return by_token(x + y), (cache, totals)
 
 
 class Transformer(nn.Module):
@@ -327,7 +328,7 @@ class Transformer(nn.Module):
     block = Block
     if REMAT[a.remat] is not None:
       block = nn.remat(Block, prevent_cse=False, policy=REMAT[a.remat])
-    x = by_row(embedding[tokens].astype(a.compute_dtype))
+    x = by_token(embedding[tokens].astype(a.compute_dtype))
     x, (_, totals) = nn.scan(
       block,
       length=a.layers,
@@ -351,14 +352,15 @@ def _forked(prefix: Int[Array, 'P S'], rest: Int[Array, 'B T']) -> Int[Array, 'P
 def init_cache(architecture: Architecture, batch_size: int, length: int) -> Cache:
   a = architecture
   shape = (batch_size, a.kv_heads, length, a.head_dim)
-  layers = [
-    LayerCache(jnp.zeros(shape, a.compute_dtype), jnp.zeros(shape, a.compute_dtype))
-    for _ in range(a.layers)
-  ]
-  return Cache(layers, jnp.full((batch_size, length), -1, jnp.int32))
+
+  def zeros():
+    return lay(jnp.zeros(shape, a.compute_dtype), 'rows', 'kv_heads')
+
+  layers = [LayerCache(zeros(), zeros()) for _ in range(a.layers)]
+  return Cache(layers, by_row(jnp.full((batch_size, length), -1, jnp.int32)))
 
 
-def unstack(params):
+def unstack(params, part=lambda x, layer: x[layer]):
   """Params whose layers are a list, one tree a layer, instead of stacked arrays.
 
   `decode` takes both. A loop of decode steps should unstack before it starts: from
@@ -369,7 +371,7 @@ def unstack(params):
   if not isinstance(layers, Mapping):
     return params
   count = jax.tree.leaves(layers)[0].shape[0]
-  split = [jax.tree.map(lambda x, i=i: x[i], layers) for i in range(count)]
+  split = [jax.tree.map(lambda x, i=i: part(x, i), layers) for i in range(count)]
   return {**params, 'layers': split}
 
 

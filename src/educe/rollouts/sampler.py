@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Key
 
+from educe import sharding
 from educe.data.sharing import bucket as bucket
 from educe.rollouts import slots as slots_lib
 from educe.rollouts.draw import Settings
@@ -84,9 +85,23 @@ def sample(
       raise ValueError(f'seeds must be whole numbers in 0..2³²−1, got {seed}')
   if batch_size is not None and not _whole(batch_size):
     raise ValueError(f'batch_size must be at least 1, got {batch_size}')
+  ends = np.asarray(eos_ids, np.int32), None if stop is None else jax.device_put(stop)
+  rows = min(batch_size or len(prompts), len(prompts))
+  told = progress or (lambda ended: None)
+  with sharding.using_that_of(params):
+    return _run(
+      model, params, prompts, seeds, key, settings, ends, max_new_tokens, rows, told
+    )
+
+
+def _run(
+  model, params, prompts, seeds, key, settings, ends, max_new_tokens, rows, told
+) -> Samples:
+  """`sample` of what was checked."""
   functions = slots_lib.Functions(model.head, model.init_cache, model.decode)
   weights = slots_lib.prepare(params, model=functions)
-  rows = min(batch_size or len(prompts), len(prompts))
+  ways = sharding.ways(sharding.in_use())  # each device has as many slots
+  rows = -(-rows // ways) * ways
   width = bucket(max(max(map(len, prompts)) - 1, 1))
   room = slots_lib.ring(max_new_tokens)
   slots = slots_lib.empty(model=functions, rows=rows, width=width, room=room)
@@ -95,11 +110,10 @@ def sample(
   began = np.zeros(rows, int)  # the step at which it entered
   places = np.arange(max_new_tokens)
   waiting = list(range(len(prompts)))[::-1]  # the next one last
-  ends = np.asarray(eos_ids, np.int32), None if stop is None else jax.device_put(stop)
   while True:
     while waiting and (row_of < 0).any():
       free = np.flatnonzero(row_of < 0)
-      entries, entered = _next_entries(prompts, seeds, waiting, free, width, rows)
+      entries, entered = _next_entries(prompts, seeds, waiting, free, width, rows, ways)
       slots = slots_lib.enter(weights.params, slots, entries, model=functions)
       row_of[free[: len(entered)]] = entered
       began[free[: len(entered)]] = int(slots.step)
@@ -130,8 +144,7 @@ def sample(
         'the model gives probabilities that are not finite (NaN logits): its weights are '
         'damaged, or overflow in its compute_dtype'
       )
-    if progress:
-      progress(len(ended))
+    told(len(ended))
     if not waiting and (row_of < 0).all():
       return out
     if host.step == room < max_new_tokens:
@@ -145,10 +158,12 @@ def _blank(rows: int, room: int) -> Samples:
   return Samples(logp.astype(np.int32), logp, logp + 1, length, length.copy())
 
 
-def _next_entries(prompts, seeds, waiting, free, width, rows):
+def _next_entries(prompts, seeds, waiting, free, width, rows, ways):
   """(Entries, their rows): those who wait, as far as slots and one prefill reach."""
   waits = len({tuple(prompts[row][:-1]) for row in waiting[-len(free) :]})
-  sizes = [min(max(1, tokens // width), rows) for tokens in (PREFILL, MANY)]
+  sizes = [
+    min(max(1, tokens // width // ways) * ways, rows) for tokens in (PREFILL, MANY)
+  ]
   many = sizes[2 * waits > sizes[1]]  # or most of what is read would be padding
   known: dict[tuple[int, ...], int] = {}  # a prompt -> its place in the prefill
   entered: list[int] = []

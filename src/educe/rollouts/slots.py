@@ -23,8 +23,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from educe import sharding
 from educe.models.policy import unstack
 from educe.rollouts import draw as draw_lib
 from educe.rollouts.draw import Settings, draw
@@ -67,12 +69,32 @@ class Slots(NamedTuple):
   kept: Float[Array, 'B R']
 
 
-@functools.partial(jax.jit, static_argnames='model')
 def prepare(params: Params, *, model: Functions) -> Weights:
-  """Once per params, not per step."""
+  """Once per params, not per step. On a mesh each device gets its part of the heads, of
+  the MLP's width and of the vocabulary whole: what lies over fsdp would be gathered at
+  every step."""
+  if sharding.in_use() is None:
+    return _prepare(params, model=model, specs=None)
+  described = unstack(sharding.whole_over('fsdp', params), part=_layer)
+  specs = tuple(x.sharding.spec for x in jax.tree.leaves(described))
+  return _prepare(params, model=model, specs=specs)
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'specs'))
+def _prepare(params, *, model: Functions, specs) -> Weights:
   params = unstack(params)
+  if specs is not None:
+    specs = jax.tree.unflatten(jax.tree.structure(params), specs)
+    params = jax.tree.map(jax.lax.with_sharding_constraint, params, specs)
   head = model.head(params)
   return Weights(params, head._replace(matrix=head.matrix.T))
+
+
+def _layer(stacked, _: int):
+  """What describes a layer of stacked arrays."""
+  where = stacked.sharding
+  where = where.update(spec=PartitionSpec(*where.spec[1:]))
+  return jax.ShapeDtypeStruct(stacked.shape[1:], stacked.dtype, sharding=where)
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'rows', 'width', 'room'))
@@ -80,7 +102,7 @@ def empty(*, model: Functions, rows: int, width: int, room: int) -> Slots:
   """`rows` free slots for prompts of up to `width` + 1 tokens and a ring of `room`."""
   zeros = jnp.zeros(rows, jnp.int32)
   no = zeros.astype(bool)
-  blank = jnp.zeros((rows, room), jnp.float32)
+  blank = sharding.by_row(jnp.zeros((rows, room), jnp.float32))
   return Slots(
     step=jnp.int32(0),
     cache=model.init_cache(rows, room + width),
@@ -147,8 +169,13 @@ def enter(params: Params, slots: Slots, entries: Entries, *, model: Functions) -
   def at_slot(into, values):
     return into.at[entries.slot].set(values, mode='drop')
 
+  if sharding.in_use() is None:
+    cache = jax.lax.fori_loop(0, entries.real, put, slots.cache)
+  else:  # a loop over rows would gather those of all devices: each fills its own
+    source = at_slot(jnp.full(len(slots.token), -1), entries.prompt)
+    cache = jax.tree.map(functools.partial(_filled, source), slots.cache, fresh)
   return slots._replace(
-    cache=jax.lax.fori_loop(0, entries.real, put, slots.cache),
+    cache=cache,
     token=at_slot(slots.token, entries.token),
     position=at_slot(slots.position, entries.lengths[entries.prompt]),
     drawn=at_slot(slots.drawn, 0),
@@ -157,6 +184,12 @@ def enter(params: Params, slots: Slots, entries: Entries, *, model: Functions) -
     live=at_slot(slots.live, True),
     stopped=at_slot(slots.stopped, False),
   )
+
+
+def _filled(source, into, read):
+  """into [B, …], with read[source[b]] at each row b that has a source, 0 or more."""
+  new = source.reshape(-1, *[1] * (into.ndim - 1)) >= 0
+  return jnp.where(new, sharding.by_row(read[jnp.maximum(source, 0)]), into)
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'width'), donate_argnames='slots')

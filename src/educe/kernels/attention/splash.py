@@ -18,7 +18,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
   SegmentIds,
   make_splash_mha,
 )
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from educe.types import Split
@@ -64,43 +64,68 @@ def attend(
   """Causal, within segments; see `portable.causal` and, for fork, `portable.forked`.
 
   fork: (S, T) of rows that are a prompt of S tokens and completions of T
-  split: of operands on a mesh, which the compiler cannot find out for a kernel; B and K
-    divide by their axes. None: all of it is here
+  split: of operands on a mesh, which the compiler cannot find out for a kernel; B, K and,
+    where its tokens are split, N divide by their axes (`least`). None: all of it is here
   interpret: run it as plain XLA
+
+  Where a row's tokens lie on several devices, each has the keys of all of them while it
+  runs (all-gather; Dubey et al. 2024, §3.3.2, arXiv:2407.21783): with few kv heads they
+  are small beside what it would take to wait for them part by part.
   """
   N = q.shape[1]
-  pieces = -(-N // BLOCK)
-  block = -(-N // (pieces * LANES)) * LANES
-  more = pieces * block - N  # keys that come after every query which is there
+  along = split and split.along
+  parts = split.mesh.shape[along] if split and along else 1
+  block, more = _blocks(N, parts)
+  heads = q.shape[2]
+  if split is not None and split.across:
+    heads //= split.mesh.shape[split.across]
+  mask = CausalMask((N + more,) * 2) if fork is None else ForkMask(N + more, *fork)
+  kernel = make_splash_mha(
+    MultiHeadMask([mask] * heads),
+    block_sizes=BlockSizes(*(block,) * 8),
+    head_shards=1,
+    q_seq_shards=parts,
+    interpret=interpret,
+  )
 
-  def run(q, k, v, segments):
+  def run(kernel, q, k, v, segments):
     q = jnp.pad(jnp.swapaxes(q, 1, 2), ((0, 0), (0, 0), (0, more), (0, 0)))
     k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) for x in (k, v))
     if segments is not None:
-      padded = jnp.pad(segments, ((0, 0), (0, more)))
-      segments = SegmentIds(padded, padded)
-    length, heads = N + more, q.shape[1]
-    mask = CausalMask((length, length)) if fork is None else ForkMask(length, *fork)
-    kernel = make_splash_mha(
-      MultiHeadMask([mask] * heads),
-      block_sizes=BlockSizes(*(block,) * 8),
-      head_shards=1,
-      q_seq_shards=1,
-      interpret=interpret,
-    )
-    out = jax.vmap(kernel)(q, k, v, segments)
-    return jnp.swapaxes(out[:, :, :N], 1, 2)
+      segments = SegmentIds(*(jnp.pad(segments, ((0, 0), (0, more))),) * 2)
+    if parts > 1:
+      k, v = (jax.lax.all_gather(x, along, axis=2, tiled=True) for x in (k, v))
+    if parts > 1 and segments is not None:
+      keys = jax.lax.all_gather(segments.kv, along, axis=1, tiled=True)
+      segments = segments._replace(kv=keys)
+    out = jax.vmap(kernel, (0, 0, 0, 0))(q, k, v, segments)
+    return jnp.swapaxes(out[:, :, : q.shape[2] - more], 1, 2)
 
   if split is None:
-    return run(q, k, v, segments)
+    return run(kernel, q, k, v, segments)
   rows = split.rows or None
-  of_q = PartitionSpec(rows, None, split.across)
-  of_kv = PartitionSpec(rows, split.across)
-  of_segments = None if segments is None else PartitionSpec(rows)
+  of_q = PartitionSpec(rows, along, split.across)
+  of_kv = PartitionSpec(rows, split.across, along)
+  of_segments = None if segments is None else PartitionSpec(rows, along)
+  blocks = NamedSharding(split.mesh, PartitionSpec(None, along))
   return jax.shard_map(
     run,
     mesh=split.mesh,
-    in_specs=(of_q, of_kv, of_kv, of_segments),
+    in_specs=(kernel.manual_sharding_spec(blocks), of_q, of_kv, of_kv, of_segments),
     out_specs=of_q,
     check_vma=False,  # a Pallas call does not say what its results vary over
-  )(q, k, v, segments)
+  )(kernel, q, k, v, segments)
+
+
+def _blocks(N: int, parts: int) -> tuple[int, int]:
+  """(tokens of a block, keys to add, which come after every query that is there)."""
+  if parts > 1:  # each fills its own
+    fit = (size for size in range(BLOCK, 0, -LANES) if N // parts % size == 0)
+    return next(fit), 0
+  block = -(-N // (-(-N // BLOCK) * LANES)) * LANES
+  return block, -N % block
+
+
+def least(split: Split) -> int:
+  """What the tokens of a row must be a multiple of, to lie on several devices."""
+  return split.mesh.shape[split.along] * LANES
