@@ -16,7 +16,9 @@ from educe.models import moe, policy, presets, transformer
 from educe.models.attention import Causal
 from educe.types import Batch
 
-DEBUG = dataclasses.replace(presets.debug_moe, balance_coef=0.01, router_z_coef=0.001)
+DEBUG = dataclasses.replace(
+  presets.debug_moe, layers=1, balance_coef=0.01, router_z_coef=0.001
+)
 B, T, D, E, F, K = 2, 3, 5, 6, 4, 2
 
 
