@@ -65,7 +65,7 @@ def main():
   @jax.jit
   def step(params, batch):
     def total(params):
-      mean, _ = lose(model, params, batch, grpo.loss)
+      mean = lose(model, params, batch, grpo.loss)[0]
       return mean.total / mean.count
 
     return jax.value_and_grad(total)(params)

@@ -156,7 +156,7 @@ def train(
       start = value_head.taken(checkpoint.saved_with_value(where, net, params)[1])
     net, params = call('value', value, model=net, params=params, start=start)
   size = policy.count(params)
-  flops_per_token = 6.0 * size
+  flops_per_token = 6.0 * policy.count_active(net, params)
   params = sharding.place(params, net.axes, grid)
 
   with contextlib.ExitStack() as closing:  # also when something below is refused

@@ -48,6 +48,9 @@ class Scores(NamedTuple):
   values: Float[Array, 'B T'] | None = None  # of tokens[b, :t], from a value head
   mean_logp: Float[Array, 'B T'] | None = None  # Σ_v log p(v) / V (nats); smoothing
   divergence: Float[Array, 'B T'] | None = None  # to a teacher's distribution (nats)
+  aux: Any = (
+    None  # dict[str, Mean] of a sparse model's auxiliary losses; no loss reads it
+  )
 
 
 class Mean(NamedTuple):
@@ -97,11 +100,12 @@ class Model(NamedTuple):
   """A language model as pure functions of its params.
 
   init(key) -> params
-  hidden(params, tokens, positions=None, segments=None, prefix=None)
+  hidden(params, tokens, positions=None, segments=None, prefix=None, real=None)
       -> (states [B, T, D], aux)
       Causal; positions default to 0..T-1; tokens attend only inside their segment, or
       to their prefix and their own row (see Batch).
-      aux: dict[str, Mean] of auxiliary losses (empty for a dense model).
+      aux: dict[str, Mean] of auxiliary losses (empty for a dense model), of the tokens
+      that are `real` [B, T]; None: of all that are no padding.
   head(params) -> Head
   init_cache(batch_size, length) -> cache with `length` empty slots a row
   decode(params, cache, tokens [B, T], positions [B, T], slot) -> (states, cache)
@@ -109,10 +113,12 @@ class Model(NamedTuple):
       whose stored position is in 0..position. A position of -1 marks padding.
   axes: params-shaped tree of tuples of logical axis names (see sharding.py)
   architecture: the frozen description that `convert` writes into config.json
-  values(params, states [B, T, D], tokens, positions=None, segments=None, prefix=None)
-      -> [B, T]
+  values(params, states [B, T, D], tokens, …) -> ([B, T], aux)
       float32, the value of what has been read up to and with token t; None without a
-      value head (models/value_head.py). `states` are those of `hidden`.
+      value head (models/value_head.py). `states` are those of `hidden`, and so are the
+      other arguments; aux: of a trunk of its own.
+  aux_coefs: the weight in the objective of what is in aux, by name; what is not named is a
+      metric alone. None: aux is always empty, and `real` need not be known
   """
 
   init: Callable[..., Params]
@@ -122,7 +128,8 @@ class Model(NamedTuple):
   decode: Callable[..., tuple[Array, Cache]]
   axes: Any
   architecture: Any
-  values: Callable[..., Array] | None = None
+  values: Callable[..., tuple[Array, dict[str, Mean]]] | None = None
+  aux_coefs: Mapping[str, float] | None = None
 
 
 class Samples(NamedTuple):

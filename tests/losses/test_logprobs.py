@@ -11,7 +11,7 @@ from educe import sharding
 from educe.kernels import dispatch
 from educe.losses import grpo, logprobs, sft
 from educe.losses.logprobs import lose, score
-from educe.types import Batch, Head, Model
+from educe.types import Batch, Head, Mean, Model
 
 
 def bigram(vocab=7, scale=1.0, softcap=None):
@@ -72,9 +72,11 @@ def test_a_token_outside_the_vocabulary_scores_nan():
 def test_an_auxiliary_loss_is_not_dropped_in_silence():
   params, batch = draw()
   model = bigram()
-  router = model._replace(hidden=lambda *a: (model.hidden(*a)[0], {'router': 1.0}))
-  with pytest.raises(ValueError, match='router'):
-    score(router, params, batch)
+  aux = {'router': Mean(3.0, 2.0)}
+  router = model._replace(hidden=lambda *a: (model.hidden(*a)[0], aux))
+  assert score(router, params, batch).aux == aux
+  assert lose(router, params, batch, sft.loss)[2] == aux
+  assert score(model, params, batch).aux is None
 
 
 def test_gradient_reaches_table_and_head():
@@ -113,7 +115,7 @@ def test_lose_is_the_loss_of_the_scores(importance, scale):
     return mean.total / mean.count, (mean, metrics)  # as a step does
 
   def fused(params):
-    mean, metrics = lose(model, params, batch, loss, temperature=0.7)
+    mean, metrics, _ = lose(model, params, batch, loss, temperature=0.7)
     return mean.total / mean.count, (mean, metrics)  # as a step does
 
   (want, want_aux), (got, got_aux) = (

@@ -139,7 +139,7 @@ def test_average_log_probs_need_no_reference():
 def test_values_are_read_behind_the_last_token():
   def values(weights, states, tokens, positions, segments):
     del weights, states, positions, segments
-    return jnp.cumsum(tokens, -1).astype(jnp.float32)  # of all that was read
+    return jnp.cumsum(tokens, -1).astype(jnp.float32), {}  # of all that was read
 
   valued = MODEL._replace(values=values)
   result = run(model=valued, reward='value', beta=None)
@@ -161,7 +161,7 @@ def judged(model, data, **options):
 def heard(weights, states, tokens, positions, segments):
   """The value of a prefix: how far the sum of its ids is from 700, in hundreds."""
   del weights, states, positions, segments
-  return (jnp.cumsum(tokens, -1) - 700) / 100
+  return (jnp.cumsum(tokens, -1) - 700) / 100, {}
 
 
 def total_of(text, end):

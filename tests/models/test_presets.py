@@ -13,6 +13,11 @@ from educe.models import policy, presets
     ('smollm2_1_7b', 1_711_376_384),
     ('llama2_7b', 6_738_415_616),
     ('llama3_8b', 8_030_261_248),
+    ('llama3_70b', 70_553_706_496),
+    ('qwen3_32b', 32_762_123_264),
+    ('qwen3_30b_a3b', 30_532_122_624),
+    ('olmoe_1b_7b', 6_919_161_856),
+    ('mixtral_8x7b', 46_702_792_704),
   ],
 )
 def test_parameter_count(name, parameters):

@@ -25,26 +25,42 @@ def folder(golden, tmp_path):
   return shutil.copytree(golden / 'tiny_llama', tmp_path / 'copy')
 
 
-def test_logits_and_every_gradient_are_those_of_transformers(tiny, golden):
-  model, params = tiny
-  want = np.load(golden / 'tiny_llama.npz')
+NAMES = ['tiny_llama', 'tiny_qwen3', 'tiny_olmoe', 'tiny_mixtral', 'tiny_qwen3_moe']
+
+
+def form_of(architecture):
+  return ours.FAMILIES[ours.family_of(architecture)].form
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_logits_and_every_gradient_are_those_of_transformers(golden, name):
+  model, params = ours.load(path=str(golden / name))
+  want = np.load(golden / f'{name}.npz')
   tokens = want['tokens']
 
   def loss(params):
-    logits = model.hidden(params, tokens)[0] @ model.head(params).matrix
+    states, aux = model.hidden(params, tokens)
+    logits = states @ model.head(params).matrix
     logp = jax.nn.log_softmax(logits[:, :-1])
-    return -jnp.take_along_axis(logp, tokens[:, 1:, None], -1).mean(), logits
+    loss = -jnp.take_along_axis(logp, tokens[:, 1:, None], -1).mean()
+    return loss, (logits, aux)
 
-  (value, logits), slope = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+  run = jax.jit(jax.value_and_grad(loss, has_aux=True))
+  (value, (logits, aux)), slope = run(params)
   assert np.abs(logits - want['logits']).max() <= 1e-5
   assert float(value) == pytest.approx(float(want['loss']), abs=1e-6)
   slope = weights.leaves(slope)
   norms = dict(zip(want['gradient_names'], want['gradient_norms'], strict=True))
-  for row in weights.expected(model.architecture, 'huggingface'):
-    got = slope[row.name] if row.layer is None else slope[row.name][row.layer]
-    norm = float(jnp.linalg.norm(got.ravel()))
+  for row in weights.expected(model.architecture, form_of(model.architecture)):
+    norm = float(jnp.linalg.norm(row.of(slope[row.name]).ravel()))
     assert norm == pytest.approx(norms.pop(row.source), rel=1e-4), row.source
   assert not norms
+  assert bool(aux) == ('balance' in want)
+  if aux:
+    x = want['router_logits'].astype(np.float64)  # layers, rows, tokens, experts
+    z = np.log(np.exp(x).sum(-1)) ** 2
+    assert float(aux['load_balance'].value) == pytest.approx(want['balance'].mean())
+    assert float(aux['router_z'].value) == pytest.approx(z.mean(), rel=1e-5)
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
@@ -69,20 +85,30 @@ def test_export_then_load_is_bitwise(tmp_path, dtype, shard_bytes, tied):
   assert not list(folder.glob('.*'))
 
 
+@pytest.mark.parametrize('name', NAMES)
 def test_what_transformers_saved_comes_back_from_us_byte_for_byte(
-  tiny, golden, tmp_path
+  golden, tmp_path, name
 ):
-  model, params = tiny
+  model, params = ours.load(path=str(golden / name))
   ours.export(tmp_path, model.architecture, params, bos_token_id=1, eos_token_id=[2, 5])
-  theirs = safetensors.numpy.load_file(golden / 'tiny_llama' / 'model.safetensors')
+  theirs = safetensors.numpy.load_file(golden / name / 'model.safetensors')
   written = safetensors.numpy.load_file(tmp_path / 'model.safetensors')
   assert theirs.keys() == written.keys()
-  for name, array in theirs.items():
-    np.testing.assert_array_equal(array, written[name])
-  want = json.loads((golden / 'tiny_llama' / 'config.json').read_text())
+  for tensor, array in theirs.items():
+    np.testing.assert_array_equal(array, written[tensor])
+  want = json.loads((golden / name / 'config.json').read_text())
   got = json.loads((tmp_path / 'config.json').read_text())
-  for key in (*ours.KEYS.values(), 'architectures', 'model_type', 'hidden_act'):
+  if name == 'tiny_qwen3_moe':  # transformers 5 renames what its own files are read by
+    want['num_experts'] = want.pop('num_local_experts')
+    del want['intermediate_size']  # of dense layers, and there are none
+  if name == 'tiny_olmoe':
+    want['head_dim'] = want['hidden_size'] // want['num_attention_heads']
+  names = ours.keys_of(ours.FAMILIES[got['model_type']]).values()
+  for key in (*names, 'architectures', 'model_type', 'hidden_act'):
     assert got[key] == want[key], key
+  again, loaded = ours.load(path=str(tmp_path))
+  assert again.architecture == model.architecture
+  jax.tree.map(np.testing.assert_array_equal, loaded, params)
   assert got['rope_theta'] == want['rope_parameters']['rope_theta']
   assert got['eos_token_id'] == [2, 5]
 
@@ -153,7 +179,7 @@ UP = 'model.layers.1.mlp.up_proj.weight'
       _tensors(lambda t: t.update({'extra.bias': np.ones(3, np.float32)})),
       "'extra.bias' and 0 more",
     ),
-    (_config(model_type='mamba'), "model_type is 'mamba'; only 'llama'"),
+    (_config(model_type='mamba'), r"model_type is 'mamba'; only \['llama', 'qwen3'"),
     (_config(attention_bias=True), 'attention_bias = True is not supported'),
     (_config(hidden_act='gelu'), "hidden_act = 'gelu' is not supported"),
     (_config(rope_parameters={'rope_type': 'llama3'}), "rope type 'llama3' is not"),
@@ -208,3 +234,66 @@ def test_a_setting_that_cannot_be_is_not_blamed_on_the_file(folder):
     ours.load(path=str(folder), remat='dotz')
   with pytest.raises(ValueError, match=r"^logprob = 'palas' is none of"):
     ours.load(path=str(folder), logprob='palas')
+
+
+@pytest.mark.parametrize(
+  ('name', 'edit', 'complaint'),
+  [
+    (
+      'olmoe',
+      _config(clip_qkv=8.0),
+      r'clip_qkv = 8\.0 is not supported; it must be None',
+    ),
+    ('olmoe', _config(norm_topk_prob=None), r"no key 'norm_topk_prob'; .* no OlmoeFor"),
+    ('olmoe', _config(num_experts_per_tok=7), r'experts_per_token = 7 must be in 1…6'),
+    (
+      'olmoe',
+      _config(num_experts=7),
+      r"no tensor '.*mlp\.gate\.weight'|has shape \[6, 32",
+    ),
+    ('mixtral', _config(sliding_window=8), 'sliding_window = 8 is not supported'),
+    ('qwen3_moe', _config(mlp_only_layers=[1]), r'mlp_only_layers = \[1\] is not'),
+    ('qwen3_moe', _config(decoder_sparse_step=2), 'decoder_sparse_step = 2 is not'),
+    ('qwen3', _config(use_sliding_window=True), 'use_sliding_window = True is not'),
+    (
+      'mixtral',
+      _tensors(lambda t: t.pop('model.layers.1.block_sparse_moe.experts.5.w2.weight')),
+      r"no tensor '.*experts\.5\.w2\.weight' of shape \[32, 20\]",
+    ),
+  ],
+)
+def test_what_a_family_cannot_be_is_refused_by_name(
+  golden, tmp_path, name, edit, complaint
+):
+  folder = shutil.copytree(golden / f'tiny_{name}', tmp_path / 'copy')
+  edit(folder)
+  with pytest.raises(ValueError, match=complaint):
+    ours.load(path=str(folder))
+
+
+def test_the_coefficients_of_a_mixture_are_the_users_and_go_into_the_file(
+  golden, tmp_path
+):
+  path = str(golden / 'tiny_mixtral')
+  model, params = ours.load(path=path, balance_coef=0.25, router_z_coef=0.5)
+  assert model.aux_coefs == {'load_balance': 0.25, 'router_z': 0.5}
+  assert ours.load(path=path)[0].aux_coefs == {'load_balance': 0.0, 'router_z': 0.0}
+  ours.export(tmp_path, model.architecture, params)
+  written = json.loads((tmp_path / 'config.json').read_text())
+  assert written['router_aux_loss_coef'] == 0.25
+  with pytest.raises(ValueError, match=r'^balance_coef = 0\.1: this model has no exp'):
+    ours.load(path=str(golden / 'tiny_llama'), balance_coef=0.1)
+
+
+@pytest.mark.parametrize(
+  'change',
+  [
+    dict(qk_norm='none', renormalise=False),
+    dict(qk_norm='whole', head_dim=6),
+    dict(qk_norm='whole', experts=0, experts_per_token=0, renormalise=False),
+  ],
+)
+def test_a_decoder_that_transformers_does_not_know_is_not_exported(tmp_path, change):
+  architecture = dataclasses.replace(presets.debug_moe, **change)
+  with pytest.raises(ValueError, match='is of no family that transformers knows'):
+    ours.export(tmp_path, architecture, {})

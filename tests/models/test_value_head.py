@@ -40,7 +40,8 @@ def compiled(trunk, **changes):
   model = build(trunk, **changes)[2]
 
   def values(params, tokens, *rest):
-    return model.values(params, model.hidden(params, tokens, *rest)[0], tokens, *rest)
+    states, _ = model.hidden(params, tokens, *rest)
+    return model.values(params, states, tokens, *rest)[0]
 
   return jax.jit(values), jax.jit(functools.partial(score, model))
 
@@ -64,6 +65,30 @@ def test_a_value_is_the_head_on_the_state_of_each_token(trunk, tied):
   np.testing.assert_allclose(
     got, want, atol=1e-5
   )  # 32 products of about 0.3 in float32
+
+
+def test_a_trunk_of_experts_has_auxiliary_losses_of_its_own():
+  model = policy.build(dataclasses.replace(presets.debug_moe, balance_coef=0.1))
+  params = model.init(jax.random.key(0))
+  batch = Batch(draw(), jnp.ones((3, 9)))
+  shared, with_head = value_head.attach(model, params, trunk='shared')
+  assert shared.aux_coefs == {'load_balance': 0.1, 'router_z': 0.0}
+  alone = jax.jit(functools.partial(score, shared))(with_head, batch).aux
+  assert set(alone) == {'load_balance', 'router_z', 'router/max_load'}
+  separate, with_head = value_head.attach(model, params, trunk='separate')
+  assert separate.aux_coefs == {
+    **shared.aux_coefs,
+    'value/load_balance': 0.1,
+    'value/router_z': 0.0,
+  }
+  own = with_head['value']['trunk']['layers']['experts']
+  own['router'] = -2 * own['router']
+  both = jax.jit(functools.partial(score, separate))(with_head, batch).aux
+  for name, mean in alone.items():
+    assert float(both[name].value) == pytest.approx(float(mean.value), rel=1e-6)
+    other = both[f'value/{name}']
+    assert float(other.count) == float(mean.count)
+    assert float(other.value) != pytest.approx(float(mean.value), rel=1e-6)
 
 
 @pytest.mark.parametrize('trunk', TRUNKS)

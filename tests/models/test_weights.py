@@ -24,6 +24,35 @@ def test_a_complete_file_fills_every_param_once(form):
   assert len(list(weights.expected(tied, form))) == len(rows) - 1
 
 
+MIXTURE = dataclasses.replace(
+  presets.get('debug_moe'), dim=20, heads=6, kv_heads=2, head_dim=4, ffn=28, layers=3
+)
+
+
+@pytest.mark.parametrize('qk_norm', ['head', 'whole'])
+@pytest.mark.parametrize('form', ['huggingface', 'mixtral'])
+def test_a_complete_file_fills_every_expert_once(form, qk_norm):
+  architecture = dataclasses.replace(MIXTURE, qk_norm=qk_norm)
+  rng = np.random.default_rng(0)
+  rows = list(weights.expected(architecture, form))
+  assert len({row.source for row in rows}) == len(rows)
+  file = {x.source: rng.normal(size=x.source_shape).astype(np.float32) for x in rows}
+  params = weights.read(architecture, form, rows, file.__getitem__)
+  ours = weights.leaves(params)
+  assert sum(x.size for x in file.values()) == policy.count(params)
+  for row in rows:
+    part = row.of(ours[row.name])
+    np.testing.assert_array_equal(weights.to_file(row, part), file[row.source])
+  name = {
+    'huggingface': 'model.layers.2.mlp.experts.5.up_proj.weight',
+    'mixtral': 'model.layers.2.block_sparse_moe.experts.5.w3.weight',
+  }[form]
+  up = params['layers']['experts']['up'][2, 5]
+  np.testing.assert_array_equal(up.T, file[name])
+  assert f'{name} ' in weights.describe(rows, architecture)
+  assert 'layers/experts/up[2][5] [20, 28]' in weights.describe(rows, architecture)
+
+
 def test_to_file_and_to_ours_are_inverse_and_read_fills_by_name():
   rng = np.random.default_rng(0)
   form = 'huggingface'
@@ -32,7 +61,7 @@ def test_to_file_and_to_ours_are_inverse_and_read_fills_by_name():
   params = weights.read(ARCHITECTURE, form, rows, file.__getitem__)
   ours = weights.leaves(params)
   for row in rows:
-    part = ours[row.name] if row.layer is None else ours[row.name][row.layer]
+    part = row.of(ours[row.name])
     np.testing.assert_array_equal(weights.to_file(row, part), file[row.source])
   q = file['model.layers.1.self_attn.q_proj.weight']  # [heads · head_dim, dim]
   x = rng.normal(size=20).astype(np.float32)

@@ -30,7 +30,7 @@ def valued():
   weight = np.random.default_rng(0).normal(size=architecture.dim).astype(np.float32)
 
   def values(params, states, tokens, positions=None, segments=None):
-    return states @ jnp.asarray(weight)
+    return states @ jnp.asarray(weight), {}
 
   return model._replace(values=values), model.init(jax.random.key(0)), WORDS
 
@@ -42,7 +42,7 @@ def value_of(prompt, completion):
   ids = [words.bos_id, *ids] if words.add_bos else ids
   tokens = jnp.asarray([ids])
   states, _ = model.hidden(params, tokens)
-  return float(model.values(params, states, tokens)[0, -1])
+  return float(model.values(params, states, tokens)[0][0, -1])
 
 
 def records_of(texts):
@@ -120,7 +120,7 @@ def test_a_text_too_long_for_the_reward_model_is_not_scored():
   assert scores[1] is None
   model, params, words = valued()
   broken = (
-    model._replace(values=lambda *_: jnp.full(_[1].shape[:2], jnp.nan)),
+    model._replace(values=lambda *_: (jnp.full(_[1].shape[:2], jnp.nan), {})),
     params,
     words,
   )

@@ -506,9 +506,20 @@ def decoder():
   return model, {**params, 'head': params['head'] * 40}
 
 
-@pytest.mark.parametrize('temperature', [0.6, 1.0, 1.3])
-def test_on_policy_log_probs_equal_score(decoder, temperature):
-  model, params = decoder
+@pytest.fixture(scope='module')
+def mixture():
+  model = policy.build(presets.debug_moe)
+  params = jax.jit(model.init)(jax.random.key(5))
+  params['layers']['experts']['router'] *= 20  # so that tokens part
+  return model, {**params, 'head': params['head'] * 40}
+
+
+@pytest.mark.parametrize(
+  ('kind', 'temperature'),
+  [('decoder', 0.6), ('decoder', 1.0), ('decoder', 1.3), ('mixture', 0.7)],
+)
+def test_on_policy_log_probs_equal_score(request, kind, temperature):
+  model, params = request.getfixturevalue(kind)
   rng = np.random.default_rng(0)
   prompts = [rng.integers(0, 256, size).tolist() for size in (1, 5, 16, 30)]
   samples = sample(

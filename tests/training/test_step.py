@@ -1,5 +1,6 @@
 """One update of a real (tiny) transformer: exact under every cut of the batch."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -65,6 +66,69 @@ def test_loss_and_gradient_are_the_same_for_1_2_and_4_microbatches(aggregate):
     cut, cut_loss = gradient(batch, parts, aggregate)
     np.testing.assert_allclose(cut_loss, loss, rtol=1e-6)
     close(cut, whole, 1e-6)
+
+
+MIXTURE = dataclasses.replace(
+  presets.debug_moe, layers=1, balance_coef=0.3, router_z_coef=0.2
+)
+
+
+def mixture_step(microbatches, architecture=MIXTURE, loss=sft.loss):
+  """(step, state) of plain SGD with a rate of 1, so that the gradient can be read off."""
+  model = policy.build(architecture)
+  tx = optimizer.make(
+    steps=10, name='sgd', learning_rate=1.0, schedule='constant', clip_norm=None
+  )
+  params = model.init(jax.random.key(0))
+  params['layers']['experts']['router'] *= 20  # so that not all experts are alike
+  state = init_state(params, tx, jax.random.key(0))
+  return make_step(model, loss, tx, microbatches=microbatches), state
+
+
+@pytest.mark.parametrize(
+  ('aggregate', 'cuts'), [('token_mean', (1, 2, 4)), ('sequence_mean', (2,))]
+)
+def test_auxiliary_losses_have_their_own_counts_in_microbatches(aggregate, cuts):
+  loss = functools.partial(sft.loss, aggregate=aggregate)
+  batch = jax.tree.map(jnp.asarray, draw())
+  model = policy.build(MIXTURE)
+
+  @jax.jit
+  @jax.grad
+  def slope(params):
+    scores = score(model, params, batch)
+    aux = scores.aux
+    extra = 0.3 * aux['load_balance'].value + 0.2 * aux['router_z'].value
+    return loss(scores, batch)[0].value + extra
+
+  metrics = None
+  for microbatches in cuts:
+    step, state = mixture_step(microbatches, loss=loss)
+    before = jax.device_get(state.params)
+    want = slope(before)
+    state, found = step(state, batch)
+    close(jax.tree.map(lambda a, b: a - b, before, state.params), want, 1e-5)
+    found = jax.device_get(found)
+    metrics = metrics or found
+    for name in ('loss', 'load_balance', 'router_z', 'router/max_load', 'grad_norm'):
+      np.testing.assert_allclose(found[name], metrics[name], rtol=1e-5, err_msg=name)
+  # Balanced experts have 2, and no logits 4.3; one of eight has at least an eighth.
+  assert 2 < metrics['load_balance'] < 8
+  assert 0.125 < metrics['router/max_load'] < 1
+
+
+def test_counting_ahead_of_the_microbatches_costs_nothing():
+  """The whole batch is read for its counts alone: no matmul of that pass is left."""
+  batch = jax.tree.map(jnp.asarray, draw())
+  flops = []
+  for architecture in (
+    MIXTURE,
+    dataclasses.replace(MIXTURE, balance_coef=0.0, router_z_coef=0.0),
+  ):
+    step, state = mixture_step(2, architecture)
+    compiled = step.lower(state, batch).compile()
+    flops.append(compiled.cost_analysis()['flops'])
+  assert flops[0] < 1.05 * flops[1]
 
 
 def test_packed_equals_the_sum_of_unpacked():

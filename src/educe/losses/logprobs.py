@@ -31,7 +31,8 @@ def score(
   is scored from the document before it; its mask is 0 (data/packing.py).
 
   With a value head, values[b, t] is the value of tokens[b, :t], the state that token t is
-  drawn from: None without one.
+  drawn from: None without one. `aux` are the auxiliary losses of a sparse model, of the
+  tokens that a trained one comes after: None of a dense one.
 
   Args:
     temperature: of the distribution scored. To compare with sampler log-probs, pass
@@ -40,7 +41,7 @@ def score(
       how far its next-token distributions are from the policy's.
     beta: of that divergence (kernels/divergence.py); read with a teacher alone.
   """
-  states, flat, head = _read(model, params, batch)
+  states, flat, head, aux = _read(model, params, batch)
   scores = logprob(
     flat * jnp.asarray(head.scale, flat.dtype),
     head.matrix,
@@ -53,24 +54,26 @@ def score(
   )
   distance = None
   if teacher is not None:
-    _, *other = _read(*teacher, batch)
+    _, *other, _ = _read(*teacher, batch)
     distance = divergence(flat, head, *other, beta=beta, temperature=temperature)
-  return _aligned(batch, scores, _values(model, params, batch, states), distance)
+  values, more = _values(model, params, batch, states)
+  return _aligned(batch, scores, values, distance)._replace(aux=aux | more or None)
 
 
 def lose(
   model: Model, params: Params, batch: Batch, loss: LossFn, *, temperature: float = 1.0
-) -> tuple[Mean, dict[str, Mean | Max]]:
-  """loss(score(…), batch), with the gradient formed while the logits are there.
+) -> tuple[Mean, dict[str, Mean | Max], dict[str, Mean]]:
+  """(*loss(score(…), batch), aux), with the gradient formed while the logits are there.
 
   Where the loss allows it (elementwise.py) and neither the architecture nor a measurement
   names another way: it saves making them again, a quarter of the head's matmuls.
   """
   if _named(model) or not in_one_pass() or not _allows(loss, model, batch):
-    return loss(score(model, params, batch, temperature=temperature), batch)
-  states, flat, head = _read(model, params, batch)
+    found = score(model, params, batch, temperature=temperature)
+    return *loss(found, batch), found.aux or {}
+  states, flat, head, aux = _read(model, params, batch)
   scaled = flat * jnp.asarray(head.scale, flat.dtype)
-  values = _values(model, params, batch, states)
+  values, more = _values(model, params, batch, states)
 
   def cotangents(scores, given):
     batch, values = given
@@ -88,8 +91,8 @@ def lose(
     split=_split(batch, head),
   )
   mean, metrics = loss(_aligned(batch, scores, values), batch)
-  found = (d_hidden, d_matrix)
-  return mean._replace(total=_given(mean.total, (scaled, head.matrix), found)), metrics
+  total = _given(mean.total, (scaled, head.matrix), (d_hidden, d_matrix))
+  return mean._replace(total=total), metrics, aux | more
 
 
 def _allows(loss: LossFn, model: Model, batch: Batch) -> bool:
@@ -125,26 +128,46 @@ def _split(batch: Batch, head) -> Split | None:
   return split if split and (split.rows or split.across) else None
 
 
-def _said(batch: Batch):
+def _said(model: Model, batch: Batch):
   """What a model is given: of rows that share a prefix, without their last tokens."""
+  real = () if model.aux_coefs is None else (_real(batch),)
   if batch.prefix is None:
-    return batch.tokens, batch.positions, batch.segments
+    said = batch.tokens, batch.positions, batch.segments
+    return (*said, None, *real) if real else said
   assert batch.positions is not None, 'a shared batch has positions (data/sharing.py)'
-  return batch.tokens[:, :-1], batch.positions[:, :-1], None, batch.prefix
+  real = tuple(x[:, :-1] for x in real)
+  return batch.tokens[:, :-1], batch.positions[:, :-1], None, batch.prefix, *real
+
+
+def _real(batch: Batch):
+  """`[B, T]`: the tokens that are read for a later one, which is trained on, in the same
+  row and document. So padding does not count, nor what a shared row has no room for."""
+  length = batch.tokens.shape[1]
+  trained = jnp.where(batch.mask > 0, jnp.arange(length), length)
+  after = jnp.pad(trained[:, 1:], ((0, 0), (0, 1)), constant_values=length)
+  following = jax.lax.cummin(after, axis=1, reverse=True)
+  real = following < length
+  if batch.segments is None:
+    return real
+  theirs = jnp.take_along_axis(
+    batch.segments, jnp.minimum(following, length - 1), axis=1
+  )
+  return real & (theirs == batch.segments) & (batch.segments > 0)
 
 
 def _read(model: Model, params: Params, batch: Batch):
-  """All states, those that predict a token `[B·(T−1), D]`, and the head."""
-  states, aux = model.hidden(params, *_said(batch))
-  if aux:
-    raise ValueError(f'score: auxiliary losses {sorted(aux)} have no consumer yet')
-  return states, _flat(batch, states), model.head(params)
+  """All states, those that predict a token `[B·(T−1), D]`, the head, and what `hidden`
+  says beside the states."""
+  states, aux = model.hidden(params, *_said(model, batch))
+  return states, _flat(batch, states), model.head(params), aux
 
 
 def _values(model: Model, params: Params, batch: Batch, states):
+  """(values or None, what they say beside them)."""
   if model.values is None:
-    return None
-  return _ahead(batch, model.values(params, states, *_said(batch)))
+    return None, {}
+  values, aux = model.values(params, states, *_said(model, batch))
+  return _ahead(batch, values), aux
 
 
 def _ahead(batch: Batch, x):

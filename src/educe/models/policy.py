@@ -31,9 +31,8 @@ def build(architecture: Architecture) -> Model:
   def init(key) -> Params:
     return nn.unbox(init_boxed(key))
 
-  def hidden(params, tokens, positions=None, segments=None, prefix=None):
-    states = module.apply({'params': params}, tokens, positions, segments, prefix)
-    return states, {}
+  def hidden(params, *said):
+    return module.apply({'params': params}, *said)
 
   def head(params) -> Head:
     matrix = params['embedding'].T if architecture.tied else params['head']
@@ -53,6 +52,12 @@ def build(architecture: Architecture) -> Model:
     decode=functools.partial(transformer.decode, architecture),
     axes=axes,
     architecture=architecture,
+    aux_coefs={
+      'load_balance': architecture.balance_coef,
+      'router_z': architecture.router_z_coef,
+    }
+    if architecture.experts
+    else None,
   )
 
 
@@ -64,3 +69,16 @@ def shapes(architecture: Architecture) -> Params:
 def count(params: Params) -> int:
   """How many numbers a tree holds; works on arrays and on `shapes`."""
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def count_active(model: Model, params: Params) -> int:
+  """… and how many of them a token meets: of a mixture's experts those that it goes to."""
+  a = model.architecture
+  if not a.experts:
+    return count(params)
+
+  def active(leaf, axes) -> int:
+    size = math.prod(leaf.shape)
+    return size * a.experts_per_token // a.experts if 'experts' in axes else size
+
+  return sum(jax.tree.leaves(jax.tree.map(active, params, model.axes)))

@@ -120,6 +120,100 @@ llama3_8b = Architecture(
   rope_theta=500_000.0,
 )
 
+# … and 70B: 70,553,706,496.
+llama3_70b = Architecture(
+  vocab_size=128_256,
+  dim=8192,
+  layers=80,
+  heads=64,
+  kv_heads=8,
+  head_dim=128,
+  ffn=28_672,
+  max_length=8192,
+  rope_theta=500_000.0,
+)
+
+# Qwen3 (Yang et al. 2025, arXiv:2505.09388): 32,762,123,264, and of 30,532,122,624 a token
+# meets 3,353,032,704.
+qwen3_32b = Architecture(
+  vocab_size=151_936,
+  dim=5120,
+  layers=64,
+  heads=64,
+  kv_heads=8,
+  head_dim=128,
+  ffn=25_600,
+  max_length=40_960,
+  rope_theta=1_000_000.0,
+  norm_eps=1e-6,
+  qk_norm='head',
+)
+qwen3_30b_a3b = Architecture(
+  vocab_size=151_936,
+  dim=2048,
+  layers=48,
+  heads=32,
+  kv_heads=4,
+  head_dim=128,
+  ffn=768,
+  max_length=40_960,
+  rope_theta=1_000_000.0,
+  norm_eps=1e-6,
+  qk_norm='head',
+  experts=128,
+  experts_per_token=8,
+  renormalise=True,
+)
+
+# OLMoE (Muennighoff et al. 2024, arXiv:2409.02060): 6,919,161,856, of which a token meets
+# 1,282,017,280. It was trained with balance_coef 0.01 and router_z_coef 0.001.
+olmoe_1b_7b = Architecture(
+  vocab_size=50_304,
+  dim=2048,
+  layers=16,
+  heads=16,
+  kv_heads=16,
+  head_dim=128,
+  ffn=1024,
+  max_length=4096,
+  qk_norm='whole',
+  experts=64,
+  experts_per_token=8,
+)
+
+# Mixtral 8x7B (Jiang et al. 2024, arXiv:2401.04088): 46,702,792,704, of which a token meets
+# 12,879,925,248.
+mixtral_8x7b = Architecture(
+  vocab_size=32_000,
+  dim=4096,
+  layers=32,
+  heads=32,
+  kv_heads=8,
+  head_dim=128,
+  ffn=14_336,
+  max_length=32_768,
+  rope_theta=1_000_000.0,
+  experts=8,
+  experts_per_token=2,
+  renormalise=True,
+)
+
+# For tests: a mixture as small as `debug`, with every other feature on.
+debug_moe = Architecture(
+  vocab_size=264,
+  dim=32,
+  layers=2,
+  heads=4,
+  kv_heads=2,
+  head_dim=8,
+  ffn=16,
+  max_length=256,
+  qk_norm='head',
+  experts=8,
+  experts_per_token=2,
+  renormalise=True,
+)
+
 
 def get(name: str) -> Architecture:
   """The preset called `name`; raises ValueError that lists them."""

@@ -1,6 +1,7 @@
 """Weights from and to a Hugging Face folder: config.json and safetensors files.
 
-https://huggingface.co/docs/safetensors and `transformers`' LlamaForCausalLM.
+https://huggingface.co/docs/safetensors and, of `transformers`, LlamaForCausalLM, dense
+Qwen3ForCausalLM, and OlmoeForCausalLM, MixtralForCausalLM and Qwen3MoeForCausalLM.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
@@ -37,13 +39,73 @@ KEYS = {
   'norm_eps': 'rms_norm_eps',
   'tied': 'tie_word_embeddings',
 }
-# What LlamaForCausalLM can be told and this decoder does not do.
+# What every family can be told and this decoder does not do.
 FIXED = {
   'hidden_act': 'silu',
   'attention_bias': False,
-  'mlp_bias': False,
   'quantization_config': None,
 }
+
+
+class Family(NamedTuple):
+  """What `transformers` calls a kind of decoder, and how its folders differ."""
+
+  name: str  # of the class
+  qk_norm: str = 'none'
+  experts: str | None = None  # config.json's key of their number; None: dense
+  renormalise: bool | None = False  # None: the file says so, as norm_topk_prob
+  ffn: str = 'intermediate_size'
+  form: str = 'huggingface'  # of weights.COLUMNS
+  fixed: Mapping[str, Any] = MappingProxyType({})
+
+
+NO_WINDOW = MappingProxyType({'use_sliding_window': False})
+FAMILIES = {
+  'llama': Family('LlamaForCausalLM', fixed={'mlp_bias': False}),
+  'qwen3': Family('Qwen3ForCausalLM', 'head', fixed=NO_WINDOW),
+  'olmoe': Family(
+    'OlmoeForCausalLM', 'whole', 'num_experts', None, fixed={'clip_qkv': None}
+  ),
+  'mixtral': Family(
+    'MixtralForCausalLM',
+    'none',
+    'num_local_experts',
+    True,
+    form='mixtral',
+    fixed={'sliding_window': None},
+  ),
+  'qwen3_moe': Family(
+    'Qwen3MoeForCausalLM',
+    'head',
+    'num_experts',
+    None,
+    'moe_intermediate_size',
+    # Every layer has experts.
+    fixed={'decoder_sparse_step': 1, 'mlp_only_layers': [], **NO_WINDOW},
+  ),
+}
+
+
+def family_of(architecture: Architecture) -> str:
+  """The model_type of folders that hold it.
+
+  Raises ValueError where `transformers` has none.
+  """
+  a = architecture
+  for kind, family in FAMILIES.items():
+    sparse = family.experts is not None
+    if (sparse, family.qk_norm) != (a.experts > 0, a.qk_norm):
+      continue
+    if family.renormalise not in (None, a.renormalise):
+      continue
+    if kind == 'olmoe' and a.heads * a.head_dim != a.dim:
+      continue  # its config.json has no head_dim
+    return kind
+  raise ValueError(
+    f'architecture: experts={a.experts}, qk_norm={a.qk_norm!r}, renormalise='
+    f'{a.renormalise}, head_dim={a.head_dim} is of no family that transformers knows; '
+    f'there are {list(FAMILIES)}'
+  )
 
 
 def load(
@@ -54,33 +116,40 @@ def load(
   remat: str = 'none',
   logprob: str = 'auto',
   attention: str = 'auto',
+  balance_coef: float = 0.0,
+  router_z_coef: float = 0.0,
 ) -> tuple[Model, Params]:
   """The model in a Hugging Face folder, its params in host memory (NumPy).
 
+  balance_coef, router_z_coef: of a mixture's auxiliary losses; those in the file are of its
+    pretraining, and not read
+
   Raises ValueError, naming the file and the tensor or key, for a truncated file,
-  another family than Llama, and tensors that are missing, left over or misshapen.
+  another family than FAMILIES, and tensors that are missing, left over or misshapen.
   """
-  architecture, files, folder = _open(
+  architecture, form, files, folder = _open(
     path,
     param_dtype=param_dtype,
     compute_dtype=compute_dtype,
     remat=remat,
     logprob=logprob,
     attention=attention,
+    balance_coef=balance_coef,
+    router_z_coef=router_z_coef,
   )
-  rows = weights.plan(architecture, 'huggingface', _found(files), file=folder)
+  rows = weights.plan(architecture, form, _found(files), file=folder)
 
   def tensor(name: str) -> np.ndarray:
     return files[name].get_tensor(name)
 
-  params = weights.read(architecture, 'huggingface', rows, tensor)
+  params = weights.read(architecture, form, rows, tensor)
   return policy.build(architecture), params
 
 
 def report(*, path: str) -> list[weights.Mapped]:
   """Every tensor of the folder and where it goes; reads no weights."""
-  architecture, files, folder = _open(path)
-  return weights.plan(architecture, 'huggingface', _found(files), file=folder)
+  architecture, form, files, folder = _open(path)
+  return weights.plan(architecture, form, _found(files), file=folder)
 
 
 def export(
@@ -98,7 +167,11 @@ def export(
   tokens (generation_config.json), is the caller's to save.
   Every file appears whole or not at all, config.json last, so a folder that has one is
   complete. One shard is held in host memory at a time.
+
+  Raises ValueError for an architecture that `transformers` has no class for.
   """
+  kind = family_of(architecture)
+  family = FAMILIES[kind]
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   if (folder / 'config.json').exists():
@@ -107,7 +180,7 @@ def export(
   dtype = np.dtype(ours['embedding'].dtype)
   rows = [
     row._replace(source_dtype=str(dtype))
-    for row in weights.expected(architecture, 'huggingface')
+    for row in weights.expected(architecture, family.form)
   ]
   shards: list[list[weights.Mapped]] = [[]]
   room = shard_bytes
@@ -124,24 +197,25 @@ def export(
     name = SINGLE if len(shards) == 1 else name
     arrays = {}
     for row in shard:
-      array = np.asarray(
-        ours[row.name] if row.layer is None else ours[row.name][row.layer]
-      )
-      arrays[row.source] = weights.to_file(row, array)
+      arrays[row.source] = weights.to_file(row, np.asarray(row.of(ours[row.name])))
       where[row.source] = name
     _save(folder / name, arrays)
   if len(shards) > 1:
     total = dtype.itemsize * sum(math.prod(row.shape) for row in rows)
     _write(folder / INDEX, {'metadata': {'total_size': total}, 'weight_map': where})
   tokens = {'bos_token_id': bos_token_id, 'eos_token_id': eos_token_id}
-  config = {ours: getattr(architecture, field) for field, ours in KEYS.items()}
+  keys = keys_of(family)
+  config = {ours: getattr(architecture, field) for field, ours in keys.items()}
+  if family.experts:
+    config['router_aux_loss_coef'] = architecture.balance_coef
   _write(
     folder / 'config.json',
     {
-      'architectures': ['LlamaForCausalLM'],
-      'model_type': 'llama',
+      'architectures': [family.name],
+      'model_type': kind,
       **config,
       **FIXED,
+      **family.fixed,
       **tokens,
       'rope_theta': architecture.rope_theta,
       'rope_scaling': None,
@@ -180,9 +254,9 @@ def _json(file: pathlib.Path) -> dict:
 
 
 def _open(path: str, **options):
-  """(architecture, tensor name -> open file that holds it, folder)."""
+  """(architecture, its form in weights.COLUMNS, tensor name -> open file, folder)."""
   folder = paths.resolve(path)
-  architecture = _architecture(folder / 'config.json')
+  architecture, form = _architecture(folder / 'config.json')
   # What the file says and what the user chose are refused apart.
   architecture = dataclasses.replace(architecture, **options)
   if (folder / INDEX).exists():
@@ -219,7 +293,7 @@ def _open(path: str, **options):
   files = {
     key: x for key, x in files.items() if not key.endswith('rotary_emb.inv_freq')
   }
-  return architecture, files, folder
+  return architecture, form, files, folder
 
 
 def _found(files: dict) -> dict[str, weights.Found]:
@@ -230,11 +304,28 @@ def _found(files: dict) -> dict[str, weights.Found]:
   return found
 
 
-def _architecture(file: pathlib.Path) -> Architecture:
+def keys_of(family: Family) -> dict[str, str]:
+  """config.json's key for each of our fields."""
+  keys = {**KEYS, 'ffn': family.ffn}
+  if family.experts:
+    keys |= {'experts': family.experts, 'experts_per_token': 'num_experts_per_tok'}
+    if family.renormalise is None:
+      keys['renormalise'] = 'norm_topk_prob'
+  return keys
+
+
+def _architecture(file: pathlib.Path) -> tuple[Architecture, str]:
   config = _json(file)
-  if (family := config.get('model_type')) != 'llama':
-    raise ValueError(f"{file}: model_type is {family!r}; only 'llama' can be loaded")
-  for key, value in FIXED.items():
+  kind = config.get('model_type')
+  if kind not in FAMILIES:
+    raise ValueError(
+      f'{file}: model_type is {kind!r}; only {list(FAMILIES)} can be loaded'
+    )
+  family = FAMILIES[kind]
+  keys = keys_of(family)
+  if family.experts:  # transformers 5 writes the one for the other
+    config.setdefault(family.experts, config.get('num_local_experts'))
+  for key, value in (FIXED | dict(family.fixed)).items():
     if config.get(key, value) != value:
       raise ValueError(
         f'{file}: {key} = {config[key]!r} is not supported; it must be {value!r}'
@@ -247,19 +338,23 @@ def _architecture(file: pathlib.Path) -> Architecture:
   config.setdefault('tie_word_embeddings', False)
   if config.get('head_dim') is None and config.get('num_attention_heads'):
     config['head_dim'] = config.get('hidden_size', 0) // config['num_attention_heads']
-  for key in KEYS.values():
+  kinds = {'norm_eps': float, 'tied': bool, 'renormalise': bool}
+  for field, key in keys.items():
     if config.get(key) is None:
-      raise ValueError(f'{file}: no key {key!r}; the file describes no Llama model')
-    kind = {'rms_norm_eps': float, 'tie_word_embeddings': bool}.get(key, int)
-    if type(config[key]) is not kind:
+      raise ValueError(f'{file}: no key {key!r}; the file describes no {family.name}')
+    want = kinds.get(field, int)
+    if type(config[key]) is not want:
       raise ValueError(
-        f'{file}: {key} = {config[key]!r} should be {kind.__name__}; fetch it again'
+        f'{file}: {key} = {config[key]!r} should be {want.__name__}; fetch it again'
       )
   theta = rope.get('rope_theta', config.get('rope_theta', 10_000.0))
   try:
-    return Architecture(
-      **{field: config[key] for field, key in KEYS.items()},
+    architecture = Architecture(
+      **{'renormalise': bool(family.renormalise)}
+      | {field: config[key] for field, key in keys.items()},
+      qk_norm=family.qk_norm,
       rope_theta=float(theta),
     )
+    return architecture, family.form
   except (TypeError, ValueError) as error:
     raise ValueError(f'{file}: {error}') from error

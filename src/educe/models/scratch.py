@@ -19,8 +19,12 @@ def load(
   remat: str = 'none',
   logprob: str = 'auto',
   attention: str = 'auto',
+  balance_coef: float = 0.0,
+  router_z_coef: float = 0.0,
 ) -> tuple[Model, Params]:
   """The architecture called `preset` with random params, as jax arrays.
+
+  balance_coef, router_z_coef: of the auxiliary losses of a mixture of experts
 
   Raises ValueError if there is no such preset.
   """
@@ -31,6 +35,8 @@ def load(
     remat=remat,
     logprob=logprob,
     attention=attention,
+    balance_coef=balance_coef,
+    router_z_coef=router_z_coef,
   )
   model = policy.build(architecture)
   return model, jax.jit(model.init)(jax.random.key(seed))

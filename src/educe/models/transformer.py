@@ -2,7 +2,10 @@
 
 Llama (Touvron et al. 2023, arXiv:2302.13971) with grouped queries (Ainslie et al. 2023,
 arXiv:2305.13245), rotate-half RoPE (Su et al. 2021, arXiv:2104.09864), RMSNorm (Zhang &
-Sennrich 2019, arXiv:1910.07467) and SwiGLU (Shazeer 2020, arXiv:2002.05202).
+Sennrich 2019, arXiv:1910.07467) and SwiGLU (Shazeer 2020, arXiv:2002.05202). Two more
+things of its kin: queries and keys that are normed (Qwen3, Yang et al. 2025,
+arXiv:2505.09388; OLMoE, Muennighoff et al. 2024, arXiv:2409.02060) and a mixture of experts
+in place of the MLP (moe.py).
 
 One block serves training (`nn.scan` over stacked layers) and sampling (a Python loop
 with a cache per layer): a stacked cache would be copied whole at every step.
@@ -22,12 +25,13 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from educe.kernels import logprob
-from educe.models import attention
+from educe.models import attention, moe
 from educe.models.attention import Causal, Fork, attend
 from educe.sharding import by_row, by_token, in_parts, in_use, lay
+from educe.types import Mean
 
 DTYPES = ('float32', 'bfloat16', 'float16')
 REMAT = {
@@ -41,6 +45,7 @@ CHOICES = {
   'remat': tuple(REMAT),
   'logprob': ('auto', *logprob.IMPLEMENTATIONS),
   'attention': attention.IMPLEMENTATIONS,
+  'qk_norm': ('none', 'head', 'whole'),
 }
 # A loop over two layers costs a third of a small model's step; so few compile as fast
 # without one. Recomputed layers keep it, or XLA would merge what is to be recomputed.
@@ -67,12 +72,21 @@ class Architecture:
   remat: str = 'none'  # none | full (recompute all) | dots (keep matmul outputs)
   logprob: str = 'auto'  # or an implementation of kernels/logprob, by name
   attention: str = 'auto'  # auto | portable | cudnn | splash; decode steps: portable
+  qk_norm: str = 'none'  # none | head (each head's h, Qwen3) | whole (all heads, OLMoE)
+  experts: int = 0  # 0: one MLP, dense; else `ffn` is an expert's width
+  experts_per_token: int = 0
+  renormalise: bool = False  # the weights of a token's experts sum to 1
+  balance_coef: float = 0.0  # of the auxiliary losses in the objective (moe.py)
+  router_z_coef: float = 0.0
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
-      if field.type == 'int' and value < 1:
+      least = 0 if field.name.startswith('experts') else 1
+      if field.type == 'int' and value < least:
         raise ValueError(f'architecture.{field.name} = {value} must be positive')
+      if field.name.endswith('_coef') and not 0 <= value < math.inf:
+        raise ValueError(f'{field.name} = {value} must be at least 0, and finite')
     if self.heads % self.kv_heads:
       raise ValueError(
         f'architecture.heads = {self.heads} must be a multiple of '
@@ -83,6 +97,16 @@ class Architecture:
     for name, choices in CHOICES.items():
       if getattr(self, name) not in choices:
         raise ValueError(f'{name} = {getattr(self, name)!r} is none of {choices}')
+    k = self.experts_per_token
+    if k > self.experts or (k > 0) != (self.experts > 0):
+      raise ValueError(
+        f'architecture.experts_per_token = {k} must be in 1…{self.experts}, the number of '
+        'experts; 0 of a dense model'
+      )
+    if not self.experts:
+      for name in ('renormalise', 'balance_coef', 'router_z_coef'):
+        if getattr(self, name):
+          raise ValueError(f'{name} = {getattr(self, name)}: this model has no experts')
 
 
 class LayerCache(NamedTuple):
@@ -133,7 +157,7 @@ def project(x: Float[Array, 'B T *n'], weight: Float[Array, '*n_m']) -> Array:
   return (x.reshape(-1, matrix.shape[0]) @ matrix).reshape(*x.shape[:2], *outer)
 
 
-def _normal(scale: float, *axes: str):
+def _normal(scale: float, *axes: str | None):
   return nn.with_logical_partitioning(nn.initializers.normal(scale), axes)
 
 
@@ -144,12 +168,13 @@ def _residual(architecture: Architecture, *axes: str):
 
 class RMSNorm(nn.Module):
   architecture: Architecture
+  axis: str | None = 'embed'
 
   @nn.compact
   def __call__(self, x: Float[Array, '*n D']) -> Float[Array, '*n D']:
     a = self.architecture
-    init = nn.with_logical_partitioning(nn.initializers.ones, ('embed',))
-    scale = self.param('scale', init, (a.dim,), a.param_dtype)
+    init = nn.with_logical_partitioning(nn.initializers.ones, (self.axis,))
+    scale = self.param('scale', init, x.shape[-1:], a.param_dtype)
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + a.norm_eps)
     return (y * jnp.asarray(scale, jnp.float32)).astype(x.dtype)
@@ -172,9 +197,11 @@ class Attention(nn.Module):
     out = weight(
       'out', _residual(a, 'heads', 'head_dim', 'embed'), a.heads, a.head_dim, a.dim
     )
-    q = rotate(project(x, query), *angles) * a.head_dim**-0.5
-    k = rotate(project(x, key), *angles)
-    v = project(x, value)
+    q, k, v = project(x, query), project(x, key), project(x, value)
+    if a.qk_norm != 'none':
+      q, k = self.normed('query_norm', q), self.normed('key_norm', k)
+    q = rotate(q, *angles) * a.head_dim**-0.5
+    k = rotate(k, *angles)
     k, v = (jnp.swapaxes(y.astype(x.dtype), 1, 2) for y in (k, v))
     if cache is not None:
       start = (0, 0, slot, 0)
@@ -186,6 +213,12 @@ class Attention(nn.Module):
     how = 'portable' if self.is_initializing() else a.attention
     mixed = attend(q.astype(x.dtype), k, v, visible, how)
     return project(mixed, out), cache
+
+  def normed(self, name: str, x: Float[Array, 'B T N h']) -> Float[Array, 'B T N h']:
+    norm = RMSNorm(self.architecture, None, name=name)
+    if self.architecture.qk_norm == 'head':
+      return norm(x)
+    return norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
 
 
 class MLP(nn.Module):
@@ -204,19 +237,63 @@ class MLP(nn.Module):
     return project(jax.nn.silu(project(x, gate)) * project(x, up), down)
 
 
-class Block(nn.Module):
-  """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+class Experts(nn.Module):
+  """The MLP of a mixture of experts, and who of them was chosen: see moe.py."""
 
   architecture: Architecture
 
   @nn.compact
-  def __call__(self, x, angles, visible, cache: LayerCache | None = None, slot=None):
+  def __call__(self, x: Float[Array, 'B T D']):
+    a = self.architecture
+    init = _normal(0.02, 'embed', None)
+    router = self.param('router', init, (a.dim, a.experts), a.param_dtype)
+    logits = jnp.einsum(
+      'btd,de->bte',
+      x.astype(jnp.float32),
+      jnp.asarray(router, jnp.float32),
+      precision=jax.lax.Precision.HIGHEST,
+    )
+
+    def weight(name, init, *shape):
+      return self.param(name, init, shape, a.param_dtype).astype(x.dtype)
+
+    into = _normal(0.02, 'experts', 'embed', 'mlp')
+    gate = weight('gate', into, a.experts, a.dim, a.ffn)
+    up = weight('up', into, a.experts, a.dim, a.ffn)
+    down = weight(
+      'down', _residual(a, 'experts', 'mlp', 'embed'), a.experts, a.ffn, a.dim
+    )
+    k, renormalise = a.experts_per_token, a.renormalise
+    y, chosen = moe.mlp(x, logits, gate, up, down, k=k, renormalise=renormalise)
+    return y, logits, chosen
+
+
+class Block(nn.Module):
+  """One layer: x + attention(norm(x)), then x + mlp(norm(x)).
+
+  real: which tokens count in the auxiliary losses; with it, and experts, their totals come
+  out beside the cache.
+  """
+
+  architecture: Architecture
+
+  @nn.compact
+  def __call__(
+    self, x, angles, visible, real=None, cache: LayerCache | None = None, slot=None
+  ):
     a = self.architecture
     y = RMSNorm(a, name='attention_norm')(x)
     y, cache = Attention(a, name='attention')(y, angles, visible, cache, slot)
     x = by_token(x + y)
-    x = x + MLP(a, name='mlp')(RMSNorm(a, name='mlp_norm')(x))
-    return by_token(x), cache
+    y = RMSNorm(a, name='mlp_norm')(x)
+    totals: moe.Totals = {}
+    if a.experts:
+      y, logits, chosen = Experts(a, name='experts')(y)
+      if real is not None:
+        totals = moe.totals(logits, chosen, real, visible)
+    else:
+      y = MLP(a, name='mlp')(y)
+    return by_token(x + y), (cache, totals)
 
 
 class Transformer(nn.Module):
@@ -231,7 +308,8 @@ class Transformer(nn.Module):
     positions: Int[Array, 'B T'] | None = None,
     segments: Int[Array, 'B T'] | None = None,
     prefix: Int[Array, 'P S'] | None = None,
-  ) -> Float[Array, 'B T D']:
+    real: Bool[Array, 'B T'] | None = None,
+  ) -> tuple[Float[Array, 'B T D'], dict[str, Mean]]:
     a = self.architecture
     rows, T = tokens.shape
     embedding = self.param(
@@ -245,6 +323,8 @@ class Transformer(nn.Module):
     visible: Causal | Fork = Causal(segments)
     if prefix is not None:
       visible = Fork(prefix >= 0, T)
+    real = moe.everything(tokens, visible, real) if a.experts else None
+    if prefix is not None:
       start = jnp.broadcast_to(jnp.arange(prefix.shape[1]), prefix.shape)
       tokens = _forked(jnp.maximum(prefix, 0), tokens)
       positions = _forked(start, positions)
@@ -254,7 +334,7 @@ class Transformer(nn.Module):
     # Rows of an embedding whose width is split would be those of the whole batch.
     looked_up = lay(embedding, 'vocab')[tokens]
     x = by_token(looked_up.astype(a.compute_dtype))
-    x, _ = nn.scan(
+    x, (_, totals) = nn.scan(
       block,
       length=a.layers,
       unroll=a.layers if a.layers <= SHALLOW and block is Block else 1,
@@ -262,10 +342,11 @@ class Transformer(nn.Module):
       split_rngs={'params': True},
       in_axes=nn.broadcast,
       metadata_params={nn.PARTITION_NAME: 'layers'},
-    )(a, name='layers')(x, rotary(a, positions), visible)
+    )(a, name='layers')(x, rotary(a, positions), visible, real)
+    aux = {} if real is None else moe.means(totals, a.layers, real, visible)
     if prefix is not None:
       x = x[:, prefix.shape[1] :].reshape(rows, T, a.dim)
-    return RMSNorm(a, name='norm')(x)
+    return RMSNorm(a, name='norm')(x), aux
 
 
 def _forked(prefix: Int[Array, 'P S'], rest: Int[Array, 'B T']) -> Int[Array, 'P N']:
@@ -324,8 +405,9 @@ def decode(
   x = params['embedding'][tokens].astype(a.compute_dtype)
   layers = []
   for weights, layer in zip(params['layers'], cache.layers, strict=True):
-    applied: Any = block.apply({'params': weights}, x, angles, visible, layer, slot)
-    x, layer = applied
+    given = x, angles, visible, None, layer, slot
+    applied: Any = block.apply({'params': weights}, *given)
+    x, (layer, _) = applied
     layers.append(layer)
   states: Any = RMSNorm(a).apply({'params': params['norm']}, x)
   return states, Cache(layers, stored)

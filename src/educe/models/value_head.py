@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from educe.types import Model, Params
+from educe.types import Mean, Model, Params
 
 KEY = 'value'
 TRUNKS = ('shared', 'separate')
@@ -68,8 +68,14 @@ def attach(
   axes = model.axes and {**model.axes, KEY: {'head': head_axes}}
   if axes and trunk == 'separate':
     axes[KEY]['trunk'] = _trunk(model.axes)
+  coefs = model.aux_coefs
+  if coefs and trunk == 'separate':
+    coefs = {**coefs, **{f'{KEY}/{name}': coef for name, coef in coefs.items()}}
   with_head = model._replace(
-    init=init, axes=axes, values=functools.partial(_values, model)
+    init=init,
+    axes=axes,
+    values=functools.partial(_values, model),
+    aux_coefs=coefs,
   )
   if start is None:
     return with_head, new(params, jax.random.key(seed))
@@ -117,14 +123,14 @@ def _trunk(params: Params) -> Params:
 
 def _values(model: Model, params, states, *said):
   value = params[KEY]
+  aux: dict[str, Mean] = {}
   if 'trunk' in value:
     # A module asks for all of its params, an unembedding that it will not use included.
     own = {**without(params), **value['trunk']}
     states, aux = model.hidden(own, *said)
-    if aux:
-      raise ValueError(f'value: auxiliary losses {sorted(aux)} have no consumer yet')
+    aux = {f'{KEY}/{name}': mean for name, mean in aux.items()}
   head = value['head']
-  return (
+  values = (
     jnp.einsum(
       'btd,d->bt',
       states.astype(jnp.float32),
@@ -133,3 +139,4 @@ def _values(model: Model, params, states, *said):
     )
     + head['bias']
   )
+  return values, aux

@@ -2,12 +2,13 @@
 
 Files keep a layer's matrix as [out, in]; we keep [in, out], heads split from the width
 and layers stacked in front: `blk.3.attn_q.weight` [H·h, D] is
-`layers/attention/query`[3] [D, H, h].
+`layers/attention/query`[3] [D, H, h]. Of experts each has a tensor of its own.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -56,6 +57,18 @@ TABLE = [
     'wo.{}',
   ),
   (
+    'layers/attention/query_norm/scale',
+    'model.layers.{}.self_attn.q_norm.weight',
+    'blk.{}.attn_q_norm.weight',
+    None,
+  ),
+  (
+    'layers/attention/key_norm/scale',
+    'model.layers.{}.self_attn.k_norm.weight',
+    'blk.{}.attn_k_norm.weight',
+    None,
+  ),
+  (
     'layers/mlp_norm/scale',
     'model.layers.{}.post_attention_layernorm.weight',
     'blk.{}.ffn_norm.weight',
@@ -82,7 +95,32 @@ TABLE = [
   ('norm/scale', 'model.norm.weight', 'output_norm.weight', 'rms_final'),
   ('head', 'lm_head.weight', 'output.weight', 'wcls'),
 ]
-COLUMNS = {'huggingface': 1, 'gguf': 2, 'llama2c': 3}
+# Of a mixture of experts, in Hugging Face files alone: ours · most · Mixtral's (the second
+# {} is the expert)
+EXPERTS = [
+  (
+    'layers/experts/router',
+    'model.layers.{}.mlp.gate.weight',
+    'model.layers.{}.block_sparse_moe.gate.weight',
+  ),
+  (
+    'layers/experts/gate',
+    'model.layers.{}.mlp.experts.{}.gate_proj.weight',
+    'model.layers.{}.block_sparse_moe.experts.{}.w1.weight',
+  ),
+  (
+    'layers/experts/up',
+    'model.layers.{}.mlp.experts.{}.up_proj.weight',
+    'model.layers.{}.block_sparse_moe.experts.{}.w3.weight',
+  ),
+  (
+    'layers/experts/down',
+    'model.layers.{}.mlp.experts.{}.down_proj.weight',
+    'model.layers.{}.block_sparse_moe.experts.{}.w2.weight',
+  ),
+]
+COLUMNS = {'huggingface': 1, 'gguf': 2, 'llama2c': 3, 'mixtral': 1}
+EXPERTS_COLUMNS = {'huggingface': 1, 'mixtral': 2}
 # Formats whose RoPE turns neighbours (2i, 2i+1), not halves (i, i + h/2): the rows of q
 # and k are dealt out again. (GGUF's were rotate-half; llama.cpp's conversion permutes.)
 INTERLEAVED = {'gguf', 'llama2c'}
@@ -104,6 +142,13 @@ class Mapped(NamedTuple):
   name: str  # e.g. 'layers/attention/query'
   layer: int | None
   shape: tuple[int, ...]  # of the slice
+  expert: int | None = None
+
+  def of(self, leaf: Any) -> Any:
+    """The slice of our param; of a NumPy array a view."""
+    for index in (self.layer, self.expert):
+      leaf = leaf if index is None else leaf[index]
+    return leaf
 
 
 def leaves(tree: Params) -> dict[str, Any]:
@@ -115,14 +160,19 @@ def leaves(tree: Params) -> dict[str, Any]:
 def expected(architecture: Architecture, form: str) -> Iterator[Mapped]:
   """What a complete file of `form` (a key of COLUMNS) holds, in our table's order."""
   ours = leaves(policy.shapes(architecture))
-  for row in TABLE:
-    name, source = row[0], row[COLUMNS[form]]
-    if name not in ours:
+  named = [(row[0], row[COLUMNS[form]]) for row in TABLE]
+  if form in EXPERTS_COLUMNS:
+    named += [(row[0], row[EXPERTS_COLUMNS[form]]) for row in EXPERTS]
+  for name, source in named:
+    if name not in ours or source is None:
       continue  # tied: no head
-    shape, stacked = tuple(ours[name].shape), name.startswith('layers/')
-    for layer in range(architecture.layers) if stacked else [None]:
-      part = shape[1:] if stacked else shape
-      yield Mapped(source.format(layer), _file_shape(name, part), '', name, layer, part)
+    layers = range(architecture.layers) if name.startswith('layers/') else [None]
+    experts = range(architecture.experts) if source.count('{}') == 2 else [None]
+    for layer, expert in itertools.product(layers, experts):
+      part = ours[name].shape[(layer is not None) + (expert is not None) :]
+      file = source.format(layer, expert)
+      shape = _file_shape(name, part)
+      yield Mapped(file, shape, '', name, layer, part, expert)
 
 
 def _file_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -206,7 +256,7 @@ def read(
   ours = leaves(tree)
 
   def fill(row: Mapped):
-    into = ours[row.name] if row.layer is None else ours[row.name][row.layer]
+    into = row.of(ours[row.name])
     array = tensor(row.source)
     if not jnp.issubdtype(array.dtype, jnp.floating):
       raise ValueError(
@@ -230,7 +280,8 @@ def describe(rows: list[Mapped], architecture: Architecture) -> str:
   width = max(len(row.source) for row in rows)
   lines = []
   for row in rows:
-    ours = row.name if row.layer is None else f'{row.name}[{row.layer}]'
+    at = [x for x in (row.layer, row.expert) if x is not None]
+    ours = row.name + ''.join(f'[{x}]' for x in at)
     lines.append(
       f'{row.source:{width}} {row.source_dtype:>9} {list(row.source_shape)!s:>16} -> '
       f'{ours} {list(row.shape)} {architecture.param_dtype}'

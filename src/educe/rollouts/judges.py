@@ -110,7 +110,7 @@ def reward_model(
   @jax.jit
   def read(params, batch):
     states, _ = model.hidden(params, batch.tokens)
-    return value_of(params, states, batch.tokens)
+    return value_of(params, states, batch.tokens)[0]
 
   def judge(records, completions):
     texts, ends = [], []

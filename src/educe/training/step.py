@@ -4,12 +4,15 @@ A loss is a sum and a count, so the gradient of any batch is
 
   ∇L = Σ_i ∇total_i / Σ_i count_i
 
-over its microbatches i, however it is cut; only the division waits for the end.
+over its microbatches i, however it is cut; only the division waits for the end. An
+auxiliary loss of a sparse model has a count of its own, A, and is added to a microbatch as
+
+  total_i + coef · aux_i.total · C / A        C, A: the counts of the whole batch
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -63,20 +66,33 @@ def make_step(
     state_shardings: a TrainState of shardings, when on a mesh: what comes out lies where
       what went in lay.
 
-  metrics: scalars on the device: `loss` and the loss's own metrics, `grad_norm` (before
-  clipping), `learning_rate`, `num_tokens` (trained), `skipped_updates` (so far) and
-  `skipped_in_a_row`. An update whose gradients are not finite leaves params and
-  optimizer as they were.
+  metrics: scalars on the device: `loss` (without auxiliary ones), the loss's own metrics,
+  the model's auxiliary losses, `grad_norm` (before clipping), `learning_rate`,
+  `num_tokens` (trained), `skipped_updates` (so far) and `skipped_in_a_row`. An update
+  whose gradients are not finite leaves params and optimizer as they were.
   """
 
+  coefs = {name: coef for name, coef in (model.aux_coefs or {}).items() if coef}
+  of = ('loss', *coefs)
+
   def step(state, batch):
-    def total(params, batch):
-      params = optimizer.freeze(params)
+    def means_of(params, batch):
       if scorer is None:
-        mean, metrics = lose(model, params, batch, loss, temperature=temperature)
+        mean, metrics, aux = lose(model, params, batch, loss, temperature=temperature)
       else:
-        mean, metrics = loss(scorer(params, state.reference, batch), batch)
-      return mean.total, {'loss': mean, **metrics}
+        scores = scorer(params, state.reference, batch)
+        (mean, metrics), aux = loss(scores, batch), scores.aux or {}
+      return {'loss': mean, **metrics, **aux}
+
+    counts = None
+    if coefs and microbatches > 1:
+      # They follow from the batch; the rest of this pass is dead code to the compiler.
+      counts = {k: x.count for k, x in means_of(state.params, batch).items() if k in of}
+
+    def total(params, batch):
+      means = means_of(optimizer.freeze(params), batch)
+      known = counts or {name: means[name].count for name in of}
+      return means['loss'].total + _penalty(coefs, means, known), means
 
     gradient = jax.grad(total, has_aux=True)
     grads, means = accumulate(gradient, state.params, batch, microbatches)
@@ -111,6 +127,15 @@ def make_step(
       return step(state, batch)
 
   return jax.jit(on_mesh, donate_argnums=0, out_shardings=(state_shardings, None))
+
+
+def _penalty(coefs: Mapping[str, float], means: Metrics, counts: Metrics) -> Any:
+  """Σ coef · total · C / A, which a division by C makes Σ coef · mean."""
+  C = jax.lax.stop_gradient(counts['loss'])
+  return sum(
+    coef * means[name].total * C / jnp.maximum(counts[name], 1)
+    for name, coef in coefs.items()
+  )
 
 
 def mixed(params: Params, reference: Params, alpha: float) -> Params:
