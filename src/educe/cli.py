@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from educe import memory, paths
 from educe.measure import measure
-from educe.models import safetensors, weights
+from educe.models import lora, safetensors, weights
 from educe.policies import loader_of, open_policy
 from educe.progress import say
 from educe.rollouts import texts
@@ -81,7 +81,7 @@ def convert(
   if loader := loader_of(path):
     print(weights.describe(loader.report(path=path), model.architecture), '\n')
   architecture = dataclasses.replace(model.architecture, param_dtype=dtype)
-  params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
+  params = jax.tree.map(lambda x: jnp.asarray(x, dtype), lora.merged(params))
   rows = safetensors.export(
     to,
     architecture,

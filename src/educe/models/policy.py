@@ -7,16 +7,24 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from educe.models import transformer
+from educe.models import lora, transformer
 from educe.models.transformer import Architecture
 from educe.types import Head, Model, Params
 
-unstack = transformer.unstack
+
+def unstack(params: Params) -> Params:
+  """What `decode` would make of these params at every step; see transformer.unstack."""
+  return transformer.unstack(_folded(params))
+
+
+def _folded(params: Params) -> Params:
+  return lora.folded(params) if isinstance(params, Mapping) else params
 
 
 def build(architecture: Architecture) -> Model:
@@ -32,8 +40,13 @@ def build(architecture: Architecture) -> Model:
     return nn.unbox(init_boxed(key))
 
   def hidden(params, tokens, positions=None, segments=None, prefix=None):
-    states = module.apply({'params': params}, tokens, positions, segments, prefix)
+    adapter = lora.folded(params).get(lora.KEY, {})
+    own = {'params': params, lora.KEY: adapter}
+    states = module.apply(own, tokens, positions, segments, prefix)
     return states, {}
+
+  def decode(params, *rest):
+    return transformer.decode(architecture, lora.folded(params), *rest)
 
   def head(params) -> Head:
     matrix = params['embedding'].T if architecture.tied else params['head']
@@ -50,7 +63,7 @@ def build(architecture: Architecture) -> Model:
     hidden=hidden,
     head=head,
     init_cache=functools.partial(transformer.init_cache, architecture),
-    decode=functools.partial(transformer.decode, architecture),
+    decode=decode,
     axes=axes,
     architecture=architecture,
   )

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from educe.kernels import logprob
-from educe.models import attention
+from educe.models import attention, lora
 from educe.models.attention import Causal, Fork, attend
 from educe.sharding import by_row
 
@@ -118,12 +118,16 @@ def rotate(x: Float[Array, 'B T N h'], cos, sin) -> Float[Array, 'B T N h']:
   )
 
 
-def project(x: Float[Array, 'B T *n'], weight: Float[Array, '*n_m']) -> Array:
+def project(x: Float[Array, 'B T *n'], weight: Array | lora.Adapted) -> Array:
   """x [B, T, *n] · weight [*n, *m] → [B, T, *m], as a matmul of two matrices.
 
   Not an einsum: the gradient of a dot of rank 3 makes XLA's CPU backend transpose the
-  weights in memory, at every layer of every step.
+  weights in memory, at every layer of every step. An adapter is two thin matmuls more:
+  never W + A·B, whose gradient would be as large as W's.
   """
+  if isinstance(weight, lora.Adapted):
+    y = project(x, weight.weight) + project(project(x, weight.a), weight.b)
+    return y if weight.gain is None else (weight.gain * y).astype(y.dtype)
   inner = x.shape[2:]
   outer = weight.shape[len(inner) :]
   matrix = weight.reshape(math.prod(inner), math.prod(outer))
@@ -160,7 +164,8 @@ class Attention(nn.Module):
     a = self.architecture
 
     def weight(name, init, *shape):
-      return self.param(name, init, shape, a.param_dtype).astype(x.dtype)
+      value = self.param(name, init, shape, a.param_dtype).astype(x.dtype)
+      return lora.adapted(self, name, value)
 
     into = ('embed', 'heads', 'head_dim'), ('embed', 'kv_heads', 'head_dim')
     query = weight('query', _normal(0.02, *into[0]), a.dim, a.heads, a.head_dim)
@@ -192,7 +197,8 @@ class MLP(nn.Module):
     a = self.architecture
 
     def weight(name, init, *shape):
-      return self.param(name, init, shape, a.param_dtype).astype(x.dtype)
+      value = self.param(name, init, shape, a.param_dtype).astype(x.dtype)
+      return lora.adapted(self, name, value)
 
     gate = weight('gate', _normal(0.02, 'embed', 'mlp'), a.dim, a.ffn)
     up = weight('up', _normal(0.02, 'embed', 'mlp'), a.dim, a.ffn)
@@ -252,7 +258,7 @@ class Transformer(nn.Module):
       block,
       length=a.layers,
       unroll=a.layers if a.layers <= SHALLOW and block is Block else 1,
-      variable_axes={'params': 0},
+      variable_axes={'params': 0, lora.KEY: 0},
       split_rngs={'params': True},
       in_axes=nn.broadcast,
       metadata_params={nn.PARTITION_NAME: 'layers'},
@@ -288,8 +294,14 @@ def unstack(params):
   if not isinstance(layers, Mapping):
     return params
   count = jax.tree.leaves(layers)[0].shape[0]
-  split = [jax.tree.map(lambda x, i=i: x[i], layers) for i in range(count)]
-  return {**params, 'layers': split}
+
+  def split(stack):
+    return [jax.tree.map(lambda x, i=i: x[i], stack) for i in range(count)]
+
+  unstacked = {**params, 'layers': split(layers)}
+  if lora.KEY in params:
+    unstacked[lora.KEY] = {'layers': split(params[lora.KEY]['layers'])}
+  return unstacked
 
 
 def decode(
@@ -305,7 +317,7 @@ def decode(
   The same function prefills (T > 1) and steps (T = 1). A key is seen by the queries at
   its position and later; position -1 (padding) is never seen, and sees nothing.
   slot + T must not exceed the cache's length: a traced slot cannot be checked, and XLA
-  would move the write back over the last slots.
+  would move the write back over the last slots. An adapter is folded (lora.py).
   """
   a = architecture
   params = unstack(params)
@@ -316,8 +328,10 @@ def decode(
   block = Block(a)
   x = params['embedding'][tokens].astype(a.compute_dtype)
   layers = []
-  for weights, layer in zip(params['layers'], cache.layers, strict=True):
-    applied: Any = block.apply({'params': weights}, x, angles, visible, layer, slot)
+  beside = params.get(lora.KEY, {}).get('layers', [{}] * a.layers)
+  for weights, extra, layer in zip(params['layers'], beside, cache.layers, strict=True):
+    own = {'params': weights, lora.KEY: extra}
+    applied: Any = block.apply(own, x, angles, visible, layer, slot)
     x, layer = applied
     layers.append(layer)
   states: Any = RMSNorm(a).apply({'params': params['norm']}, x)
