@@ -20,8 +20,8 @@ import jax.numpy as jnp
 
 from educe import memory, paths
 from educe.measure import measure
-from educe.models import lora, safetensors, weights
-from educe.policies import loader_of, open_policy
+from educe.models import lora, peft, safetensors, weights
+from educe.policies import loader_of, open_policy, read_config
 from educe.progress import say
 from educe.rollouts import texts
 from educe.stages import run_all
@@ -72,12 +72,25 @@ def sample(
 
 
 def convert(
-  path: str, to: str | pathlib.Path, *, tokenizer: str | None, dtype: str
+  path: str,
+  to: str | pathlib.Path,
+  *,
+  tokenizer: str | None,
+  dtype: str,
+  adapter: bool = False,
 ) -> None:
   """Writes a policy as a Hugging Face folder, and prints the name of every tensor:
-  where it was read from, unless from a run, and where it went."""
+  where it was read from, unless from a run, and where it went.
+
+  An adapter is merged into the weights; with `adapter` it alone is written, for PEFT.
+  """
   to = paths.output(to, '--to')
   model, params, words = open_policy(path, tokenizer)
+  if adapter:
+    names = peft.export(to, params, base=_base_of(path))
+    words.save(to)
+    print('\n'.join([*names, f'wrote {to}']))
+    return
   if loader := loader_of(path):
     print(weights.describe(loader.report(path=path), model.architecture), '\n')
   architecture = dataclasses.replace(model.architecture, param_dtype=dtype)
@@ -92,6 +105,14 @@ def convert(
   words.save(to)
   print(weights.describe(rows, architecture))
   print(f'wrote {to}')
+
+
+def _base_of(path: str) -> str | None:
+  """Where the weights are that the adapter of a run belongs to, as far as it knows."""
+  if loader_of(path) is not None:
+    return None
+  config = read_config(paths.resolve(path) / 'config.json')
+  return config['init_from'] or config['model'].get('path')
 
 
 def parser() -> argparse.ArgumentParser:
@@ -165,6 +186,7 @@ def parser() -> argparse.ArgumentParser:
   add = with_policy('convert', 'write a Hugging Face folder')
   add.add_argument('--to', required=True, help='the folder to write; may be new')
   add.add_argument('--dtype', default='float32', choices=['float32', 'bfloat16'])
+  add.add_argument('--adapter', action='store_true', help='the adapter alone, for PEFT')
   return top
 
 
@@ -214,6 +236,7 @@ def main(argv: Sequence[str]) -> int:
         arguments.to,
         tokenizer=arguments.tokenizer,
         dtype=arguments.dtype,
+        adapter=arguments.adapter,
       )
   except MISTAKES as error:
     if os.environ.get('EDUCE_TRACEBACK'):

@@ -13,7 +13,7 @@ from typing import Any
 from educe import config as config_lib
 from educe import paths
 from educe.data import tokenizer as tokenizers
-from educe.models import gguf, llama2c, lora, safetensors
+from educe.models import gguf, llama2c, lora, peft, safetensors
 from educe.rollouts.sampler import vocabulary_size
 from educe.training import checkpoint
 from educe.types import Model, Params
@@ -54,8 +54,9 @@ def _run(path: str) -> pathlib.Path:
 
 
 def open_policy(path: str, tokenizer: str | None = None, flag: str = '--model'):
-  """(model, params, tokenizer) from a .gguf file, a Hugging Face folder, a llama2c .bin
-  (which needs `tokenizer`), or a run folder (its newest checkpoint).
+  """(model, params, tokenizer) from a .gguf file, a Hugging Face folder, a PEFT folder
+  whose base is here, a llama2c .bin (which needs `tokenizer`), or a run folder (its newest
+  checkpoint). An adapter is beside the weights, not in them.
 
   flag: what errors call the path
 
@@ -129,7 +130,7 @@ def loader_of(path: str, flag: str = '--model') -> Any:
       f'{flag}={path}/{inside[-1]}'
     )
   if where.is_dir():
-    return safetensors
+    return peft if (where / peft.CONFIG).exists() else safetensors
   if where.suffix not in LOADERS:
     raise ValueError(
       f'{flag}={path}: not a {", ".join(LOADERS)}, a model folder or a run'

@@ -137,7 +137,7 @@ def attach(
 
 
 def check(
-  rank: int = 1, alpha: float = 1.0, kind: str = 'lora', targets: tuple[str, ...] = ()
+  rank: int, alpha: float, kind: str = 'lora', targets: tuple[str, ...] = tuple(WEIGHTS)
 ) -> None:
   """Raises ValueError for settings that no model could have."""
   if rank < 1:
@@ -146,6 +146,8 @@ def check(
     raise ValueError(f'alpha={alpha} must be more than 0, and finite')
   if kind not in KINDS:
     raise ValueError(f'kind={kind!r} must be one of {list(KINDS)}')
+  if not targets:
+    raise ValueError(f'targets={targets} names no weight')
   for name in targets:
     if name not in WEIGHTS:
       raise ValueError(f'targets: {name!r} is none of {list(WEIGHTS)}')
