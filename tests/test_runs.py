@@ -300,7 +300,8 @@ def adapted(config, tmp_path_factory):
   for old, new in (
     ("stages=('base', 'rl'), base=base, rl=rl", (
       "stages=('base', 'sft', 'rl', 'full'), base=dict(base, steps=2), "
-      "sft=dict(base, steps=2, adapter=adapter), rl=dict(rl, adapter=adapter), "
+      "sft=dict(base, steps=2, adapter=dict(adapter)), "
+      "rl=dict(rl, adapter=dict(adapter)), "
       "full=dict(base, steps=1, optimizer=dict(name='sgd', learning_rate=1e-9))"
     )),
     ("loss=dict(name='grpo')", "loss=dict(name='grpo', kl_coef=0.1)"),

@@ -13,7 +13,7 @@ from typing import Any
 from educe import config as config_lib
 from educe import paths
 from educe.data import tokenizer as tokenizers
-from educe.models import gguf, llama2c, lora, peft, safetensors
+from educe.models import gguf, llama2c, lora, peft, quantized, safetensors
 from educe.rollouts.sampler import vocabulary_size
 from educe.training import checkpoint
 from educe.types import Model, Params
@@ -28,7 +28,7 @@ def load(*, path: str) -> tuple[Model, Params]:
   Raises ValueError for what is no run, and CheckpointError for one without a checkpoint.
   """
   model, params, _ = _of_run(_run(path))
-  return model._replace(axes=lora.without(model.axes)), lora.merged(params)
+  return model._replace(axes=lora.plain_axes(model.axes)), lora.merged(params)
 
 
 def open_values(path: str):
@@ -103,8 +103,8 @@ def started_from(
   adapter, if it has one; with `values` also with its value head. Raises CheckpointError.
   """
   file = pathlib.Path(run) / 'config.json'
-  model = model._replace(axes=lora.without(model.axes))
-  params = lora.without(params)
+  model = model._replace(axes=lora.plain_axes(model.axes))
+  params = quantized.restored(lora.without(params))
   if file.exists():
     model, params = with_adapter(read_config(file), model, params)
   where = file.parent / 'checkpoints'

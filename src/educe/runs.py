@@ -20,7 +20,7 @@ from educe import paths, sharding
 from educe.data.sharing import share
 from educe.losses.dry_run import reads_values
 from educe.measurement import curves, reliability, transcript_page
-from educe.models import lora, policy, value_head
+from educe.models import lora, policy, quantized, value_head
 from educe.models.parts import over
 from educe.policies import check_vocabulary, open_values, read_config, started_from
 from educe.progress import say
@@ -158,13 +158,14 @@ def train(
   if adapter:
     net, params = call('adapter', adapter, model=net, params=params)
   else:
-    net, params = net._replace(axes=lora.without(net.axes)), lora.merged(params)
+    net, params = net._replace(axes=lora.plain_axes(net.axes)), lora.merged(params)
   if value:
     start = None
     if value_from is not None:
       start = value_head.taken(started_from(value_from, net, params, values=True)[1])
     net, params = call('value', value, model=net, params=params, start=start)
-  size, trained = policy.count(params), policy.count(tx.split(params)[0])
+  size = policy.count(jax.eval_shape(quantized.restored, params))
+  trained = policy.count(tx.split(params)[0])
   # 2 forwards, 2 for the gradient of what comes in, 2 for that of the weight.
   flops_per_token = 4.0 * size + 2.0 * trained
   params = sharding.place(params, net.axes, grid)

@@ -75,7 +75,7 @@ def test_a_new_adapter_changes_no_bit(kind, dtype):
 
 def by_hand(params, name, layer, kind):
   """W′ [n, m] of one weight in float64, column by column, as the papers write it."""
-  module, inputs = lora.WEIGHTS[name]
+  module, inputs = parts.WEIGHTS[name]
   W = np.float64(params['layers'][module][name][layer])
   leaves = params['adapter']['layers'][module][name]
   n = math.prod(W.shape[:inputs])
@@ -98,7 +98,7 @@ def test_merging_is_the_papers_equation(kind):
   params = stirred(build(kind)[1])
   merged = lora.merged(params)
   assert 'adapter' not in merged
-  for name, (module, _) in lora.WEIGHTS.items():
+  for name, (module, _) in parts.WEIGHTS.items():
     for layer in range(2):
       got = np.asarray(merged['layers'][module][name][layer])
       want = by_hand(params, name, layer, kind)

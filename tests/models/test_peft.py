@@ -33,7 +33,7 @@ def test_an_adapter_of_peft_gives_the_logits_that_it_has_there(golden, kind):
   with np.load(folder / 'logits.npz') as file:
     tokens, want = file['tokens'], file['logits']
   got = logits_of(model, params, tokens)
-  assert np.abs(want).max() > 4
+  assert np.abs(want).max() > 3
   np.testing.assert_allclose(got, want, atol=2e-4)  # float32; logits of about 4
   merged = logits_of(model, lora.merged(params), tokens)
   np.testing.assert_allclose(merged, want, atol=2e-4)

@@ -32,22 +32,14 @@ import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient as sg
 
+from educe.models import quantized
+from educe.models.parts import WEIGHTS
 from educe.types import Model, Params
 
 KEY = 'adapter'
 KINDS = ('lora', 'dora')
 # What an optimizer must freeze, so that adapters and a value head alone are trained.
 FROZEN = rf'^(?!{KEY}/layers/|value/)'
-# Each weight that can have one: where it is, and how many of its axes are inputs.
-WEIGHTS = {
-  'query': ('attention', 1),
-  'key': ('attention', 1),
-  'value': ('attention', 1),
-  'out': ('attention', 2),
-  'gate': ('mlp', 1),
-  'up': ('mlp', 1),
-  'down': ('mlp', 1),
-}
 
 
 class Adapted(NamedTuple):
@@ -68,6 +60,7 @@ def attach(
   kind: str = 'lora',
   targets: tuple[str, ...] = tuple(WEIGHTS),
   stabilised: bool = False,
+  base: str | None = None,
   seed: int = 0,
   merge: bool = False,
 ) -> tuple[Model, Params]:
@@ -82,28 +75,31 @@ def attach(
     targets: the weights that get one, in every layer: query, key, value and out of the
       attention, gate, up and down of the MLP
     stabilised: s = α/√r
+    base: 'int8' or 'nf4' stores the layers' matrices in 8 or 4 bits (quantized.py)
     seed: of A
     merge: an adapter that is there already goes into the weights, and a new one begins
 
   Raises ValueError for settings that cannot be, a target that the model has not, and an
   adapter that is there with other settings.
   """
-  check(rank, alpha, kind, targets)
+  check(rank, alpha, kind, targets, base)
   scale = alpha / (math.sqrt(rank) if stabilised else rank)
   if not isinstance(params, Mapping) or not isinstance(params.get('layers'), Mapping):
     raise ValueError('adapter: params must be those of a transformer, layers stacked')
-  dense = {name for name in targets if _is_dense(model, params, name)}
+  axes = plain_axes(model.axes)
+  plain = jax.eval_shape(quantized.restored, params)['layers']
+  dense = [name for name in WEIGHTS if _is_dense(axes, plain, name)]
   if missing := [name for name in targets if name not in dense]:
     raise ValueError(
       f'adapter.targets: {missing[0]!r} is no dense weight of this model; choose from '
-      f'{[name for name in WEIGHTS if _is_dense(model, params, name)]}'
+      f'{dense}'
     )
 
   def new(params, key) -> Params:
     layers: dict[str, dict[str, Any]] = {}
     for name in targets:
       module, inputs = WEIGHTS[name]
-      shape = params['layers'][module][name].shape
+      shape = plain[module][name].shape
       into, out = shape[1 : 1 + inputs], shape[1 + inputs :]
       bound = 1 / math.sqrt(math.prod(into))
       own = jax.random.fold_in(key, list(WEIGHTS).index(name))
@@ -117,16 +113,24 @@ def attach(
     return {**params, KEY: {'scale': jnp.float32(scale), 'layers': layers}}
 
   def init(key) -> Params:
-    return new(without(model.init(key)), jax.random.fold_in(key, seed))
+    start = quantized.restored(without(model.init(key)))
+    start = quantized.store(start, base) if base else start
+    return new(start, jax.random.fold_in(key, seed))
 
-  adapted = model._replace(init=init, axes=model.axes and _axes(model, targets, kind))
+  if axes:
+    axes = _with_axes(
+      quantized.stored_axes(axes) if base else axes, axes, targets, kind
+    )
+  adapted = model._replace(init=init, axes=axes)
   if merge:
     params = merged(params)
   if KEY not in params:
+    params = quantized.store(params, base) if base else params
     return adapted, new(params, jax.random.key(seed))
   fresh = jax.eval_shape(lambda x: new(x, jax.random.key(0)), params)
   there, ours = _described(params), _described(fresh)
   there['scale'], ours['scale'] = float(params[KEY]['scale']), float(jnp.float32(scale))
+  there['base'], ours['base'] = quantized.kind_of(params), base
   for name in sorted(there.keys() | ours.keys()):
     if there.get(name) != ours.get(name):
       raise ValueError(
@@ -137,7 +141,11 @@ def attach(
 
 
 def check(
-  rank: int, alpha: float, kind: str = 'lora', targets: tuple[str, ...] = tuple(WEIGHTS)
+  rank: int,
+  alpha: float,
+  kind: str,
+  targets: tuple[str, ...],
+  base: str | None,
 ) -> None:
   """Raises ValueError for settings that no model could have."""
   if rank < 1:
@@ -146,6 +154,8 @@ def check(
     raise ValueError(f'alpha={alpha} must be more than 0, and finite')
   if kind not in KINDS:
     raise ValueError(f'kind={kind!r} must be one of {list(KINDS)}')
+  if base not in (None, *quantized.KINDS):
+    raise ValueError(f'base={base!r} must be None or one of {list(quantized.KINDS)}')
   if not targets:
     raise ValueError(f'targets={targets} names no weight')
   for name in targets:
@@ -173,8 +183,7 @@ def folded(params: Params) -> Params:
   for module, name, leaves in _each(params):
     ready = {'a': leaves['a'], 'b': scale * leaves['b']}
     if 'magnitude' in leaves:
-      weights = params['layers'][module][name], ready['a'], ready['b']
-      norm, ratio = jax.lax.map(lambda x: _norm(*x), sg(weights))
+      norm, ratio = sg(_norms(params, module, name, ready['a'], ready['b']))
       ready['gain'] = (1 + leaves['magnitude'] / norm) * ratio
     layers.setdefault(module, {})[name] = ready
   return {**params, KEY: {'layers': layers}}
@@ -183,11 +192,13 @@ def folded(params: Params) -> Params:
 def merged(params: Params) -> Params:
   """The params of a plain model that does what base and adapter do together.
 
-  In float32, and then of the dtype that each weight has. Without an adapter: as they are.
+  In float32, and then of the dtype that each weight has. What is quantized becomes arrays;
+  without any of it, params are returned as they are.
   """
   if KEY not in params:
-    return params
-  ready, layers = folded(params), dict(params['layers'])
+    return quantized.restored(params)
+  ready, params = folded(params), quantized.restored(params)
+  layers = dict(params['layers'])
   for module, name, leaves in _each(ready):
     whole = jax.lax.map(
       lambda x: _whole(*x), (layers[module][name], *Adapted(None, **leaves)[1:])
@@ -196,12 +207,12 @@ def merged(params: Params) -> Params:
   return {**without(params), 'layers': layers}
 
 
-def adapted(module: Any, name: str, weight: Any) -> Any:
+def adapted(module: Any, name: str, weight: Any, dtype: Any) -> Any:
   """`weight` of a Linen module, with its adapter where it has one (transformer.project)."""
   if not module.has_variable(KEY, name):
     return weight
   leaves = module.get_variable(KEY, name)
-  a, b = (leaves[x].astype(weight.dtype) for x in 'ab')
+  a, b = (leaves[x].astype(dtype) for x in 'ab')
   return Adapted(weight, a, b, leaves.get('gain'))
 
 
@@ -209,9 +220,20 @@ def norms(params: Params) -> dict[str, dict[str, Any]]:
   """‖W‖ of each column of each weight with an adapter: DoRA's m is ‖W‖ + magnitude."""
   found: dict[str, dict[str, Any]] = {}
   for module, name, leaves in _each(params):
-    weights = params['layers'][module][name], leaves['a'], leaves['b']
-    found.setdefault(module, {})[name] = jax.lax.map(lambda x: _norm(*x)[0], weights)
+    norm, _ = _norms(params, module, name, leaves['a'], leaves['b'])
+    found.setdefault(module, {})[name] = norm
   return found
+
+
+def _norms(params: Params, module: str, name: str, a, b):
+  """`_norm` of every layer, one after another."""
+  weight = params['layers'].get(module, {}).get(name)
+  if weight is None:
+    weight = params[quantized.KEY]['layers'][module][name]
+  inputs = WEIGHTS[name][1]
+  return jax.lax.map(
+    lambda x: _norm(quantized.dense(x[0], inputs), *x[1:]), (weight, a, b)
+  )
 
 
 def _each(params: Params):
@@ -250,25 +272,30 @@ def _whole(weight, a, b, gain=None):
   return wide.reshape(weight.shape).astype(weight.dtype)
 
 
-def _is_dense(model: Model, params: Params, name: str) -> bool:
+def plain_axes(axes: Any) -> Any:
+  """Of the merged model."""
+  return quantized.restored_axes(without(axes))
+
+
+def _is_dense(axes: Any, layers: Params, name: str) -> bool:
   """Whether every layer has this weight, and once, not for each expert."""
   module = WEIGHTS[name][0]
-  axes = (model.axes or {}).get('layers', {}).get(module, {}).get(name, ())
-  return name in params['layers'].get(module, {}) and 'experts' not in axes
+  names = (axes or {}).get('layers', {}).get(module, {}).get(name, ())
+  return name in layers.get(module, {}) and 'experts' not in names
 
 
-def _axes(model: Model, targets: tuple[str, ...], kind: str) -> Any:
+def _with_axes(base: Any, plain: Any, targets: tuple[str, ...], kind: str) -> Any:
   """A's inputs lie as the weight's do, B's outputs too; the rank is whole everywhere."""
   layers: dict[str, dict[str, Any]] = {}
   for name in targets:
     module, inputs = WEIGHTS[name]
-    layer, *rest = model.axes['layers'][module][name]
+    layer, *rest = plain['layers'][module][name]
     into, out = rest[:inputs], rest[inputs:]
     leaves = {'a': (layer, *into, None), 'b': (layer, None, *out)}
     if kind == 'dora':
       leaves['magnitude'] = (layer, *out)
     layers.setdefault(module, {})[name] = leaves
-  return {**model.axes, KEY: {'scale': (), 'layers': layers}}
+  return {**base, KEY: {'scale': (), 'layers': layers}}
 
 
 def _described(params: Params) -> dict[str, Any]:

@@ -13,6 +13,17 @@ import jax
 
 from educe.types import Params
 
+# Each dense matrix of a layer: where it is, and how many of its axes are inputs.
+WEIGHTS = {
+  'query': ('attention', 1),
+  'key': ('attention', 1),
+  'value': ('attention', 1),
+  'out': ('attention', 2),
+  'gate': ('mlp', 1),
+  'up': ('mlp', 1),
+  'down': ('mlp', 1),
+}
+
 
 def paths(params: Params, function: Callable[[str], Any]) -> Any:
   """`function(path)` for every leaf; a path reads layers/attention/q."""

@@ -40,8 +40,9 @@ def build(architecture: Architecture) -> Model:
     return nn.unbox(init_boxed(key))
 
   def hidden(params, tokens, positions=None, segments=None, prefix=None):
-    adapter = lora.folded(params).get(lora.KEY, {})
-    own = {'params': params, lora.KEY: adapter}
+    ready = lora.folded(params)
+    own = {key: ready[key] for key in transformer.BESIDE if key in ready}
+    own['params'] = params
     states = module.apply(own, tokens, positions, segments, prefix)
     return states, {}
 

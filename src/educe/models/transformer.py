@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from educe.kernels import logprob
-from educe.models import attention, lora
+from educe.models import attention, lora, quantized
 from educe.models.attention import Causal, Fork, attend
 from educe.sharding import by_row
 
@@ -42,6 +42,8 @@ CHOICES = {
   'logprob': ('auto', *logprob.IMPLEMENTATIONS),
   'attention': attention.IMPLEMENTATIONS,
 }
+# Collections beside the params that a layer may have some of.
+BESIDE = (lora.KEY, quantized.KEY)
 # A loop over two layers costs a third of a small model's step; so few compile as fast
 # without one. Recomputed layers keep it, or XLA would merge what is to be recomputed.
 SHALLOW = 4
@@ -118,7 +120,9 @@ def rotate(x: Float[Array, 'B T N h'], cos, sin) -> Float[Array, 'B T N h']:
   )
 
 
-def project(x: Float[Array, 'B T *n'], weight: Array | lora.Adapted) -> Array:
+def project(
+  x: Float[Array, 'B T *n'], weight: Array | lora.Adapted | quantized.Weight
+) -> Array:
   """x [B, T, *n] · weight [*n, *m] → [B, T, *m], as a matmul of two matrices.
 
   Not an einsum: the gradient of a dot of rank 3 makes XLA's CPU backend transpose the
@@ -128,6 +132,14 @@ def project(x: Float[Array, 'B T *n'], weight: Array | lora.Adapted) -> Array:
   if isinstance(weight, lora.Adapted):
     y = project(x, weight.weight) + project(project(x, weight.a), weight.b)
     return y if weight.gain is None else (weight.gain * y).astype(y.dtype)
+  if isinstance(weight, quantized.Weight):
+    inputs = weight.inputs
+
+    def multiply(x, leaves):
+      return project(x, quantized.dense(leaves, inputs).astype(x.dtype))
+
+    # Made again for the gradient: kept, the weights of all layers would be there at once.
+    return jax.checkpoint(multiply, prevent_cse=False)(x, weight.leaves)
   inner = x.shape[2:]
   outer = weight.shape[len(inner) :]
   matrix = weight.reshape(math.prod(inner), math.prod(outer))
@@ -141,6 +153,17 @@ def _normal(scale: float, *axes: str):
 def _residual(architecture: Architecture, *axes: str):
   """Writes to the residual stream shrink with depth (GPT-2, Radford et al. 2019)."""
   return _normal(0.02 / (2 * architecture.layers) ** 0.5, *axes)
+
+
+def _weight(
+  module: Any, name: str, init: Any, shape: tuple[int, ...], dtype: Any
+) -> Any:
+  """A weight as `project` takes it: an array, or stored in few bits; adapted or not."""
+  value: Any = quantized.read(module, name)
+  if value is None:
+    value = module.param(name, init, shape, module.architecture.param_dtype)
+    value = value.astype(dtype)
+  return lora.adapted(module, name, value, dtype)
 
 
 class RMSNorm(nn.Module):
@@ -164,8 +187,7 @@ class Attention(nn.Module):
     a = self.architecture
 
     def weight(name, init, *shape):
-      value = self.param(name, init, shape, a.param_dtype).astype(x.dtype)
-      return lora.adapted(self, name, value)
+      return _weight(self, name, init, shape, x.dtype)
 
     into = ('embed', 'heads', 'head_dim'), ('embed', 'kv_heads', 'head_dim')
     query = weight('query', _normal(0.02, *into[0]), a.dim, a.heads, a.head_dim)
@@ -197,8 +219,7 @@ class MLP(nn.Module):
     a = self.architecture
 
     def weight(name, init, *shape):
-      value = self.param(name, init, shape, a.param_dtype).astype(x.dtype)
-      return lora.adapted(self, name, value)
+      return _weight(self, name, init, shape, x.dtype)
 
     gate = weight('gate', _normal(0.02, 'embed', 'mlp'), a.dim, a.ffn)
     up = weight('up', _normal(0.02, 'embed', 'mlp'), a.dim, a.ffn)
@@ -258,7 +279,7 @@ class Transformer(nn.Module):
       block,
       length=a.layers,
       unroll=a.layers if a.layers <= SHALLOW and block is Block else 1,
-      variable_axes={'params': 0, lora.KEY: 0},
+      variable_axes={'params': 0, lora.KEY: 0, quantized.KEY: 0},
       split_rngs={'params': True},
       in_axes=nn.broadcast,
       metadata_params={nn.PARTITION_NAME: 'layers'},
@@ -298,10 +319,10 @@ def unstack(params):
   def split(stack):
     return [jax.tree.map(lambda x, i=i: x[i], stack) for i in range(count)]
 
-  unstacked = {**params, 'layers': split(layers)}
-  if lora.KEY in params:
-    unstacked[lora.KEY] = {'layers': split(params[lora.KEY]['layers'])}
-  return unstacked
+  beside = {
+    key: {'layers': split(params[key]['layers'])} for key in BESIDE if key in params
+  }
+  return {**params, 'layers': split(layers), **beside}
 
 
 def decode(
@@ -328,9 +349,9 @@ def decode(
   block = Block(a)
   x = params['embedding'][tokens].astype(a.compute_dtype)
   layers = []
-  beside = params.get(lora.KEY, {}).get('layers', [{}] * a.layers)
-  for weights, extra, layer in zip(params['layers'], beside, cache.layers, strict=True):
-    own = {'params': weights, lora.KEY: extra}
+  for number, layer in enumerate(cache.layers):
+    own = {key: params[key]['layers'][number] for key in BESIDE if key in params}
+    own['params'] = params['layers'][number]
     applied: Any = block.apply(own, x, angles, visible, layer, slot)
     x, layer = applied
     layers.append(layer)

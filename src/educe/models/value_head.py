@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from educe.models import lora
+from educe.models import lora, quantized
 from educe.types import Model, Params
 
 KEY = 'value'
@@ -71,7 +71,9 @@ def attach(
   head_axes = {'weight': ('embed',), 'bias': ()}
   axes = model.axes and {**model.axes, KEY: {'head': head_axes}}
   if axes and trunk == 'separate':
-    axes[KEY]['trunk'] = _trunk(model.axes if own is None else lora.without(model.axes))
+    axes[KEY]['trunk'] = _trunk(
+      model.axes if own is None else lora.plain_axes(model.axes)
+    )
   with_head = model._replace(
     init=init, axes=axes, values=functools.partial(_values, model)
   )
@@ -125,8 +127,12 @@ def _trunk(params: Params) -> Params:
 def _read_by(params: Params) -> Params:
   """The policy as its head sees it: with the head's own trunk, or adapter."""
   policy, trunk = without(params), params[KEY].get('trunk')
+  if trunk is None:
+    return policy
+  if lora.KEY not in trunk:
+    policy = {x: y for x, y in policy.items() if x not in (lora.KEY, quantized.KEY)}
   # A module asks for all of its params, an unembedding that it will not use included.
-  return policy if trunk is None else {**lora.without(policy), **trunk}
+  return {**policy, **trunk}
 
 
 def _values(model: Model, params, states, *said):
