@@ -112,7 +112,12 @@ def _base_of(path: str) -> str | None:
   if loader_of(path) is not None:
     return None
   config = read_config(paths.resolve(path) / 'config.json')
-  return config['init_from'] or config['model'].get('path')
+  before = config['init_from']
+  if before is None:
+    return config['model'].get('path')
+  file = pathlib.Path(before) / 'config.json'
+  goes_on = not config['adapter']['merge'] and file.exists()
+  return _base_of(before) if goes_on and read_config(file).get('adapter') else before
 
 
 def parser() -> argparse.ArgumentParser:

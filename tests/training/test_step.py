@@ -162,7 +162,7 @@ def test_a_mesh_shares_prompts_and_leaves_out_tokens_device_by_device(mesh_of):
 
 def test_frozen_params_stay_cut_and_sharded_as_whole(mesh_of):
   batch = draw(rows=16)
-  freeze = ('embedding', 'layers/mlp', '^head')
+  freeze = ('embedding', 'layers/mlp/', '^head')
   want, history = run(batch, freeze=freeze)
   got, cut = run(batch, microbatches=2, mesh=mesh_of(2, 2, 2), freeze=freeze)
   np.testing.assert_allclose(cut[-1]['grad_norm'], history[-1]['grad_norm'], rtol=1e-5)
@@ -176,7 +176,7 @@ def test_frozen_params_stay_cut_and_sharded_as_whole(mesh_of):
 
 def test_a_reference_holds_what_is_trained_and_no_more():
   tx = optimizer.make(
-    10, learning_rate=0.1, freeze=('embedding', 'layers/mlp', '^head')
+    10, learning_rate=0.1, freeze=('embedding', 'layers/mlp/', '^head')
   )
   state = init_state(params(), tx, jax.random.key(0), reference=True)
   held = jax.tree.leaves(paths(state.reference, lambda path: path))
