@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from educe import cli, policies, runs
-from educe.models import lora, peft, safetensors, scratch, value_head
+from educe.models import lora, peft, quantized, safetensors, scratch, value_head
 from educe.rollouts import rounds, transcripts
 from educe.training import checkpoint, metrics
 
@@ -416,6 +416,63 @@ def test_another_adapter_on_top_is_refused_or_merged(adapted, tmp_path, capsys):
   assert set(params['adapter']['layers']) == {'mlp'}
   before = lora.merged(adapted_params(folder / 'sft'))
   jax.tree.map(np.testing.assert_array_equal, lora.without(params), before)
+
+
+def test_a_base_in_four_bits_is_saved_gone_on_with_and_merged(adapted, tmp_path):
+  path, folder = adapted
+  text = pathlib.Path(path.partition('=')[2]).read_text()
+  start = text.index('ConfigDict(dict(stages')
+  where = tmp_path / 'alone.py'
+  where.write_text(
+    text[:start] + "ConfigDict(dict(base, adapter=dict(adapter, base='nf4')))\n"
+  )
+  first = f'--config.init_from={folder / "base"}'
+  for name, steps in (('whole', [2]), ('cut', [1, 2])):
+    for count in steps:
+      argv = [first, f'--config.steps={count}', '--config.optimizer.schedule=constant']
+      assert go(f'--config={where}', tmp_path / name, *argv) == 0
+  assert losses(tmp_path / 'whole') == losses(tmp_path / 'cut')
+  params = adapted_params(tmp_path / 'whole')
+  base = params_of(folder / 'base')
+  want = quantized.store(base, 'nf4')
+  jax.tree.map(np.testing.assert_array_equal, lora.without(params), want)
+  to = tmp_path / 'out'
+  assert cli.main(['convert', f'--model={tmp_path / "whole"}', f'--to={to}']) == 0
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    safetensors.load(path=str(to))[1],
+    lora.merged(params),
+  )
+
+
+def test_a_critic_beside_an_adapter_is_one_too_until_it_goes_elsewhere(ppo, tmp_path):
+  path, folder = ppo
+  text = pathlib.Path(path.partition('=')[2]).read_text()
+  where = tmp_path / 'alone.py'
+  whole = "dict(stages=('base', 'rl'), base=base, rl=rl)"
+  assert whole in text
+  where.write_text(text.replace(whole, 'dict(rl, steps=1, adapter=dict(rank=2))'))
+  start = f'--config.init_from={folder / "base"}'
+  assert go(f'--config={where}', tmp_path / 'first', start) == 0
+  _, params, _ = policies.open_values(str(tmp_path / 'first'))
+  assert set(params['value']['trunk']) == {'adapter'}
+  policy = policies.open_policy(str(tmp_path / 'first'))[1]
+  jax.tree.map(np.testing.assert_array_equal, value_head.without(params), policy)
+  b = params['value']['trunk']['adapter']['layers']['mlp']['up']['b']
+  assert 1e-6 < np.abs(b).max() < 0.1  # it learned, and from 0
+  # Elsewhere its trunk comes whole, with the adapter in it.
+  flags = [
+    start, f'--config.value_from={tmp_path / "first"}', '--config.value.init_std=0.0',
+    '--config.optimizer.learning_rate=1e-9',
+  ]  # fmt: skip
+  assert go(f'--config={where}', tmp_path / 'second', *flags) == 0
+  _, second, _ = policies.open_values(str(tmp_path / 'second'))
+  taken = value_head.taken(params)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6),
+    second['value'],
+    taken,
+  )
 
 
 @pytest.fixture(scope='module')

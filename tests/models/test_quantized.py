@@ -1,5 +1,6 @@
 """Weights in few bits against loops in float64, and a model on them against a plain one."""
 
+import dataclasses
 import functools
 import math
 
@@ -96,7 +97,8 @@ def test_a_model_on_it_is_the_model_on_what_it_stands_for(kind):
   @jax.jit
   @jax.value_and_grad
   def loss(adapter, rest):
-    return -score(model, {**rest, 'adapter': adapter}, batch()).logp.mean()
+    part = jax.tree.map(jnp.asarray, batch())
+    return -score(model, {**rest, 'adapter': adapter}, part).logp.mean()
 
   got, want = (loss(p['adapter'], lora.without(p)) for p in (params, plain))
   np.testing.assert_allclose(got[0], want[0], rtol=1e-6)
@@ -125,6 +127,24 @@ def test_a_stored_base_takes_a_quarter_or_an_eighth(kind):
   )
   # Blocks of 32 inputs at this width, or of 8 in `out`: scales take more than at 64.
   assert stored / whole < (0.31 if kind == 'int8' else 0.19)
+
+
+def test_a_step_never_holds_the_weights_of_all_layers():
+  """They are made again for the gradient: temporaries stay below what they would take."""
+  sizes = dict(dim=128, ffn=512, heads=4, kv_heads=4, head_dim=32, layers=8)
+  model = policy.build(dataclasses.replace(presets.debug, **sizes))
+  tx = optimizer.make(10, learning_rate=0.1, freeze=(lora.FROZEN,))
+  plain = jax.eval_shape(model.init, jax.random.key(0))
+  stack = sum(math.prod(plain['layers'][m][n].shape) for n, (m, _) in WEIGHTS.items())
+
+  def temporaries(base):
+    like = lora.attach(model, model.init(jax.random.key(0)), rank=2, base=base)
+    state = jax.eval_shape(lambda p: init_state(p, tx, jax.random.key(0)), like[1])
+    step = make_step(like[0], sft.loss, tx)
+    lowered = step.lower(state, jax.tree.map(jnp.asarray, batch(1, 8)))
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+  assert temporaries('nf4') - temporaries(None) < 0.5 * 4 * stack
 
 
 @pytest.mark.parametrize('kind', KINDS)

@@ -15,6 +15,8 @@ Params have these weights under one more key, `quantized`, and not in `layers`:
 
 Differs from the paper: the scales are not quantized again (half a bit a weight), and blocks
 lie along the inputs, so that codes and scales are split over a mesh as the weight would be.
+(The PyPI package qwix flattens nf4 to make it dense, which gathers a weight that is split;
+of its int8 no more than `quantize` and `dense` would be used.)
 """
 
 from __future__ import annotations
