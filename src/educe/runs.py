@@ -101,7 +101,7 @@ def train(
       raise config_lib.ConfigError(
         f'config.{name}={config[name]} must be at least {low}'
       )
-  frozen = (*optimizer['freeze'], *([lora.FROZEN] if adapter else []))
+  frozen = (*optimizer.get('freeze', ()), *([lora.FROZEN] if adapter else []))
   tx = call('optimizer', {**optimizer, 'freeze': frozen}, steps=steps)
   for section in ('evaluation', 'adapter', 'value'):
     if config[section]:

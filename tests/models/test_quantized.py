@@ -200,6 +200,20 @@ def test_going_on_asks_for_the_same_base_and_odd_inputs_are_refused():
   assert 'quantized' not in merged.axes
   with pytest.raises(ValueError, match=r"base='int2' must be None or one of \['int8'"):
     lora.attach(model, plain, base='int2')
+  axes = {
+    'mlp': {'up': ('layers', 'experts', 'embed', 'mlp')},
+    'attention': {'key': ('layers', 'embed', 'kv_heads', 'head_dim')},
+  }
+  up = jnp.ones((1, 3, 4, 2))
+  layers = {'mlp': {'up': up}, 'attention': {'key': jnp.ones((1, 4, 1, 2))}}
+  _, some = lora.attach(
+    model._replace(axes={'layers': axes}),
+    {'embedding': jnp.ones(2), 'layers': layers},
+    targets=('key',),
+    base='nf4',
+  )
+  assert set(some['quantized']['layers']) == {'attention'}  # experts stay as they are
+  assert some['layers']['mlp']['up'] is up
   odd = {'embedding': jnp.ones(2), 'layers': {'mlp': {'up': jnp.ones((1, 3, 2))}}}
   with pytest.raises(ValueError, match="base='nf4': up has 3 inputs, no pairs"):
     quantized.store(odd, 'nf4')

@@ -75,7 +75,7 @@ def attach(
     targets: the weights that get one, in every layer: query, key, value and out of the
       attention, gate, up and down of the MLP
     stabilised: s = α/√r
-    base: 'int8' or 'nf4' stores the layers' matrices in 8 or 4 bits (quantized.py)
+    base: 'int8' or 'nf4' stores the layers' dense matrices in 8 or 4 bits (quantized.py)
     seed: of A
     merge: an adapter that is there already goes into the weights, and a new one begins
 
@@ -114,18 +114,18 @@ def attach(
 
   def init(key) -> Params:
     start = quantized.restored(without(model.init(key)))
-    start = quantized.store(start, base) if base else start
+    start = quantized.store(start, base, dense) if base else start
     return new(start, jax.random.fold_in(key, seed))
 
   if axes:
     axes = _with_axes(
-      quantized.stored_axes(axes) if base else axes, axes, targets, kind
+      quantized.stored_axes(axes, dense) if base else axes, axes, targets, kind
     )
   adapted = model._replace(init=init, axes=axes)
   if merge:
     params = merged(params)
   if KEY not in params:
-    params = quantized.store(params, base) if base else params
+    params = quantized.store(params, base, dense) if base else params
     return adapted, new(params, jax.random.key(seed))
   fresh = jax.eval_shape(lambda x: new(x, jax.random.key(0)), params)
   there, ours = _described(params), _described(fresh)

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -87,14 +87,15 @@ def dense(leaves: Any, inputs: int) -> Any:
   return (x * jnp.expand_dims(scale, axis + 1)).reshape(shape)
 
 
-def store(params: Params, kind: str) -> Params:
-  """Params with every matrix of the layers quantized; embedding, head and norms are not.
+def store(params: Params, kind: str, names: Iterable[str] = WEIGHTS) -> Params:
+  """Params with these matrices of the layers quantized; embedding, head and norms are not.
 
   Raises ValueError for an odd number of inputs, of which nf4 makes no bytes.
   """
   layers: dict[str, Any] = dict(params['layers'])
   kept: dict[str, Any] = {}
-  for name, (module, inputs) in WEIGHTS.items():
+  for name in names:
+    module, inputs = WEIGHTS[name]
     if name not in layers.get(module, {}):
       continue
     weight = layers[module][name]
@@ -128,11 +129,12 @@ def restored(params: Params) -> Params:
   return {**{x: y for x, y in params.items() if x != KEY}, 'layers': layers}
 
 
-def stored_axes(axes: Any) -> Any:
+def stored_axes(axes: Any, names: Iterable[str] = WEIGHTS) -> Any:
   """Axes of `store`'s params, of those of plain ones: a block lies as its inputs do."""
   layers: dict[str, Any] = dict(axes['layers'])
   kept: dict[str, Any] = {}
-  for name, (module, _) in WEIGHTS.items():
+  for name in names:
+    module, _ = WEIGHTS[name]
     if name in layers.get(module, {}):
       own = layers[module][name]
       kept.setdefault(module, {})[name] = {'codes': own, 'scale': own}
