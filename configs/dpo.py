@@ -6,6 +6,7 @@ Recipes, all of SmolLM2-135M-Instruct:
   demo     DPO on 260 general pairs (data://dpo_demo.jsonl.gz), judged on 40 others
   hh       DPO on Anthropic's harmlessness pairs (offensive text: a warning is printed)
   ipo      the demo's data with IPO, which does not run off where labels never disagree
+  lora     … with DPO on an adapter of rank 16: no second copy of the model is kept
   simpo    … with SimPO: no reference, rewards are mean log-probs
   tr_dpo   … with DPO whose reference follows the policy
   kto      KTO on 300 completions that are labelled good or bad (data://kto_demo.jsonl.gz)
@@ -33,7 +34,9 @@ def get_config(recipe='demo'):
     name='adamw', learning_rate=5e-6, schedule='linear', warmup_steps=5, b2=0.95
   )
   config.mesh = dict(data=-1)
-  recipes = dict(demo=demo, hh=hh, ipo=ipo, simpo=simpo, tr_dpo=tr_dpo, kto=kto)
+  recipes = dict(
+    demo=demo, hh=hh, ipo=ipo, lora=lora, simpo=simpo, tr_dpo=tr_dpo, kto=kto
+  )
   if recipe not in recipes:
     wrong = next((x for x in recipe.split(',') if x not in recipes), recipe)
     raise ValueError(f'no recipe {wrong!r}' + near(wrong, [*recipes, 'debug']))
@@ -87,6 +90,13 @@ def ipo(config):
   """Mohammad Gheshlaghi Azar et al., 2023, arXiv:2310.12036."""
   demo(config)
   config.loss.variant = 'ipo'
+
+
+def lora(config):
+  """The demo on an adapter, at ten times the rate; its reference is the model without."""
+  demo(config)
+  config.adapter = dict(kind='lora', rank=16, alpha=32.0)
+  config.optimizer.learning_rate = 5e-5
 
 
 def simpo(config):

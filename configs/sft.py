@@ -1,11 +1,13 @@
 """Supervised fine-tuning.
 
   python -m educe train --config=configs/sft.py:demo  --run_dir=runs/demo
+  python -m educe train --config=configs/sft.py:lora  --run_dir=runs/lora
   python -m educe train --config=configs/sft.py:gsm8k --run_dir=runs/gsm8k
 
 Recipes:
   demo    SmolLM2-135M-Instruct learns to reverse lists of words (reasoning-gym), and is
           tested on problems it never saw.
+  lora    the same with an adapter of rank 16 on every matrix, all else frozen
   gsm8k   the same model on GSM8K's 7,473 worked solutions (data://gsm8k_train.jsonl.gz).
 
 Append `,debug` for two steps of a tiny random model; override any key, as in
@@ -27,7 +29,7 @@ def get_config(recipe='demo'):
   config.algorithm = dict(name='sft')
   config.loss = dict(name='sft')
   config.mesh = dict(data=-1)
-  recipes = {'demo': demo, 'gsm8k': gsm8k}
+  recipes = {'demo': demo, 'lora': lora, 'gsm8k': gsm8k}
   if recipe not in recipes:
     wrong = next((x for x in recipe.split(',') if x not in recipes), recipe)
     raise ValueError(f'no recipe {wrong!r}' + near(wrong, [*recipes, 'debug']))
@@ -61,6 +63,16 @@ def demo(config):
     max_new_tokens=24,
   )
   config.evaluate_every = 25
+
+
+def lora(config):
+  """The demo with 4.9 million trained params of 139 million, at ten times the rate.
+
+  `convert --model=runs/lora` merges it; with --adapter it is written for PEFT.
+  """
+  demo(config)
+  config.adapter = dict(kind='lora', rank=16, alpha=32.0)
+  config.optimizer.learning_rate = 1e-3
 
 
 def gsm8k(config):

@@ -50,7 +50,7 @@ def stages(values):
 def test_there_are_recipes():
   assert {recipe for _, recipe in RECIPES if ',' not in recipe} == {
     'demo', 'gsm8k', 'chain', 'arithmetic', 'smollm', 'zero', 'r1', 'offline',
-    'xpo', 'judge', 'hh', 'ipo', 'simpo', 'tr_dpo', 'kto', 'pandalm', 'verifier',
+    'xpo', 'judge', 'hh', 'ipo', 'lora', 'simpo', 'tr_dpo', 'kto', 'pandalm', 'verifier',
   }  # fmt: skip
   assert len(presets(ROOT / 'configs' / 'grpo.py')) == 10
 

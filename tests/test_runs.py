@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from educe import cli, runs
-from educe.models import scratch, value_head
+from educe import cli, policies, runs
+from educe.models import lora, peft, quantized, safetensors, scratch, value_head
 from educe.rollouts import rounds, transcripts
 from educe.training import checkpoint, metrics
 
@@ -290,6 +290,189 @@ def test_one_step_off_runs_on_a_mesh(alone, tmp_path):
   records = metrics.read(tmp_path / 'run' / 'metrics.jsonl')
   stale = [r['sampling/staleness_steps'] for r in records if 'reward' in r]
   assert stale == [0, 2]
+
+
+@pytest.fixture(scope='module')
+def adapted(config, tmp_path_factory):
+  """Weights, an adapter on them, the same with a reference, and all of it merged."""
+  folder = tmp_path_factory.mktemp('adapted')
+  text = pathlib.Path(config.partition('=')[2]).read_text()
+  for old, new in (
+    ("stages=('base', 'rl'), base=base, rl=rl", (
+      "stages=('base', 'sft', 'rl', 'full'), base=dict(base, steps=2), "
+      "sft=dict(base, steps=2, adapter=dict(adapter)), "
+      "rl=dict(rl, adapter=dict(adapter)), "
+      "full=dict(base, steps=1, optimizer=dict(name='sgd', learning_rate=1e-9))"
+    )),
+    ("loss=dict(name='grpo')", "loss=dict(name='grpo', kl_coef=0.1)"),
+    ('minibatches=2)', 'minibatches=2, reference_every=0)'),
+    ("learning_rate=1e-9, schedule='c", "learning_rate=1e-2, schedule='c"),
+    ('evaluation=exam,', ''),
+    ('  exam =', "  adapter = dict(rank=2, alpha=8.0, kind='dora')\n  exam ="),
+  ):  # fmt: skip
+    assert old in text
+    text = text.replace(old, new)
+  path = folder / 'adapted.py'
+  path.write_text(text)
+  assert go(f'--config={path}', folder / 'run') == 0
+  return f'--config={path}', folder / 'run'
+
+
+def adapted_params(folder):
+  return policies.open_policy(str(folder))[1]
+
+
+def test_an_adapter_leaves_its_base_alone_and_goes_on_from_stage_to_stage(adapted):
+  base = params_of(adapted[1] / 'base')
+  sft, rl = (adapted_params(adapted[1] / name) for name in ('sft', 'rl'))
+  for params in (sft, rl):
+    jax.tree.map(np.testing.assert_array_equal, lora.without(params), base)
+  names = [(params['adapter']['layers']['mlp']['up']) for params in (sft, rl)]
+  assert all(np.abs(x).max() > 1e-4 for x in jax.tree.leaves(names[0]))
+  moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), *names)
+  assert all(0 < x < 0.1 for x in jax.tree.leaves(moved))
+
+
+def test_the_reference_of_an_adapter_is_a_copy_of_it_alone(adapted):
+  """Where the adapter goes on, it is the adapter as it was: the first KL is 0."""
+  folder = adapted[1]
+  rows = [r for r in metrics.read(folder / 'rl' / 'metrics.jsonl') if 'loss' in r]
+  assert rows[0]['kl'] == pytest.approx(0, abs=1e-6)
+  assert rows[2]['kl'] > 1e-6
+  shapes = checkpoint._saved_shapes(folder / 'rl' / 'checkpoints' / '3' / 'state')
+  held = {name for name in shapes if name.startswith('reference/')}
+  assert held
+  assert all(name.startswith('reference/adapter/layers/') for name in held)
+  assert len(held) == 7 * 3
+
+
+def test_an_adapter_run_is_sampled_converted_and_merged_into_the_next(
+  adapted, tmp_path, capsys
+):
+  folder = adapted[1]
+  merged = lora.merged(adapted_params(folder / 'rl'))
+  full = params_of(folder / 'full')  # trained whole, at a rate of nothing
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), full, merged
+  )
+  model, teacher = policies.load(path=str(folder / 'rl'))
+  jax.tree.map(np.testing.assert_array_equal, teacher, merged)
+  assert 'adapter' not in model.axes
+  to = tmp_path / 'out'
+  argv = ['convert', f'--model={folder / "rl"}', f'--to={to}']
+  assert cli.main(argv) == 0
+  jax.tree.map(np.testing.assert_array_equal, safetensors.load(path=str(to))[1], merged)
+  apart = tmp_path / 'adapter'
+  assert cli.main([*argv[:2], f'--to={apart}', '--adapter']) == 0
+  said = json.loads((apart / peft.CONFIG).read_text())
+  assert (said['r'], said['lora_alpha'], said['use_dora']) == (2, 8.0, True)
+  assert said['base_model_name_or_path'] == str(folder / 'base')
+  # On the base, as another folder, it is what was trained.
+  argv = ['convert', f'--model={folder / "base"}', f'--to={tmp_path / "base"}']
+  assert cli.main(argv) == 0
+  again = peft.load(path=str(apart), base=str(tmp_path / 'base'))[1]
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6),
+    again,
+    adapted_params(folder / 'rl'),
+  )
+  said = []
+  for model in (folder / 'rl', to):
+    flags = ['--prompt=0a=', '--raw', '--max_new_tokens=4']
+    capsys.readouterr()
+    assert cli.main(['sample', f'--model={model}', *flags]) == 0
+    said.append(capsys.readouterr().out)
+  assert said[0] == said[1]
+
+
+def test_an_adapter_run_goes_on_as_if_it_had_not_stopped(adapted, tmp_path):
+  path, folder = adapted
+  text = pathlib.Path(path.partition('=')[2]).read_text()
+  start = text.index('ConfigDict(dict(stages')
+  where = tmp_path / 'alone.py'
+  where.write_text(text[:start] + 'ConfigDict(dict(rl, adapter=adapter))\n')
+  first = f'--config.init_from={folder / "sft"}'
+  for name, steps in (('whole', [3]), ('cut', [1, 3])):
+    for count in steps:
+      flags = [first, f'--config.steps={count}']
+      assert go(f'--config={where}', tmp_path / name, *flags) == 0
+  assert losses(tmp_path / 'whole') == losses(tmp_path / 'cut')
+  assert losses(tmp_path / 'whole') == losses(folder / 'rl')
+
+
+def test_another_adapter_on_top_is_refused_or_merged(adapted, tmp_path, capsys):
+  path, folder = adapted
+  shutil.copytree(folder, tmp_path / 'run')
+  shutil.rmtree(tmp_path / 'run' / 'rl')
+  capsys.readouterr()
+  assert go(path, tmp_path / 'run', '--config.rl.adapter.alpha=4.0') == 1
+  error = capsys.readouterr().err
+  assert 'config.rl.adapter: scale is 4.0 in the one that is there and 2.0' in error
+  assert 'merge=True' in error
+  flags = ['--config.rl.adapter.alpha=4.0', '--config.rl.adapter.merge=True']
+  flags += ['--config.rl.steps=1', "--config.rl.adapter.targets=('up', 'down')"]
+  assert go(path, tmp_path / 'run', *flags) in (0, 1)  # the stage after is another's
+  params = adapted_params(tmp_path / 'run' / 'rl')
+  assert set(params['adapter']['layers']) == {'mlp'}
+  before = lora.merged(adapted_params(folder / 'sft'))
+  jax.tree.map(np.testing.assert_array_equal, lora.without(params), before)
+
+
+def test_a_base_in_four_bits_is_saved_gone_on_with_and_merged(adapted, tmp_path):
+  path, folder = adapted
+  text = pathlib.Path(path.partition('=')[2]).read_text()
+  start = text.index('ConfigDict(dict(stages')
+  where = tmp_path / 'alone.py'
+  where.write_text(
+    text[:start] + "ConfigDict(dict(base, adapter=dict(adapter, base='nf4')))\n"
+  )
+  first = f'--config.init_from={folder / "base"}'
+  for name, steps in (('whole', [2]), ('cut', [1, 2])):
+    for count in steps:
+      argv = [first, f'--config.steps={count}', '--config.optimizer.schedule=constant']
+      assert go(f'--config={where}', tmp_path / name, *argv) == 0
+  assert losses(tmp_path / 'whole') == losses(tmp_path / 'cut')
+  params = adapted_params(tmp_path / 'whole')
+  base = params_of(folder / 'base')
+  want = quantized.store(base, 'nf4')
+  jax.tree.map(np.testing.assert_array_equal, lora.without(params), want)
+  to = tmp_path / 'out'
+  assert cli.main(['convert', f'--model={tmp_path / "whole"}', f'--to={to}']) == 0
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    safetensors.load(path=str(to))[1],
+    lora.merged(params),
+  )
+
+
+def test_a_critic_beside_an_adapter_is_one_too_until_it_goes_elsewhere(ppo, tmp_path):
+  path, folder = ppo
+  text = pathlib.Path(path.partition('=')[2]).read_text()
+  where = tmp_path / 'alone.py'
+  whole = "dict(stages=('base', 'rl'), base=base, rl=rl)"
+  assert whole in text
+  where.write_text(text.replace(whole, 'dict(rl, steps=1, adapter=dict(rank=2))'))
+  start = f'--config.init_from={folder / "base"}'
+  assert go(f'--config={where}', tmp_path / 'first', start) == 0
+  _, params, _ = policies.open_values(str(tmp_path / 'first'))
+  assert set(params['value']['trunk']) == {'adapter'}
+  policy = policies.open_policy(str(tmp_path / 'first'))[1]
+  jax.tree.map(np.testing.assert_array_equal, value_head.without(params), policy)
+  b = params['value']['trunk']['adapter']['layers']['mlp']['up']['b']
+  assert 1e-6 < np.abs(b).max() < 0.1  # it learned, and from 0
+  # Elsewhere its trunk comes whole, with the adapter in it.
+  flags = [
+    start, f'--config.value_from={tmp_path / "first"}', '--config.value.init_std=0.0',
+    '--config.optimizer.learning_rate=1e-9',
+  ]  # fmt: skip
+  assert go(f'--config={where}', tmp_path / 'second', *flags) == 0
+  _, second, _ = policies.open_values(str(tmp_path / 'second'))
+  taken = value_head.taken(params)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6),
+    second['value'],
+    taken,
+  )
 
 
 @pytest.fixture(scope='module')

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 
 from educe import hosts, memory, paths
 from educe.measure import measure
-from educe.models import safetensors, weights
-from educe.policies import loader_of, open_policy
+from educe.models import lora, peft, safetensors, weights
+from educe.policies import loader_of, open_policy, read_config
 from educe.progress import complain
 from educe.rollouts import texts
 from educe.stages import run_all
@@ -73,16 +73,29 @@ def sample(
 
 
 def convert(
-  path: str, to: str | pathlib.Path, *, tokenizer: str | None, dtype: str
+  path: str,
+  to: str | pathlib.Path,
+  *,
+  tokenizer: str | None,
+  dtype: str,
+  adapter: bool = False,
 ) -> None:
   """Writes a policy as a Hugging Face folder, and prints the name of every tensor:
-  where it was read from, unless from a run, and where it went."""
+  where it was read from, unless from a run, and where it went.
+
+  An adapter is merged into the weights; with `adapter` it alone is written, for PEFT.
+  """
   to = paths.output(to, '--to')
   model, params, words = open_policy(path, tokenizer)
+  if adapter:
+    names = peft.export(to, params, base=_base_of(path))
+    words.save(to)
+    print('\n'.join([*names, f'wrote {to}']))
+    return
   if loader := loader_of(path):
     print(weights.describe(loader.report(path=path), model.architecture), '\n')
   architecture = dataclasses.replace(model.architecture, param_dtype=dtype)
-  params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
+  params = jax.tree.map(lambda x: jnp.asarray(x, dtype), lora.merged(params))
   rows = safetensors.export(
     to,
     architecture,
@@ -93,6 +106,19 @@ def convert(
   words.save(to)
   print(weights.describe(rows, architecture))
   print(f'wrote {to}')
+
+
+def _base_of(path: str) -> str | None:
+  """Where the weights are that the adapter of a run belongs to, as far as it knows."""
+  if loader_of(path) is not None:
+    return None
+  config = read_config(paths.resolve(path) / 'config.json')
+  before = config['init_from']
+  if before is None:
+    return config['model'].get('path')
+  file = pathlib.Path(before) / 'config.json'
+  goes_on = not config['adapter']['merge'] and file.exists()
+  return _base_of(before) if goes_on and read_config(file).get('adapter') else before
 
 
 def parser() -> argparse.ArgumentParser:
@@ -185,6 +211,7 @@ def parser() -> argparse.ArgumentParser:
   add = with_policy('convert', 'write a Hugging Face folder')
   add.add_argument('--to', required=True, help='the folder to write; may be new')
   add.add_argument('--dtype', default='float32', choices=['float32', 'bfloat16'])
+  add.add_argument('--adapter', action='store_true', help='the adapter alone, for PEFT')
   return top
 
 
@@ -241,6 +268,7 @@ def main(argv: Sequence[str]) -> int:
         arguments.to,
         tokenizer=arguments.tokenizer,
         dtype=arguments.dtype,
+        adapter=arguments.adapter,
       )
   except Exception as error:
     lost = hosts.count() > 1 and isinstance(error, jax.errors.JaxRuntimeError)

@@ -24,6 +24,7 @@ from educe.spelling import near, siblings
 PLACES = {
   'model': 'educe.models.{name}:load',
   'teacher': 'educe.models.{name}:load',
+  'adapter': 'educe.models.lora:attach',
   'value': 'educe.models.value_head:attach',
   'tokenizer': 'educe.data.tokenizer:load',
   'source': 'educe.data.sources:{name}',

@@ -13,7 +13,7 @@ from typing import Any
 from educe import config as config_lib
 from educe import paths
 from educe.data import tokenizer as tokenizers
-from educe.models import gguf, llama2c, safetensors
+from educe.models import gguf, llama2c, lora, peft, quantized, safetensors
 from educe.rollouts.sampler import vocabulary_size
 from educe.training import checkpoint
 from educe.types import Model, Params
@@ -22,11 +22,13 @@ LOADERS = {'.gguf': gguf, '.bin': llama2c}
 
 
 def load(*, path: str) -> tuple[Model, Params]:
-  """The model of a run, its newest params: what a section `model` or `teacher` names.
+  """The model of a run, its newest params: what a section `model` or `teacher` names. An
+  adapter is merged into them.
 
   Raises ValueError for what is no run, and CheckpointError for one without a checkpoint.
   """
-  return _of_run(_run(path))[:2]
+  model, params, _ = _of_run(_run(path))
+  return model._replace(axes=lora.plain_axes(model.axes)), lora.merged(params)
 
 
 def open_values(path: str):
@@ -37,7 +39,7 @@ def open_values(path: str):
   """
   where = _run(path)
   config = read_config(where / 'config.json')
-  model, params = config_lib.call('model', config['model'])
+  model, params = _as_trained(config)
   model, params = checkpoint.saved_with_value(where / 'checkpoints', model, params)
   words = tokenizers.load(path=config['tokenizer']['path'])
   check_vocabulary(model, params, words)
@@ -52,8 +54,9 @@ def _run(path: str) -> pathlib.Path:
 
 
 def open_policy(path: str, tokenizer: str | None = None, flag: str = '--model'):
-  """(model, params, tokenizer) from a .gguf file, a Hugging Face folder, a llama2c .bin
-  (which needs `tokenizer`), or a run folder (its newest checkpoint).
+  """(model, params, tokenizer) from a .gguf file, a Hugging Face folder, a PEFT folder
+  whose base is here, a llama2c .bin (which needs `tokenizer`), or a run folder (its newest
+  checkpoint). An adapter is beside the weights, not in them.
 
   flag: what errors call the path
 
@@ -75,8 +78,39 @@ def open_policy(path: str, tokenizer: str | None = None, flag: str = '--model'):
 
 def _of_run(where: pathlib.Path) -> tuple[Model, Params, dict[str, Any]]:
   config = read_config(where / 'config.json')
-  model, params = config_lib.call('model', config['model'])
+  model, params = _as_trained(config)
   return model, checkpoint.saved_params(where / 'checkpoints', params), config
+
+
+def _as_trained(config: dict[str, Any]) -> tuple[Model, Params]:
+  """The model of a run's config, with its adapter; params are those it would start with."""
+  return with_adapter(config, *config_lib.call('model', config['model']))
+
+
+def with_adapter(
+  config: dict[str, Any], model: Model, params: Params
+) -> tuple[Model, Params]:
+  """(model, params) with the adapter of a config, if it has one."""
+  if not config.get('adapter'):
+    return model, params
+  return config_lib.call('adapter', config['adapter'], model=model, params=params)
+
+
+def started_from(
+  run: str, model: Model, params: Params, *, values: bool = False
+) -> tuple[Model, Params]:
+  """(model, params) with the newest weights of a run of the same architecture, and with its
+  adapter, if it has one; with `values` also with its value head. Raises CheckpointError.
+  """
+  file = pathlib.Path(run) / 'config.json'
+  model = model._replace(axes=lora.plain_axes(model.axes))
+  params = quantized.restored(lora.without(params))
+  if file.exists():
+    model, params = with_adapter(read_config(file), model, params)
+  where = file.parent / 'checkpoints'
+  if values:
+    return checkpoint.saved_with_value(where, model, params)
+  return model, checkpoint.saved_params(where, params)
 
 
 def loader_of(path: str, flag: str = '--model') -> Any:
@@ -96,7 +130,7 @@ def loader_of(path: str, flag: str = '--model') -> Any:
       f'{flag}={path}/{inside[-1]}'
     )
   if where.is_dir():
-    return safetensors
+    return peft if (where / peft.CONFIG).exists() else safetensors
   if where.suffix not in LOADERS:
     raise ValueError(
       f'{flag}={path}: not a {", ".join(LOADERS)}, a model folder or a run'

@@ -23,8 +23,9 @@ from educe.data.shards import Shards
 from educe.data.sharing import share
 from educe.losses.dry_run import reads_values
 from educe.measurement import curves, reliability, transcript_page
-from educe.models import policy, value_head
-from educe.policies import check_vocabulary, open_values, read_config
+from educe.models import lora, policy, quantized, value_head
+from educe.models.parts import over
+from educe.policies import check_vocabulary, open_values, read_config, started_from
 from educe.progress import say
 from educe.rollouts import transcripts
 from educe.training import checkpoint, loop, metrics
@@ -33,7 +34,8 @@ from educe.types import Batch
 
 # The sections that `train` itself reads; the others must be read by one another.
 READ = (
-  'model', 'value', 'tokenizer', 'algorithm', 'loss', 'optimizer', 'evaluation', 'mesh'
+  'model', 'adapter', 'value', 'tokenizer', 'algorithm', 'loss', 'optimizer', 'evaluation',
+  'mesh',
 )  # fmt: skip
 PAGE = 64  # completions on the page of transcripts
 
@@ -55,6 +57,7 @@ def train(
   advantage: dict | None = None,
   judge: dict | None = None,
   init_from: str | None = None,
+  adapter: dict | None = None,
   value: dict | None = None,
   value_from: str | None = None,
   seed: int = 0,
@@ -78,7 +81,9 @@ def train(
     environment, rollouts, advantage: for those that train on the policy's own samples.
     judge: of those, in place of the environment's rewards.
     init_from: a run folder (or stage://name of a stage before this one); its newest
-      weights take the place of the model's.
+      weights take the place of the model's. An adapter of that run goes into the
+      weights, unless this one has a section adapter too (see its `merge`).
+    adapter: LoRA or DoRA on them; all else is frozen, but for a value head.
     value: a value head on them, for a reward model or a critic.
     value_from: likewise; the head starts as the one that it trained, with a trunk of
       its own if ours is separate.
@@ -99,8 +104,9 @@ def train(
       raise config_lib.ConfigError(
         f'config.{name}={config[name]} must be at least {low}'
       )
-  tx = call('optimizer', optimizer, steps=steps)
-  for section in ('evaluation', 'value'):
+  frozen = (*optimizer.get('freeze', ()), *([lora.FROZEN] if adapter else []))
+  tx = call('optimizer', {**optimizer, 'freeze': frozen}, steps=steps)
+  for section in ('evaluation', 'adapter', 'value'):
     if config[section]:
       config_lib.check(section, config[section])
   for name, folder in (('init_from', init_from), ('value_from', value_from)):
@@ -148,15 +154,21 @@ def train(
   net, params = call('model', model)
   check_vocabulary(net, params, words)
   if init_from is not None:
-    params = checkpoint.saved_params(pathlib.Path(init_from) / 'checkpoints', params)
+    net, params = started_from(init_from, net, params)
+  if adapter:
+    net, params = call('adapter', adapter, model=net, params=params)
+  else:
+    net, params = net._replace(axes=lora.plain_axes(net.axes)), lora.merged(params)
   if value:
     start = None
     if value_from is not None:
-      where = pathlib.Path(value_from) / 'checkpoints'
-      start = value_head.taken(checkpoint.saved_with_value(where, net, params)[1])
+      start = value_head.taken(started_from(value_from, net, params, values=True)[1])
     net, params = call('value', value, model=net, params=params, start=start)
-  size = policy.count(params)
-  flops_per_token = 6.0 * policy.count_active(net, params)
+  whole = jax.eval_shape(quantized.restored, params)
+  size, active = policy.count(whole), policy.count_active(net, whole)
+  trained = min(policy.count(tx.split(params)[0]), active)
+  # 2 forwards, 2 for the gradient of what comes in, 2 for that of the weight.
+  flops_per_token = 4.0 * active + 2.0 * trained
   params = sharding.place(params, net.axes, grid)
 
   with contextlib.ExitStack() as closing:  # also when something below is refused
@@ -189,7 +201,7 @@ def train(
     compares = 'start' in asks or ('reference' in asks and implicit)
     kept = copied and ('reference' in asks or not method.reference_every)
     # On the host, where it is in nobody's way.
-    began = sharding.fetch(params) if compares and not kept else None
+    began = sharding.fetch(tx.split(params)[0]) if compares and not kept else None
     state = init_state(params, tx, jax.random.key(seed), reference=copied)
     if method.reference is not None:
       state = state._replace(reference=method.reference)
@@ -217,8 +229,9 @@ def train(
 
     def evaluate(state) -> dict[str, Any]:
       step = int(state.step)
-      against = (state.reference if began is None else began,)
-      score = exam(net, state.params, words, *(against if compares else ()))
+      start = state.reference if began is None else began
+      against = (over(state.params, start),) if compares else ()
+      score = exam(net, state.params, words, *against)
       file = run_dir / 'samples' / f'{step}.jsonl'
       hosts.by_first(lambda: transcripts.save(score.transcripts, file))
       if 'completion' in score.transcripts[0]:

@@ -165,7 +165,8 @@ class TrainState(NamedTuple):
   params: Params
   opt_state: Any
   key: Key[Array, '']
-  # Where the loss needs one: a frozen or lagging policy, or a teacher of another shape.
+  # Where the loss needs one: a frozen or lagging policy (what is trained of it; laid over
+  # params by models/parts.over), or a teacher of another shape.
   reference: Params | None = None
 
 

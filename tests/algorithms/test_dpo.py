@@ -14,7 +14,7 @@ from educe.algorithms import dpo as algorithm
 from educe.data import pipeline, sources, tokenizer
 from educe.data.shards import Shards
 from educe.losses import dpo as real
-from educe.models import policy, presets
+from educe.models import lora, policy, presets
 from educe.rollouts import transcripts
 from educe.training import metrics, optimizer
 from educe.training.step import init_state, make_step
@@ -249,6 +249,54 @@ def test_the_first_step_of_the_loss_itself_loses_ln_2():
   assert float(values['loss']) == pytest.approx(np.log(2), abs=1e-6)
   assert float(values['rewards/margins']) == pytest.approx(0, abs=2e-6)
   assert float(values['grad_norm']) > 1e-3
+
+
+@pytest.mark.parametrize('kind', ['lora', 'dora'])
+def test_the_reference_of_an_adapter_is_the_adapter_as_it_was(kind):
+  """A new one: the base. One that goes on: itself. Moving: what it has become."""
+  model, new = lora.attach(MODEL, params(), rank=2, kind=kind)
+  old = {
+    **new,
+    'adapter': jax.tree.map(
+      lambda x: (
+        x + 0.05 * jnp.cos(jnp.arange(x.size)).reshape(x.shape) if x.ndim else x
+      ),
+      new['adapter'],
+    ),
+  }
+  tx = optimizer.make(
+    9, name='sgd', learning_rate=0.5, schedule='constant', freeze=(lora.FROZEN,)
+  )
+  for start in (new, old):
+    batches = pipeline.make(
+      sources.memory(records=PAIRS), BYTE, batch_size=2, max_length=16, records='pairs'
+    )
+    method = algorithm.make(
+      model, start, batches, real.loss, lambda batch, shares=1: batch, reference_every=1
+    )
+    mine = jax.tree.map(jnp.copy, start)
+    state = init_state(mine, tx, jax.random.key(0), reference=True)
+    held, whole = (
+      sum(x.nbytes for x in jax.tree.leaves(tree))
+      for tree in (state.reference, start['adapter']['layers'])
+    )
+    assert held == whole
+    step = make_step(model, method.loss, tx, reference_every=1)
+    for _ in range(2):
+      now = lora.merged(state.params)
+      batch, _ = method.next_batch(state)
+      want = log_probs(now, batch.tokens) * (batch.mask > 0)
+      np.testing.assert_allclose(batch.ref_logp, want, atol=2e-5)
+      before = jax.tree.map(np.array, state.params)
+      state, values = step(state, batch)
+      # Two programs of float32 log-probs round apart, times β = 0.1.
+      assert float(values['loss']) == pytest.approx(np.log(2), abs=1e-6)
+      moved = np.abs(
+        state.params['adapter']['layers']['mlp']['up']['b']
+        - before['adapter']['layers']['mlp']['up']['b']
+      )
+      assert moved.max() > 1e-5
+    np.testing.assert_array_equal(state.params['embedding'], start['embedding'])
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from educe.data.sharing import share
 from educe.losses import sft
 from educe.losses.logprobs import score
 from educe.models import policy, presets, safetensors
+from educe.models.parts import over, paths
 from educe.training import optimizer
 from educe.training.step import accumulate, init_state, make_step, mixed
 from educe.types import Batch, Max, Mean
@@ -232,6 +233,37 @@ def test_a_mesh_shares_prompts_and_leaves_out_tokens_device_by_device(mesh_of):
 
   assert count('shard_map') == 1
   assert count('psum') >= 1  # the vocabulary is split as well
+
+
+def test_frozen_params_stay_cut_and_sharded_as_whole(mesh_of):
+  batch = draw(rows=16)
+  freeze = ('embedding', 'layers/mlp/', '^head')
+  want, history = run(batch, freeze=freeze)
+  got, cut = run(batch, microbatches=2, mesh=mesh_of(2, 2, 2), freeze=freeze)
+  np.testing.assert_allclose(cut[-1]['grad_norm'], history[-1]['grad_norm'], rtol=1e-5)
+  close(jax.device_get(got.params), jax.device_get(want.params), 1e-6)
+  moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), got.params, params())
+  assert not moved['embedding']
+  assert not moved['head']
+  assert not any(jax.tree.leaves(moved['layers']['mlp']))
+  assert all(jax.tree.leaves(moved['layers']['attention']))
+
+
+def test_a_reference_holds_what_is_trained_and_no_more():
+  tx = optimizer.make(
+    10, learning_rate=0.1, freeze=('embedding', 'layers/mlp/', '^head')
+  )
+  state = init_state(params(), tx, jax.random.key(0), reference=True)
+  held = jax.tree.leaves(paths(state.reference, lambda path: path))
+  assert held == [
+    'layers/attention/key', 'layers/attention/out', 'layers/attention/query',
+    'layers/attention/value', 'layers/attention_norm/scale', 'layers/mlp_norm/scale',
+    'norm/scale',
+  ]  # fmt: skip
+  state, _ = make_step(MODEL, sft.loss, tx)(state, draw())
+  first = over(state.params, state.reference)
+  jax.tree.map(np.testing.assert_array_equal, first, params())
+  assert np.any(first['norm']['scale'] != state.params['norm']['scale'])
 
 
 def test_microbatches_on_a_mesh_equal_one_device(mesh_of):

@@ -27,6 +27,7 @@ from educe.data.pipeline import Batches
 from educe.data.sharing import restore
 from educe.losses.dry_run import dry_run
 from educe.losses.logprobs import score
+from educe.models.parts import over
 from educe.progress import say
 from educe.types import Algorithm, Batch, LossFn, Model, Params, TrainState
 
@@ -92,7 +93,8 @@ def make(
       if stored is not None:
         rows['ref_logp'] = stored.rows(rows['ids'], rows['mask'])
       elif keeps:
-        rows['ref_logp'] = logp(state.reference, rows['tokens'], rows['mask'])
+        first = over(state.params, state.reference)
+        rows['ref_logp'] = logp(first, rows['tokens'], rows['mask'])
     given = ('tokens', 'mask', *labels, *(['ref_logp'] if keeps else []))
     return Batch(**{name: rows[name] for name in given}), info
 

@@ -21,6 +21,7 @@ import numpy as np
 from educe.algorithms import on_policy
 from educe.data.tokenizer import Tokenizer
 from educe.losses.dry_run import dry_run
+from educe.models.parts import over
 from educe.rollouts import statistics
 from educe.rollouts.position import Position
 from educe.rollouts.rounds import Round, Rounds
@@ -122,7 +123,7 @@ def make(
     old = seen if needed else None
     ref = None
     if reference_every is not None:
-      ref = read(state.reference, r.tokens, mask)[0]
+      ref = read(over(state.params, state.reference), r.tokens, mask)[0]
     rewards = np.asarray(r.rewards, np.float64)
     if overlong_buffer:
       rewards = rewards - _overlong(r, rollouts.max_new_tokens, overlong_buffer)

@@ -25,6 +25,7 @@ from educe.algorithms import on_policy
 from educe.algorithms.dpo import check_records, couples
 from educe.losses import xpo
 from educe.losses.dry_run import dry_run
+from educe.models.parts import over
 from educe.rollouts import transcripts
 from educe.rollouts.joining import joined, rows_of
 from educe.rollouts.position import Position
@@ -88,7 +89,8 @@ def make(
   def paired(state: TrainState, current: Round) -> dict[str, Any]:
     both = current.rollouts
     if alpha:
-      both = joined(both, rollouts.beside(state.reference, current))
+      first = over(state.params, state.reference)
+      both = joined(both, rollouts.beside(first, current))
     rows, counts = against(both) if alpha else ends(both)
     info = {**current.info, **{f'pairs/{name}': float(n) for name, n in counts.items()}}
     _write(run_dir, current, both, rows, int(state.step))
@@ -105,7 +107,7 @@ def make(
     labels = np.pad(np.asarray(both.rewards, np.float32)[rows], missing)
     ref = None
     if reference_every is not None:
-      ref = read(state.reference, tokens, mask)[0]
+      ref = read(over(state.params, state.reference), tokens, mask)[0]
     bonus = None
     if alpha:
       theirs = np.pad(rows >= len(both.rewards) // 2, missing)

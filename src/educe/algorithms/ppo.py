@@ -31,6 +31,7 @@ from educe.kernels import advantage
 from educe.losses import advantages as adv
 from educe.losses.dry_run import dry_run
 from educe.models import value_head
+from educe.models.parts import over
 from educe.rollouts.position import Position
 from educe.rollouts.rounds import Round, Rounds
 from educe.types import Algorithm, Batch, LossFn, Model, TrainState
@@ -135,7 +136,8 @@ def make(
     after, old, values = values[:, 1:], old[:, :-1], values[:, :-1] * drawn
     ref = None
     if reference_every is not None:
-      ref = read_alone(state.reference, tokens, drawn)[0]
+      first = over(state.params, state.reference)
+      ref = read_alone(first, tokens, drawn)[0]
 
     scores = np.asarray(r.rewards, np.float64)
     scored, cut = np.isfinite(scores), 1 - np.asarray(r.stopped)

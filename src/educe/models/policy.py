@@ -7,16 +7,25 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from educe.models import transformer
+from educe.models import lora, transformer
 from educe.models.transformer import Architecture
 from educe.types import Head, Model, Params
 
-unstack = transformer.unstack
+
+def unstack(params: Params, **how: Any) -> Params:
+  """What `decode` would make of these params at every step; see transformer.unstack."""
+  return transformer.unstack(_folded(params), **how)
+
+
+def _folded(params: Params) -> Params:
+  return lora.folded(params) if isinstance(params, Mapping) else params
 
 
 def build(architecture: Architecture) -> Model:
@@ -32,7 +41,12 @@ def build(architecture: Architecture) -> Model:
     return nn.unbox(init_boxed(key))
 
   def hidden(params, *said):
-    return module.apply({'params': params}, *said)
+    ready = lora.folded(params)
+    own = {key: ready[key] for key in transformer.BESIDE if key in ready}
+    return module.apply({'params': params, **own}, *said)
+
+  def decode(params, *rest):
+    return transformer.decode(architecture, lora.folded(params), *rest)
 
   def head(params) -> Head:
     matrix = params['embedding'].T if architecture.tied else params['head']
@@ -49,7 +63,7 @@ def build(architecture: Architecture) -> Model:
     hidden=hidden,
     head=head,
     init_cache=functools.partial(transformer.init_cache, architecture),
-    decode=functools.partial(transformer.decode, architecture),
+    decode=decode,
     axes=axes,
     architecture=architecture,
     aux_coefs={

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from educe.kernels import logprob
-from educe.models import attention, moe
+from educe.models import attention, lora, moe, quantized
 from educe.models.attention import Causal, Fork, attend
 from educe.sharding import by_row, by_token, in_parts, in_use, lay
 from educe.types import Mean
@@ -47,6 +47,8 @@ CHOICES = {
   'attention': attention.IMPLEMENTATIONS,
   'qk_norm': ('none', 'head', 'whole'),
 }
+# Collections beside the params that a layer may have some of.
+BESIDE = (lora.KEY, quantized.KEY)
 # A loop over two layers costs a third of a small model's step; so few compile as fast
 # without one. Recomputed layers keep it, or XLA would merge what is to be recomputed.
 SHALLOW = 4
@@ -142,13 +144,27 @@ def rotate(x: Float[Array, 'B T N h'], cos, sin) -> Float[Array, 'B T N h']:
   )
 
 
-def project(x: Float[Array, 'B T *n'], weight: Float[Array, '*n_m']) -> Array:
+def project(
+  x: Float[Array, 'B T *n'], weight: Array | lora.Adapted | quantized.Weight
+) -> Array:
   """x [B, T, *n] · weight [*n, *m] → [B, T, *m], as a matmul of two matrices.
 
   Not an einsum: the gradient of a dot of rank 3 makes XLA's CPU backend transpose the
   weights in memory, at every layer of every step. Where the tokens of a row lie on several
-  devices, rows and tokens do not merge, and it is one.
+  devices, rows and tokens do not merge, and it is one. An adapter is two thin matmuls more:
+  never W + A·B, whose gradient would be as large as W's.
   """
+  if isinstance(weight, lora.Adapted):
+    y = project(x, weight.weight) + project(project(x, weight.a), weight.b)
+    return y if weight.gain is None else (weight.gain * y).astype(y.dtype)
+  if isinstance(weight, quantized.Weight):
+    inputs = weight.inputs
+
+    def multiply(x, leaves):
+      return project(x, quantized.dense(leaves, inputs).astype(x.dtype))
+
+    # Made again for the gradient: kept, the weights of all layers would be there at once.
+    return jax.checkpoint(multiply, prevent_cse=False)(x, weight.leaves)
   inner = x.shape[2:]
   if in_parts(in_use()) > 1:
     return jnp.tensordot(x, weight, len(inner))
@@ -164,6 +180,17 @@ def _normal(scale: float, *axes: str | None):
 def _residual(architecture: Architecture, *axes: str):
   """Writes to the residual stream shrink with depth (GPT-2, Radford et al. 2019)."""
   return _normal(0.02 / (2 * architecture.layers) ** 0.5, *axes)
+
+
+def _weight(
+  module: Any, name: str, init: Any, shape: tuple[int, ...], dtype: Any
+) -> Any:
+  """A weight as `project` takes it: an array, or stored in few bits; adapted or not."""
+  value: Any = quantized.read(module, name)
+  if value is None:
+    value = module.param(name, init, shape, module.architecture.param_dtype)
+    value = value.astype(dtype)
+  return lora.adapted(module, name, value, dtype)
 
 
 class RMSNorm(nn.Module):
@@ -188,7 +215,7 @@ class Attention(nn.Module):
     a = self.architecture
 
     def weight(name, init, *shape):
-      return self.param(name, init, shape, a.param_dtype).astype(x.dtype)
+      return _weight(self, name, init, shape, x.dtype)
 
     into = ('embed', 'heads', 'head_dim'), ('embed', 'kv_heads', 'head_dim')
     query = weight('query', _normal(0.02, *into[0]), a.dim, a.heads, a.head_dim)
@@ -229,7 +256,7 @@ class MLP(nn.Module):
     a = self.architecture
 
     def weight(name, init, *shape):
-      return self.param(name, init, shape, a.param_dtype).astype(x.dtype)
+      return _weight(self, name, init, shape, x.dtype)
 
     gate = weight('gate', _normal(0.02, 'embed', 'mlp'), a.dim, a.ffn)
     up = weight('up', _normal(0.02, 'embed', 'mlp'), a.dim, a.ffn)
@@ -338,7 +365,7 @@ class Transformer(nn.Module):
       block,
       length=a.layers,
       unroll=a.layers if a.layers <= SHALLOW and block is Block else 1,
-      variable_axes={'params': 0},
+      variable_axes={'params': 0, lora.KEY: 0, quantized.KEY: 0},
       split_rngs={'params': True},
       in_axes=nn.broadcast,
       metadata_params={nn.PARTITION_NAME: 'layers'},
@@ -376,8 +403,14 @@ def unstack(params, part=lambda x, layer: x[layer]):
   if not isinstance(layers, Mapping):
     return params
   count = jax.tree.leaves(layers)[0].shape[0]
-  split = [jax.tree.map(lambda x, i=i: part(x, i), layers) for i in range(count)]
-  return {**params, 'layers': split}
+
+  def split(stack):
+    return [jax.tree.map(lambda x, i=i: part(x, i), stack) for i in range(count)]
+
+  beside = {
+    key: {'layers': split(params[key]['layers'])} for key in BESIDE if key in params
+  }
+  return {**params, 'layers': split(layers), **beside}
 
 
 def decode(
@@ -393,7 +426,7 @@ def decode(
   The same function prefills (T > 1) and steps (T = 1). A key is seen by the queries at
   its position and later; position -1 (padding) is never seen, and sees nothing.
   slot + T must not exceed the cache's length: a traced slot cannot be checked, and XLA
-  would move the write back over the last slots.
+  would move the write back over the last slots. An adapter is folded (lora.py).
   """
   a = architecture
   params = unstack(params)
@@ -404,9 +437,10 @@ def decode(
   block = Block(a)
   x = params['embedding'][tokens].astype(a.compute_dtype)
   layers = []
-  for weights, layer in zip(params['layers'], cache.layers, strict=True):
-    given = x, angles, visible, None, layer, slot
-    applied: Any = block.apply({'params': weights}, *given)
+  for number, layer in enumerate(cache.layers):
+    own = {key: params[key]['layers'][number] for key in BESIDE if key in params}
+    own['params'] = params['layers'][number]
+    applied: Any = block.apply(own, x, angles, visible, None, layer, slot)
     x, (layer, _) = applied
     layers.append(layer)
   states: Any = RMSNorm(a).apply({'params': params['norm']}, x)

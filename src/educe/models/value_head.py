@@ -8,6 +8,7 @@ comes from a second trunk, and the two never touch (the critic of Long Ouyang et
 
 Params are the policy's with one more key, `value`: {'head': {'weight' [D], 'bias' []}},
 and 'trunk' where it is separate, so that a policy is read out of them by leaving it out.
+Beside an adapter (lora.py) a separate trunk is an adapter of its own on the same base.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from educe.models import lora, quantized
 from educe.types import Mean, Model, Params
 
 KEY = 'value'
@@ -39,7 +41,7 @@ def attach(
 
   Args:
     start: what `taken` took from another run: its head, and its trunk where ours is
-      separate. None: a new head, and a copy of the policy's trunk.
+      separate. None: a new head, and a copy of the policy's trunk, or of its adapter.
     trunk: 'shared' or 'separate'
     init_std: standard deviation of a new head's weights; with 0 every value starts at 0.
       Of a new head only
@@ -52,6 +54,8 @@ def attach(
   if not isinstance(params, Mapping) or KEY in params:
     raise ValueError(f'value: params must be a dict without a key {KEY!r}')
   width = jax.eval_shape(model.head, params).matrix.shape[0]
+
+  own = None if start is None else start.get('trunk')
 
   def new(params, key) -> Params:
     weight = init_std * jax.random.normal(key, (width,), jnp.float32)
@@ -67,7 +71,9 @@ def attach(
   head_axes = {'weight': ('embed',), 'bias': ()}
   axes = model.axes and {**model.axes, KEY: {'head': head_axes}}
   if axes and trunk == 'separate':
-    axes[KEY]['trunk'] = _trunk(model.axes)
+    axes[KEY]['trunk'] = _trunk(
+      model.axes if own is None else lora.plain_axes(model.axes)
+    )
   coefs = model.aux_coefs
   if coefs and trunk == 'separate':
     coefs = {**coefs, **{f'{KEY}/{name}': coef for name, coef in coefs.items()}}
@@ -103,10 +109,11 @@ def check(trunk: str, init_std: float) -> None:
 def taken(params: Params) -> dict[str, Any]:
   """{'head', 'trunk'} of params with a value head: what makes its values, and no more.
 
-  The trunk is the one that the head reads: the policy's own where it is shared.
+  The trunk is the one that the head reads: the policy's own where it is shared. An adapter
+  is merged into it.
   """
-  value = params[KEY]
-  return {'head': value['head'], 'trunk': value.get('trunk') or _trunk(params)}
+  trunk = _trunk(lora.merged(_read_by(params)))
+  return {'head': params[KEY]['head'], 'trunk': trunk}
 
 
 def without(params: Params) -> Params:
@@ -117,17 +124,28 @@ def without(params: Params) -> Params:
 
 
 def _trunk(params: Params) -> Params:
-  """All but an untied unembedding, which no value is read from."""
+  """All but an untied unembedding, which no value is read from; or an adapter alone."""
+  if lora.KEY in params:
+    return {lora.KEY: params[lora.KEY]}
   return {name: x for name, x in params.items() if name not in (KEY, 'head')}
+
+
+def _read_by(params: Params) -> Params:
+  """The policy as its head sees it: with the head's own trunk, or adapter."""
+  policy, trunk = without(params), params[KEY].get('trunk')
+  if trunk is None:
+    return policy
+  if lora.KEY not in trunk:
+    policy = {x: y for x, y in policy.items() if x not in (lora.KEY, quantized.KEY)}
+  # A module asks for all of its params, an unembedding that it will not use included.
+  return {**policy, **trunk}
 
 
 def _values(model: Model, params, states, *said):
   value = params[KEY]
   aux: dict[str, Mean] = {}
   if 'trunk' in value:
-    # A module asks for all of its params, an unembedding that it will not use included.
-    own = {**without(params), **value['trunk']}
-    states, aux = model.hidden(own, *said)
+    states, aux = model.hidden(_read_by(params), *said)
     aux = {f'{KEY}/{name}': mean for name, mean in aux.items()}
   head = value['head']
   values = (

@@ -27,6 +27,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from educe import sharding
+from educe.models import lora
 from educe.models.policy import unstack
 from educe.rollouts import draw as draw_lib
 from educe.rollouts.draw import Settings, draw
@@ -75,7 +76,7 @@ def prepare(params: Params, *, model: Functions) -> Weights:
   every step."""
   if sharding.in_use() is None:
     return _prepare(params, model=model, specs=None)
-  described = unstack(sharding.whole_over('fsdp', params), part=_layer)
+  described = unstack(sharding.whole_over('fsdp', lora.without(params)), part=_layer)
   specs = tuple(x.sharding.spec for x in jax.tree.leaves(described))
   return _prepare(params, model=model, specs=specs)
 
@@ -83,9 +84,10 @@ def prepare(params: Params, *, model: Functions) -> Weights:
 @functools.partial(jax.jit, static_argnames=('model', 'specs'))
 def _prepare(params, *, model: Functions, specs) -> Weights:
   params = unstack(params)
-  if specs is not None:
-    specs = jax.tree.unflatten(jax.tree.structure(params), specs)
-    params = jax.tree.map(jax.lax.with_sharding_constraint, params, specs)
+  if specs is not None:  # adapters are small, and lie as they like
+    base = lora.without(params)
+    specs = jax.tree.unflatten(jax.tree.structure(base), specs)
+    params = {**params, **jax.tree.map(jax.lax.with_sharding_constraint, base, specs)}
   head = model.head(params)
   return Weights(params, head._replace(matrix=head.matrix.T))
 

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from educe.models import value_head
+from educe.models import lora, value_head
 from educe.types import Model, Params, StateMismatch, TrainState
 
 VALUE = f'params/{value_head.KEY}/'  # what a critic or reward model adds to a policy
@@ -136,7 +136,7 @@ def saved_with_value(
 ) -> tuple[Model, Params]:
   """(model, params) of a run that trained a value head, both with it.
 
-  model, params: of that run without it, as its config.model says
+  model, params: of that run without it, as its config.model and config.adapter say
 
   Raises CheckpointError if the run has none, and as `saved_params` does.
   """
@@ -150,7 +150,11 @@ def saved_with_value(
       'value, such as a reward model'
     )
   trunk = 'separate' if 'trunk' in parts else 'shared'
-  model, like = value_head.attach(model, params, trunk=trunk)
+  # A trunk beside an adapter is another one, unless it came whole from elsewhere.
+  start = None
+  if trunk == 'separate' and f'{VALUE}trunk/{lora.KEY}/scale' not in found:
+    start = value_head.taken(value_head.attach(model, lora.without(params))[1])
+  model, like = value_head.attach(model, params, start, trunk=trunk)
   return model, saved_params(folder, like)
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from educe.models.parts import hit, paths, split
 from educe.spelling import near
 from educe.types import Params
 
@@ -48,9 +48,9 @@ class Optimizer(NamedTuple):
   """An Optax transformation that skips what is not finite, and what a step asks of it."""
 
   init: Callable[[Params], Any]
-  update: Callable[[Params, Any, Params], tuple[Params, Any]]
+  update: Callable[[Params, Any, Params], tuple[Params, Any]]  # of the trained part
   learning_rate: Callable[[Any], Any]  # updates applied so far → rate of the next
-  freeze: Callable[[Params], Params]  # frozen params behind a stop_gradient
+  split: Callable[[Params], tuple[Params, Params]]  # (trained, frozen); models/parts.py
 
 
 class OptState(NamedTuple):
@@ -115,11 +115,6 @@ def make(
   inner = factory(learning_rate=rate, **options)
   if clip_norm is not None:
     inner = optax.chain(optax.clip_by_global_norm(clip_norm), inner)
-  if freeze:
-    inner = optax.partition(
-      {'train': inner, 'freeze': optax.set_to_zero()},
-      lambda params: paths(params, lambda p: 'freeze' if hit(freeze, p) else 'train'),
-    )
 
   def init(params):
     labels = jax.tree.leaves(paths(params, lambda path: hit(freeze, path)))
@@ -127,7 +122,7 @@ def make(
       count = 'every param' if all(labels) else 'no param'
       raise ValueError(f'optimizer.freeze={freeze} matches {count}')
     # Separate buffers: the step donates each of them.
-    state = inner.init(wide(params))
+    state = inner.init(wide(split(params, freeze)[0]))
     return OptState(state, jnp.int32(0), jnp.int32(0), jnp.float32(0))
 
   def update(grads, state, params):
@@ -141,14 +136,7 @@ def make(
     row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
     return updates, OptState(kept, state.skipped + bad, row, norm)
 
-  def freeze_params(params):
-    if not freeze:
-      return params
-    frozen = paths(params, lambda path: hit(freeze, path))
-    stop = jax.lax.stop_gradient
-    return jax.tree.map(lambda x, f: stop(x) if f else x, params, frozen)
-
-  return Optimizer(init, update, rate, freeze_params)
+  return Optimizer(init, update, rate, lambda params: split(params, freeze))
 
 
 def make_schedule(schedule, learning_rate, steps, warmup_steps, final_fraction):
@@ -174,16 +162,3 @@ def wide(tree: Params) -> Params:
   """Moments and updates are float32 whatever the params: a bf16 second moment with
   b2 = 0.999 rounds its own decay away."""
   return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
-
-
-def paths(params: Params, function: Callable[[str], Any]) -> Any:
-  """`function(path)` for every leaf; a path reads layers/attention/q."""
-
-  def name(path, _):
-    return function('/'.join(str(getattr(k, 'key', k)) for k in path))
-
-  return jax.tree_util.tree_map_with_path(name, params)
-
-
-def hit(patterns: tuple[str, ...], path: str) -> bool:
-  return any(re.search(pattern, path) for pattern in patterns)

@@ -22,6 +22,7 @@ import optax
 from educe import sharding
 from educe.losses.logprobs import lose
 from educe.models import value_head
+from educe.models.parts import over
 from educe.training.optimizer import Optimizer, wide
 from educe.types import Batch, LossFn, Max, Mean, Model, Params, ScoreFn, TrainState
 
@@ -34,9 +35,12 @@ def init_state(
 ) -> TrainState:
   """Step 0. The state owns `params` from here on: the first step donates them.
 
-  reference: keep a copy of them, without a critic.
+  reference: keep a copy of what is trained of them, without a critic; laid over the params
+    (models/parts.over) it is the policy as it was.
   """
-  copy = jax.tree.map(jnp.copy, value_head.without(params)) if reference else None
+  copy = None
+  if reference:
+    copy = jax.tree.map(jnp.copy, optimizer.split(value_head.without(params))[0])
   return TrainState(jnp.int32(0), params, optimizer.init(params), key, copy)
 
 
@@ -76,6 +80,8 @@ def make_step(
   of = ('loss', *coefs)
 
   def step(state, batch):
+    trained, frozen = optimizer.split(state.params)
+
     def means_of(params, batch):
       if scorer is None:
         mean, metrics, aux = lose(model, params, batch, loss, temperature=temperature)
@@ -89,18 +95,18 @@ def make_step(
       # They follow from the batch; the rest of this pass is dead code to the compiler.
       counts = {k: x.count for k, x in means_of(state.params, batch).items() if k in of}
 
-    def total(params, batch):
-      means = means_of(optimizer.freeze(params), batch)
+    def total(trained, batch):
+      means = means_of(over(frozen, trained), batch)
       known = counts or {name: means[name].count for name in of}
       return means['loss'].total + _penalty(coefs, means, known), means
 
     gradient = jax.grad(total, has_aux=True)
-    grads, means = accumulate(gradient, state.params, batch, microbatches)
+    grads, means = accumulate(gradient, trained, batch, microbatches)
     count = jnp.where(means['loss'].count > 0, means['loss'].count, 1)
     # In float32: bfloat16 has no 257, and would divide by 256.
     grads = jax.tree.map(lambda g: g / count, wide(grads))
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+    params = over(frozen, optax.apply_updates(trained, updates))
     metrics = {name: mean.value for name, mean in means.items()}
     metrics |= {
       'grad_norm': opt_state.grad_norm,
@@ -112,7 +118,7 @@ def make_step(
     reference = state.reference
     if reference_every:
       due = (state.step + 1) % reference_every == 0
-      policy = value_head.without(params)
+      policy = optimizer.split(value_head.without(params))[0]
       reference = jax.lax.cond(
         due, lambda: mixed(policy, reference, reference_alpha), lambda: reference
       )
