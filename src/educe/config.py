@@ -33,6 +33,7 @@ PLACES = {
   'optimizer': 'educe.training.optimizer:make',
   'environment': 'educe.environments.{name}:make',
   'rollouts': 'educe.rollouts.rounds:make',
+  'server': 'educe.rollouts.server:connect',
   'judge': 'educe.rollouts.judges:{name}',
   'advantage': 'educe.losses.advantages:{name}',
   'evaluation': 'educe.measurement.{name}:evaluate',

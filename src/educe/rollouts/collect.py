@@ -38,6 +38,7 @@ def collect(
   max_new_tokens: int,
   seeds: Sequence[int] | None = None,
   verifier: Verifier | None = None,
+  generate: Callable[..., list[Completion]] = generate,
   **sampling: Any,
 ) -> Rollouts:
   """`group` completions of each record's prompt, judged; rows are group-major.
@@ -48,6 +49,7 @@ def collect(
   verifier: answers all rows at once, in order, such as a pool of worker processes; None
     asks environment.respond here, one row after the other. A reward that raises or
     is no number is the outcome 'error' and not scored; if all are, this raises.
+  generate: who samples: `texts.generate` here, or `server.generate` of an engine
   sampling: temperature, top_k, top_p, min_p, stop, batch_size, show of `texts.generate`
 
   Rows are padded to a bucket of the longest (`sampler.bucket`), so that few training
