@@ -142,7 +142,9 @@ def call(section: str, values: Mapping[str, Any], **supply: Any) -> Any:
   except (ValueError, OSError) as error:
     text, own = one_line(error), (f'{section}.', f'{section}:')
     if not text.startswith('config.'):
-      text = f'config.{text}' if text.startswith(own) else f'config.{section}: {text}'
+      # A section inside another one says so: rollouts.server.url
+      named = text.startswith(own) or text.partition('.')[2].startswith(own)
+      text = f'config.{text}' if named else f'config.{section}: {text}'
     raise ConfigError(text) from error
 
 

@@ -10,11 +10,10 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
-import json
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,22 +26,13 @@ from educe.progress import say
 from educe.rollouts import judges, statistics, texts, transcripts
 from educe.rollouts import server as server_lib
 from educe.rollouts.collect import collect, fitting
-from educe.rollouts.encoding import pack, unpack
-from educe.rollouts.joining import ARRAYS, replace_groups
+from educe.rollouts.encoding import Round, decode, encode
+from educe.rollouts.joining import replace_groups
 from educe.rollouts.pool import Pool
 from educe.rollouts.publishing import Publisher
 from educe.types import Environment, Model, Params, Rollouts, StateMismatch
 
 PATIENCE = 5  # rounds in a row without a signal before a warning
-
-
-class Round(NamedTuple):
-  rollouts: Rollouts
-  greedy: np.ndarray | None  # [P], reward of the greedy completion of each prompt
-  number: int  # from 0
-  step: int  # of the policy that sampled it
-  info: dict[str, Any]
-  chosen: Sequence[int] = ()  # the prompts, by their place in the pool
 
 
 def make(
@@ -390,32 +380,3 @@ class Rounds:
       self._executor.shutdown(wait=True, cancel_futures=True)
     if self._verifier is not None:
       self._verifier.close()
-
-
-def encode(current: Round) -> dict[str, Any]:
-  """A Round as plain JSON, its arrays bit by bit."""
-  r = current.rollouts
-  arrays = {n: np.asarray(x) for n in ARRAYS if (x := getattr(r, n)) is not None}
-  if current.greedy is not None:
-    arrays['greedy'] = np.asarray(current.greedy)
-  return {
-    'arrays': pack(arrays),
-    'transcripts': json.dumps(list(r.transcripts), default=str),
-    'rest': [r.group, current.number, current.step, current.info],
-    'chosen': [int(index) for index in current.chosen],
-  }
-
-
-def decode(state: dict[str, Any]) -> Round:
-  arrays = unpack(state['arrays'])
-  greedy = arrays.pop('greedy', None)
-  group, number, step, info = state['rest']
-  rows = json.loads(state['transcripts'])
-  return Round(
-    Rollouts(**arrays, group=group, transcripts=rows),  # type: ignore[arg-type]
-    greedy,
-    number,
-    step,
-    info,
-    state['chosen'],
-  )
