@@ -87,9 +87,9 @@ def test_ahead_is_exported_and_sampled_while_training_goes_on(listen, tmp_path):
   assert [r['sampling/staleness_steps'] for r in run] == [0, 1, 1, 1]
   steps = [int(pathlib.Path(folder).name) for folder in engine.served]
   assert steps[: 4 * 8] == [step for step in (0, 0, 1, 2) for _ in range(8)]
-  # Now the update is of another policy than the one that sampled.
+  # Now an update is of another policy than the one that sampled.
   assert run[0]['sampling/logp_difference/max'] < 1e-4
-  assert min(r['sampling/logp_difference/max'] for r in run[1:]) > 1e-3
+  assert max(r['sampling/logp_difference/max'] for r in run[1:]) > 1e-2
 
 
 def test_fewer_exports_say_how_stale_they_are_and_a_run_goes_on_the_same(

@@ -36,20 +36,20 @@ def collect(
   group: int,
   key: Key[Array, ''],
   max_new_tokens: int,
+  generate: Callable[..., list[Completion]] = generate,
   seeds: Sequence[int] | None = None,
   verifier: Verifier | None = None,
-  generate: Callable[..., list[Completion]] = generate,
   **sampling: Any,
 ) -> Rollouts:
   """`group` completions of each record's prompt, judged; rows are group-major.
 
   records: some of environment.prompts, or others that it can judge
+  generate: who samples: `texts.generate` here, or `server.generate` of an engine
   seeds: one integer a row, P·G of them; 0, 1, 2 … by default. A row's sample depends
     on (key, its seed, its prompt) alone, so a step should bring a fresh key.
   verifier: answers all rows at once, in order, such as a pool of worker processes; None
     asks environment.respond here, one row after the other. A reward that raises or
     is no number is the outcome 'error' and not scored; if all are, this raises.
-  generate: who samples: `texts.generate` here, or `server.generate` of an engine
   sampling: temperature, top_k, top_p, min_p, stop, batch_size, show of `texts.generate`
 
   Rows are padded to a bucket of the longest (`sampler.bucket`), so that few training

@@ -115,6 +115,11 @@ def make(
     )
     if run_dir is None:
       raise ValueError('rollouts.server: needs run_dir, to export the weights to')
+    if jax.process_count() > 1:
+      raise ValueError(
+        f'rollouts.server: {jax.process_count()} processes would export weights each, and '
+        'ask for the same; train in one, or sample here (rollouts.server=None)'
+      )
     publisher = Publisher(server, model, tokenizer, run_dir)
     generate = functools.partial(server_lib.generate, server)
   every = [{'id': index, **record} for index, record in enumerate(environment.prompts)]
@@ -150,13 +155,13 @@ def make(
       key=key,
       max_new_tokens=max_new_tokens,
       verifier=verifier,
-      generate=generate,
       temperature=temperature,
       top_k=top_k,
       top_p=top_p,
       min_p=min_p,
       stop=stop,
       batch_size=batch_size,
+      generate=generate,
     )
     if verifier is None:
       tally.add((row['outcome'], row.get('error')) for row in rollouts.transcripts)
