@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Several processes on one machine, as on several hosts; on CPUs with virtual devices.
-#   scripts/local.sh --config=configs/sft.py:demo,debug --run_dir=runs/two --config.mesh.fsdp=2
+#   scripts/local.sh --config=configs/sft.py:demo,debug --run_dir=runs/two --config.data.batch_size=8
 # Ctrl-C or a SIGTERM to any of them stops all, saved; the same command goes on.
 set -eu
 PROCESSES=${PROCESSES:-2}
