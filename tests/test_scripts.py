@@ -203,16 +203,18 @@ def test_tpu_vm_runs_on_every_worker_and_stops_by_one(desk):
   assert 'RUN_DIR' in err
 
 
-# Options of `xpk workload create` (AI-Hypercomputer/xpk, src/xpk/parser/workload.py).
+# Options of `xpk workload create` as its --help says (xpk 1.16).
 XPK = {
   '--workload', '--cluster', '--zone', '--project', '--tpu-type', '--num-slices',
-  '--docker-image', '--max-restarts', '--restart-on-user-code-failure',
+  '--docker-image', '--storage', '--max-restarts', 
   '--termination-grace-period-seconds', '--command',
 }  # fmt: skip
 
 
 def test_xpk_gives_the_same_command(desk):
-  names = dict(NAME='w', CLUSTER='c', ZONE='z', PROJECT='p', IMAGE='i', RUN_DIR='/s/r')
+  names = dict(
+    NAME='w', CLUSTER='c', ZONE='z', PROJECT='p', IMAGE='i', RUN_DIR='/s/r', STORAGE='n'
+  )
   flags = ['--config=configs/grpo.py:chain', '--config.mesh.fsdp=-1']
   code, _, err = desk('xpk.sh', *flags, names=['xpk'], **names)
   assert code == 0, err
