@@ -206,7 +206,7 @@ def test_tpu_vm_runs_on_every_worker_and_stops_by_one(desk):
 # Options of `xpk workload create` as its --help says (xpk 1.16).
 XPK = {
   '--workload', '--cluster', '--zone', '--project', '--tpu-type', '--num-slices',
-  '--docker-image', '--storage', '--max-restarts', 
+  '--docker-image', '--storage', '--max-restarts',
   '--termination-grace-period-seconds', '--command',
 }  # fmt: skip
 
