@@ -41,11 +41,13 @@ setuptools.setup(
     'dev': [
       *DEMO,
       'beartype>=0.22',
+      'jsonschema>=4.23',
       # Compiles for TPUs where there is none; jax names the libtpu that it can talk to.
       "jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'",
       'mypy>=1.18',
       'pytest>=9.0',
       'pytest-xdist>=3.8',
+      'pyyaml>=6.0',
       'ruff>=0.14',
       'tensorboardX>=2.6',
     ],

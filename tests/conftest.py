@@ -145,39 +145,24 @@ def forget_programs():
 
 
 @pytest.fixture
-def server():
-  """`serve(answer)` is a chat-completions server in a thread: (its url, what it was asked).
+def listen():
+  """`listen(answer)` is a server in a thread; its address is returned.
 
-  answer(question, count) is the text of the answer; or (status, headers, body bytes); or
-  a function of the handler, which writes whatever it likes. count: of this question so far
+  answer(path, body, headers) is JSON; or (status, headers, body bytes); or a function of
+  the handler, which writes whatever it likes
   """
   running = []
 
-  def serve(answer):
-    asked = []
-    lock = threading.Lock()
-
+  def start(answer):
     class Handler(http.server.BaseHTTPRequestHandler):
       def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
-        question = body['messages'][-1]['content']
-        with lock:
-          count = sum(x['question'] == question for x in asked)
-          asked.append(
-            {
-              'question': question,
-              'path': self.path,
-              'key': self.headers.get('Authorization'),
-              **body,
-            }
-          )
-        said = answer(question, count)
+        said = answer(self.path, body, self.headers)
         with contextlib.suppress(OSError):  # who asked may be gone
           if callable(said):
             return said(self)
-          if isinstance(said, str):
-            text = {'choices': [{'message': {'content': said}}]}
-            said = 200, {}, json.dumps(text).encode()
+          if not isinstance(said, tuple):
+            said = 200, {}, json.dumps(said).encode()
           status, headers, data = said
           self.send_response(status)
           for name, value in {**headers, 'Content-Length': str(len(data))}.items():
@@ -194,9 +179,37 @@ def server():
     threading.Thread(
       target=running[-1].serve_forever, args=(0.05,), daemon=True
     ).start()
-    return f'http://127.0.0.1:{running[-1].server_port}/v1', asked
+    return f'http://127.0.0.1:{running[-1].server_port}'
 
-  yield serve
+  yield start
   for each in running:
     each.shutdown()
     each.server_close()
+
+
+@pytest.fixture
+def server(listen):
+  """`serve(answer)` is a chat-completions server: (its url, what it was asked).
+
+  answer(question, count) is the text of the answer, or what `listen` takes. count: of
+  this question so far
+  """
+
+  def serve(answer):
+    asked = []
+    lock = threading.Lock()
+
+    def chat(path, body, headers):
+      question = body['messages'][-1]['content']
+      with lock:
+        count = sum(x['question'] == question for x in asked)
+        key = headers.get('Authorization')
+        asked.append({'question': question, 'path': path, 'key': key, **body})
+      said = answer(question, count)
+      if isinstance(said, str):
+        return {'choices': [{'message': {'content': said}}]}
+      return said
+
+    return f'{listen(chat)}/v1', asked
+
+  return serve

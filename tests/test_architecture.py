@@ -109,12 +109,12 @@ def test_the_readme_tree_lists_every_file_and_only_those():
     stack = [*stack[:depth], name.rstrip('/')]
     if not name.endswith('/'):
       listed.add('/'.join(stack))
-  groups = {'src/educe', 'configs', 'benchmarks', 'experiments', 'notebooks'}
+  groups = {'src/educe', 'configs', 'benchmarks', 'experiments', 'notebooks', 'scripts'}
   present = {
     str(path.relative_to(ROOT))
     for group in groups
     for path in (ROOT / group).rglob('*')
-    if path.suffix in {'.py', '.md', '.ipynb', '.mplstyle'}
+    if path.suffix in {'.py', '.md', '.ipynb', '.mplstyle', '.sh', '.yaml'}
     and path.name != '__init__.py'
     and '.ipynb_checkpoints' not in path.parts
   } | {f'src/educe/kernels/{op}/__init__.py' for op in ('advantage', 'logprob')}
@@ -127,7 +127,8 @@ def test_the_readme_tree_lists_every_file_and_only_those():
 
 def test_the_repository_speaks_of_the_project_alone():
   machine = re.compile(r'/work/|/root/|/tmp/|pythonhosted|pypi\.org|registry\.npmjs')
-  texts = [p for p in ROOT.rglob('*') if p.suffix in {'.py', '.md', '.ipynb', '.toml'}]
+  kinds = {'.py', '.md', '.ipynb', '.toml', '.sh', '.yaml'}
+  texts = [p for p in ROOT.rglob('*') if p.suffix in kinds]
   mine = [p for p in texts if not {'.venv', 'runs', '.git'} & set(p.parts)]
   assert len(mine) > 40
   for path in mine:

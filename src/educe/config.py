@@ -34,6 +34,7 @@ PLACES = {
   'optimizer': 'educe.training.optimizer:make',
   'environment': 'educe.environments.{name}:make',
   'rollouts': 'educe.rollouts.rounds:make',
+  'server': 'educe.rollouts.server:connect',
   'judge': 'educe.rollouts.judges:{name}',
   'advantage': 'educe.losses.advantages:{name}',
   'evaluation': 'educe.measurement.{name}:evaluate',
@@ -142,7 +143,9 @@ def call(section: str, values: Mapping[str, Any], **supply: Any) -> Any:
   except (ValueError, OSError) as error:
     text, own = one_line(error), (f'{section}.', f'{section}:')
     if not text.startswith('config.'):
-      text = f'config.{text}' if text.startswith(own) else f'config.{section}: {text}'
+      # A section inside another one says so: rollouts.server.url
+      named = text.startswith(own) or text.partition('.')[2].startswith(own)
+      text = f'config.{text}' if named else f'config.{section}: {text}'
     raise ConfigError(text) from error
 
 

@@ -176,7 +176,9 @@ def train(
     supply = dict(
       model=net, params=params, tokenizer=words, environment=world, seed=seed
     )
-    rounds = rollouts and call('rollouts', rollouts, **supply, judge=opinion)
+    rounds = rollouts and call(
+      'rollouts', rollouts, **supply, judge=opinion, run_dir=run_dir
+    )
     if rounds:
       closing.callback(rounds.close)
     method = call(

@@ -1,6 +1,7 @@
 """What GRPO and PPO share; their own tests hold the rest of it."""
 
 import contextlib
+import functools
 import types
 
 import jax
@@ -18,6 +19,8 @@ ROUNDS = types.SimpleNamespace(
   group=2,
   temperature=0.7,
   ahead=False,
+  behind=False,
+  publisher=None,
   seed=0,
   get_state=dict,
   holding=contextlib.nullcontext,
@@ -51,6 +54,26 @@ def test_what_is_read_is_in_order_whole_and_at_the_sampling_temperature():
   )
   np.testing.assert_array_equal(values[:, 1:], np.cumsum(tokens, -1)[:, :-1])
   assert not values[:, 0].any()
+
+
+@pytest.mark.parametrize(
+  ('rounds', 'said'),
+  [
+    ({}, None),
+    (dict(publisher=1), 'rollouts.server samples with other kernels'),
+    (dict(publisher=1, behind=True), 'rollouts.server.export_every > 1 samples from'),
+    (dict(publisher=1, behind=True, ahead=True), 'rollouts.ahead samples from'),
+    (dict(behind=True, ahead=True), 'rollouts.ahead samples from'),
+  ],
+)
+def test_what_is_off_policy_unweighed_is_said(rounds, said, capsys):
+  rounds = types.SimpleNamespace(**(vars(ROUNDS) | rounds))
+  on_policy.check(rounds, functools.partial(print), 1, 1, None)
+  told = capsys.readouterr().err
+  assert (said in told) if said else not told
+  weighed = functools.partial(print, sampler_correction='token_truncate')
+  on_policy.check(rounds, weighed, 1, 1, None)
+  assert not capsys.readouterr().err
 
 
 def test_the_sampler_drew_from_what_truncation_left():

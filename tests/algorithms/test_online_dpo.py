@@ -15,7 +15,7 @@ from educe.data import tokenizer as tokenizers
 from educe.environments import chain, reward_functions
 from educe.losses import dpo
 from educe.rollouts import judges, rounds
-from educe.rollouts.chat_endpoint import JudgeError
+from educe.rollouts.http_client import EndpointError
 from educe.rollouts.joining import joined
 from educe.training import optimizer
 from educe.training.step import init_state, make_step
@@ -306,7 +306,7 @@ def test_a_judge_that_fails_once_costs_no_round(tmp_path, failing, ahead):
   def judge(records, completions):
     calls.append(len(completions))
     if len(calls) == failing:
-      raise JudgeError('down')
+      raise EndpointError('down')
     return [letters('1', text, None) for text in completions]
 
   def method(folder):
@@ -329,7 +329,7 @@ def test_a_judge_that_fails_once_costs_no_round(tmp_path, failing, ahead):
     while True:
       got.append(*steps(first, 1))
 
-  with pytest.raises(JudgeError):
+  with pytest.raises(EndpointError):
     go_on()
   second = method('parts')
   second.data.set_state(first.data.get_state())

@@ -15,7 +15,7 @@ from educe.data import tokenizer as tokenizers
 from educe.environments import chain, reward_functions
 from educe.models import policy, presets
 from educe.rollouts import judges, rounds
-from educe.rollouts.chat_endpoint import JudgeError
+from educe.rollouts.http_client import EndpointError
 from educe.types import Environment, Rollouts, Turn
 
 WORDS = tokenizers.load(path=f'characters:{chain.ALPHABET}')
@@ -172,7 +172,9 @@ def test_grades_are_read_last_and_scaled(server):
   third = pytest.approx(1 / 3)
   assert judge(records, list(replies)) == [1.0, third, 0.0, None, None, 1.0, 0.5]
   assert len(asked) == 9
-  with pytest.raises(JudgeError, match=r"2 of 7 .*no verdict in '(Grade: 11|I cannot)"):
+  with pytest.raises(
+    EndpointError, match=r"2 of 7 .*no verdict in '(Grade: 11|I cannot)"
+  ):
     judge_of(url, error_limit=0.2)(records, list(replies))
 
 
@@ -327,7 +329,7 @@ def test_prompts_that_a_judge_failed_on_come_again(ahead):
 
   def judge(records, completions):
     if failing[0]:
-      raise JudgeError('down')
+      raise EndpointError('down')
     return [float(len(x)) for x in completions]
 
   params = student()[1]
@@ -341,7 +343,7 @@ def test_prompts_that_a_judge_failed_on_come_again(ahead):
     for _ in range(2):  # one may have been sampled ahead, before the failure
       got.append(first.next(params, 0).rollouts.tokens)
 
-  with pytest.raises(JudgeError):
+  with pytest.raises(EndpointError):
     go_on()
   failing[0] = False
   second.set_state(first.get_state())

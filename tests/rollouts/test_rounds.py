@@ -16,6 +16,7 @@ from educe.environments import chain, reward_functions
 from educe.environments.verifiers import VerifierError
 from educe.models import scratch
 from educe.rollouts import rounds, statistics
+from educe.rollouts import server as server_lib
 from educe.rollouts.joining import ARRAYS
 from educe.rollouts.pool import Pool
 from educe.types import Environment, Rollouts, StateMismatch, Turn
@@ -536,3 +537,86 @@ def test_a_verifier_that_answers_the_wrong_number_of_rows_is_refused(monkeypatch
   monkeypatch.setattr(rounds.verifiers, 'worker_pool', lambda *a, **k: Verifier())
   with pytest.raises(ValueError, match='answered 11 rows, 12 were asked'):
     real(workers=1).next(policy()[1], 0)
+
+
+class Exports:
+  """Stands in for rollouts/publishing.py: exports every second round."""
+
+  every, step, fails = 2, None, 0
+
+  def __init__(self):
+    self.seen = []
+
+  def __call__(self, params, step, number):
+    self.seen.append((params, step, number))
+    if self.fails:
+      raise OSError('full')
+    if self.step is None or number % self.every == 0:
+      self.step = step
+    return self.step
+
+
+@pytest.mark.parametrize('ahead', [False, True])
+def test_a_round_says_which_policy_the_engine_served(ahead):
+  exports = Exports()
+  r = fake(Oracle(mixed), publisher=exports, ahead=ahead)
+  assert r.behind
+  got = [r.next({'w': jax.numpy.ones(2)}, step) for step in (0, 10, 20, 30)]
+  r.get_state()  # waits for the one under way
+  r.close()
+  want = [0, 0, 10, 10] if ahead else [0, 0, 20, 20]
+  assert [x.step for x in got] == want
+  stale = [x.info['sampling/staleness_steps'] for x in got]
+  assert stale == [a - b for a, b in zip((0, 10, 20, 30), want, strict=True)]
+  assert all(x.info['timing/export_seconds'] >= 0 for x in got)
+  assert [number for *_, number in exports.seen] == list(range(4 + ahead))
+
+
+def test_what_is_exported_while_training_goes_on_is_a_copy_on_the_host():
+  exports, begin = Exports(), threading.Event()
+
+  def publish(params, step, number):
+    assert not number or begin.wait(10)
+    return exports(params, step, number)
+
+  publish.every, publish.step = 1, None
+  r = fake(Oracle(mixed), publisher=publish, ahead=True)
+  params = {'w': jax.numpy.arange(3.0)}
+  r.next(params, 0)
+  params['w'].delete()  # the update donates them
+  begin.set()
+  r.get_state()
+  r.close()
+  copy, *_ = exports.seen[1]
+  assert isinstance(copy['w'], np.ndarray)
+  np.testing.assert_array_equal(copy['w'], [0, 1, 2])
+
+
+def test_weights_that_could_not_be_exported_cost_no_prompts():
+  exports = Exports()
+  exports.fails = 1
+  r = fake(Oracle(mixed), publisher=exports)
+  with pytest.raises(OSError, match='full'):
+    r.next(None, 0)
+  exports.fails = 0
+  assert r.next(None, 0).chosen == fake(Oracle(mixed)).next(None, 0).chosen
+
+
+def test_what_the_engine_served_survives_a_restart():
+  r = fake(Oracle(mixed), publisher=Exports())
+  r.next(None, 4)
+  state = json.loads(json.dumps(r.get_state()))
+  again = fake(Oracle(mixed), publisher=Exports())
+  again.set_state(state)
+  assert again.publisher.step == 4
+  assert again.next(None, 6).step == 4
+  plain = fake(Oracle(mixed))  # the engine was given up
+  plain.set_state(state)
+  assert not plain.behind
+  assert plain.next(None, 6).step == 6
+
+
+def test_an_engine_needs_a_folder_to_read_from():
+  server = server_lib.connect(url='http://localhost:8000/v1', model='m')
+  with pytest.raises(ValueError, match='needs run_dir'):
+    real(server=server)

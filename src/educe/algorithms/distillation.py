@@ -91,7 +91,7 @@ def make(
   (size,) = sizes
   temperature = 1.0 if rollouts is None else rollouts.temperature
   by_token = objective == 'reverse_kl'
-  later = epochs * minibatches > 1 or bool(rollouts and rollouts.ahead)
+  later = epochs * minibatches > 1 or bool(rollouts and rollouts.behind)
   fields = {
     'divergence': objective == 'jsd',
     'ref_logp': by_token,

@@ -92,7 +92,7 @@ def make(
       '(the initial one), or kl_in_reward=0 and advantage.kl_coef=0'
     )
   several = epochs * minibatches > 1
-  scored = several or needs_kl or rollouts.ahead
+  scored = several or needs_kl or rollouts.behind
 
   def assign(rewards, **supply):
     named = {name: x for name, x in supply.items() if name in wants}

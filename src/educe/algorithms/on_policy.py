@@ -51,10 +51,17 @@ def check(
       f"warning: loss.objective='reinforce' has no ratio, and with {epochs=} × "
       f"{minibatches=} most updates are off policy; 'clip' has one"
     )
-  if rollouts.ahead and settings.get('sampler_correction', 'none') == 'none':
+  why = None
+  if rollouts.publisher is not None:
+    why = 'rollouts.server samples with other kernels than those that train'
+  if rollouts.behind:
+    why = 'rollouts.ahead samples from the policy of a round ago'
+    if not rollouts.ahead:
+      why = 'rollouts.server.export_every > 1 samples from the policy of rounds ago'
+  if why and settings.get('sampler_correction', 'none') == 'none':
     say(
-      'warning: rollouts.ahead samples from the policy of a round ago, and loss.'
-      "sampler_correction='none' does not weigh that; 'token_truncate' does"
+      f"warning: {why}, and loss.sampler_correction='none' does not weigh that; "
+      "'token_truncate' does"
     )
 
 

@@ -198,6 +198,11 @@ def _check(rollouts: Rounds, batch_size, epochs, reference_every, alpha) -> None
       f'.alpha={alpha} sets the policy against the reference, and config.judge compares '
       "completions of one of them: judge.style='scalar', or alpha=0"
     )
+  elif alpha and rollouts.publisher is not None:
+    wrong = (
+      f'.alpha={alpha} samples from the reference too, and rollouts.server serves the '
+      'policy alone: alpha=0, or sample here (rollouts.server=None)'
+    )
   elif not alpha and rollouts.group < 2:
     wrong = f': rollouts.group={rollouts.group} gives no two completions to compare'
   if wrong:

@@ -40,6 +40,7 @@ def collect(
   group: int,
   key: Key[Array, ''],
   max_new_tokens: int,
+  generate: Callable[..., list[Completion]] = generate,
   seeds: Sequence[int] | None = None,
   verifier: Verifier | None = None,
   together: bool = False,
@@ -48,6 +49,7 @@ def collect(
   """`group` completions of each record's prompt, judged; rows are group-major.
 
   records: some of environment.prompts, or others that it can judge
+  generate: who samples: `texts.generate` here, or `server.generate` of an engine
   seeds: one integer a row, P·G of them; 0, 1, 2 … by default. A row's sample depends
     on (key, its seed, its prompt) alone, so a step should bring a fresh key.
   verifier: answers all rows at once, in order, such as a pool of worker processes; None

@@ -13,9 +13,9 @@ None: it adds nothing to its group, and its outcome is 'error' (rollouts/rounds.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -28,7 +28,7 @@ from educe import hosts
 from educe.data import pairs
 from educe.data.chat import encode_record, normalize
 from educe.environments import verifiers
-from educe.rollouts import chat_endpoint
+from educe.rollouts import http_client, server
 from educe.rollouts.sampler import bucket
 from educe.types import Batch, Model, Params, Rollouts
 
@@ -212,52 +212,36 @@ def endpoint(
     criteria: sentences for the judge: what is good
     lowest, highest: of the grades asked for
     api_key_env: name of the environment variable that holds the key; None sends none
-    timeout, backoff (seconds), retries, concurrency, error_limit: see chat_endpoint.Client
+    timeout, backoff (seconds), retries, concurrency, error_limit: see http_client.Client
     temperature, max_tokens: of the judge's own sampling
 
-  Raises ValueError for settings out of range. The judge raises JudgeError when too many
+  Raises ValueError for settings out of range. The judge raises EndpointError when too many
   questions stay unanswered, and ValueError for a prompt with one completion to compare.
   """
   wrong = None
-  key = os.environ.get(api_key_env) if api_key_env else None
-  if not re.match(r'https?://[^/\s]', url):
-    wrong = (
-      f'url={url!r} must begin with http:// or https://, as http://localhost:8000/v1'
-    )
-  elif style not in STYLES:
+  if style not in STYLES:
     wrong = f'style={style!r} must be one of {list(STYLES)}'
   elif not -math.inf < lowest < highest < math.inf:
     wrong = f'lowest={lowest} must be less than highest={highest}, both finite'
-  elif not (0 < timeout < math.inf and 0 <= backoff < math.inf):
-    wrong = f'timeout={timeout} must be more than 0 seconds, backoff={backoff} not less'
-  elif retries < 0 or concurrency < 1 or max_tokens < 1:
-    wrong = (
-      f'{retries=} must be at least 0, {concurrency=} and {max_tokens=} at least 1'
-    )
-  elif not 0 <= error_limit <= 1:
-    wrong = f'error_limit={error_limit} must be in 0..1'
+  elif max_tokens < 1:
+    wrong = f'{max_tokens=} must be at least 1'
   elif not 0 <= temperature < math.inf:
     wrong = f'temperature={temperature} must be a number ≥ 0'
-  elif api_key_env is not None and not key:
-    wrong = f'api_key_env={api_key_env!r}: no such environment variable; export it'
-  elif key and not re.fullmatch('[!-~]+', key):
-    wrong = (
-      f'api_key_env={api_key_env!r}: what it holds is no key: it has a space, a line '
-      'break or a letter that is not ASCII'
-    )
   if wrong:
     raise ValueError(f'judge.{wrong}')
-  client = chat_endpoint.Client(
+  client = http_client.connect(
+    'judge',
     url=url,
     model=model,
-    key=key,
+    api_key_env=api_key_env,
     timeout=timeout,
     retries=retries,
     backoff=backoff,
     concurrency=concurrency,
     error_limit=error_limit,
-    temperature=temperature,
-    max_tokens=max_tokens,
+  )
+  ask = functools.partial(
+    server.chat, client, temperature=temperature, max_tokens=max_tokens
   )
 
   def grades(records, completions):
@@ -278,7 +262,7 @@ def endpoint(
         return None
       return (float(grade) - lowest) / (highest - lowest)
 
-    return chat_endpoint.ask(client, texts, read)
+    return ask(texts, read)
 
   def comparisons(records, completions):
     pairs = list(_pairs(records))
@@ -298,7 +282,7 @@ def endpoint(
       verdict = _last(r'verdict\W{0,8}?(a|b|tie)\b', text)
       return None if verdict is None else {'a': 1.0, 'b': 0.0, 'tie': 0.5}[verdict]
 
-    said = chat_endpoint.ask(client, questions, read)
+    said = ask(questions, read)
     # The second question of a pair has it the other way round.
     wins = {
       pair: None if one is None or two is None else (one + 1 - two) / 2

@@ -9,10 +9,11 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
-import json
+import functools
+import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,23 +24,16 @@ from educe.data.tokenizer import Tokenizer
 from educe.environments import verifiers
 from educe.environments.prompts import only_asks
 from educe.progress import say
-from educe.rollouts import judges, statistics, transcripts
+from educe.rollouts import judges, statistics, texts, transcripts
+from educe.rollouts import server as server_lib
 from educe.rollouts.collect import collect, fitting
-from educe.rollouts.encoding import pack, unpack
-from educe.rollouts.joining import ARRAYS, replace_groups
+from educe.rollouts.encoding import Round, decode, encode
+from educe.rollouts.joining import replace_groups
 from educe.rollouts.pool import Pool
+from educe.rollouts.publishing import Publisher
 from educe.types import Environment, Model, Params, Rollouts, StateMismatch
 
 PATIENCE = 5  # rounds in a row without a signal before a warning
-
-
-class Round(NamedTuple):
-  rollouts: Rollouts
-  greedy: np.ndarray | None  # [P], reward of the greedy completion of each prompt
-  number: int  # from 0
-  step: int  # of the policy that sampled it
-  info: dict[str, Any]
-  chosen: Sequence[int] = ()  # the prompts, by their place in the pool
 
 
 def make(
@@ -48,6 +42,7 @@ def make(
   environment: Environment,
   seed: int,
   judge: judges.Judge | None = None,
+  run_dir: pathlib.Path | None = None,
   *,
   prompts: int,
   group: int,
@@ -66,12 +61,14 @@ def make(
   error_limit: float = 0.1,
   ahead: bool = False,
   show_every: int = 10,
+  server: server_lib.Server | None = None,
 ) -> Rounds:
   """Rounds of `prompts` × `group` completions of up to `max_new_tokens` tokens.
 
   Args:
     judge: its scores of a round's completions, all at once, are their rewards; None:
       the environment's own.
+    run_dir: where the weights for a server are exported to.
     temperature, top_k, top_p, min_p, stop: of the sampler; see rollouts/sampler.py.
     batch_size: completions sampled side by side; does not change what is sampled.
     pool: 'uniform', each prompt once an epoch, or 'adaptive', see rollouts/pool.py.
@@ -85,6 +82,9 @@ def make(
     ahead: sample the next round while this one is trained on, one round off policy; on
       one host.
     show_every: rounds between samples on the terminal; 0 shows none.
+    server: an engine in another process that samples (rollouts/server.py), at the weights
+      that are exported for it; with `ahead` all of that is done while training goes on.
+      None samples here.
 
   Raises ValueError for values out of range, prompts that do not fit and an environment
   without prompts.
@@ -113,6 +113,20 @@ def make(
     raise ValueError(
       f"rollouts.overlong_prompts={overlong_prompts!r} must be 'error' or 'drop'"
     )
+  publisher, generate = None, texts.generate
+  if server is not None:
+    server_lib.check(
+      server, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
+    )
+    if run_dir is None:
+      raise ValueError('rollouts.server: needs run_dir, to export the weights to')
+    if jax.process_count() > 1:
+      raise ValueError(
+        f'rollouts.server: {jax.process_count()} processes would export weights each, and '
+        'ask for the same; train in one, or sample here (rollouts.server=None)'
+      )
+    publisher = Publisher(server, model, tokenizer, run_dir)
+    generate = functools.partial(server_lib.generate, server)
   every = [{'id': index, **record} for index, record in enumerate(environment.prompts)]
   records = fitting(model, tokenizer, every, max_new_tokens=max_new_tokens)
   if dropped := len(every) - len(records):
@@ -153,6 +167,7 @@ def make(
       min_p=min_p,
       stop=stop,
       batch_size=batch_size,
+      generate=generate,
     )
     if verifier is None:
       tally.add((row['outcome'], row.get('error')) for row in rollouts.transcripts)
@@ -172,6 +187,7 @@ def make(
     show_every=show_every,
     compares=judge is not None and judges.compares(judge),
     scored=judge is not None or not only_asks(environment),
+    publisher=publisher,
   )
 
 
@@ -192,6 +208,7 @@ class Rounds:
   show_every: int
   compares: bool = False  # rewards are relative to what was judged along with them
   scored: bool = True  # somebody gives rewards
+  publisher: Publisher | None = None  # where an engine samples
 
   def __post_init__(self) -> None:
     self._number = 0  # of the next round to be sampled
@@ -199,6 +216,11 @@ class Rounds:
     self._back: Round | None = None
     self._executor = concurrent.futures.ThreadPoolExecutor(1) if self.ahead else None
     self._dull = dict.fromkeys(('no_signal', 'cut_off'), 0)
+
+  @property
+  def behind(self) -> bool:
+    """Rounds may come from an older policy than the one that trains on them."""
+    return self.ahead or (self.publisher is not None and self.publisher.every > 1)
 
   def next(self, params: Params, step: int, *, greedy: bool = False) -> Round:
     """The next round. With `ahead` it was sampled by the policy of a round ago.
@@ -219,6 +241,7 @@ class Rounds:
 
   def beside(self, params: Params, current: Round) -> Rollouts:
     """As many completions of another policy, of the same prompts, judged as well."""
+    assert self.publisher is None, 'an engine serves one policy'
     key = jax.random.fold_in(jax.random.key(self.seed), current.number)
     key = jax.random.fold_in(key, 2 + self.refills)  # after what drew the round itself
     return self._sample(params, current.chosen, key)
@@ -242,14 +265,21 @@ class Rounds:
 
   def _launch(self, params, step, greedy):
     assert self._executor is not None
-    # The update donates the params; whoever samples meanwhile needs its own.
-    own = jax.tree.map(jnp.copy, params)
+    # The update donates the params; whoever samples meanwhile needs its own, and those
+    # for an engine become files.
+    own = jax.device_get(params) if self.publisher else jax.tree.map(jnp.copy, params)
     return self._executor.submit(self._round, own, step, greedy)
 
   def _round(self, params, step, greedy) -> Round:
     before = self._pool.get_state()
     try:
-      return self._sampled(params, step, greedy)
+      began = time.perf_counter()
+      if self.publisher is None:
+        return self._sampled(params, step, greedy)
+      step = self.publisher(params, step, self._number)
+      seconds = {'timing/export_seconds': time.perf_counter() - began}
+      current = self._sampled(params, step, greedy)
+      return current._replace(info={**current.info, **seconds})
     except BaseException:
       self._pool.set_state(before)  # nothing was learned from these prompts: once more
       raise
@@ -332,6 +362,7 @@ class Rounds:
       'pool': self._pool.get_state(),
       'waiting': None if waiting is None else encode(waiting),
       'back': None if self._back is None else encode(self._back),
+      'published': None if self.publisher is None else self.publisher.step,
     }
 
   def set_state(self, state: dict[str, Any]) -> None:
@@ -345,6 +376,8 @@ class Rounds:
         )
     self._number = state['number']
     self._pool.set_state(state['pool'])
+    if self.publisher is not None:
+      self.publisher.step = state.get('published')
     back = state.get('back')
     self._back = None if back is None else decode(back)
     self._waiting = None
@@ -358,32 +391,3 @@ class Rounds:
       self._executor.shutdown(wait=True, cancel_futures=True)
     if self._verifier is not None:
       self._verifier.close()
-
-
-def encode(current: Round) -> dict[str, Any]:
-  """A Round as plain JSON, its arrays bit by bit."""
-  r = current.rollouts
-  arrays = {n: np.asarray(x) for n in ARRAYS if (x := getattr(r, n)) is not None}
-  if current.greedy is not None:
-    arrays['greedy'] = np.asarray(current.greedy)
-  return {
-    'arrays': pack(arrays),
-    'transcripts': json.dumps(list(r.transcripts), default=str),
-    'rest': [r.group, current.number, current.step, current.info],
-    'chosen': [int(index) for index in current.chosen],
-  }
-
-
-def decode(state: dict[str, Any]) -> Round:
-  arrays = unpack(state['arrays'])
-  greedy = arrays.pop('greedy', None)
-  group, number, step, info = state['rest']
-  rows = json.loads(state['transcripts'])
-  return Round(
-    Rollouts(**arrays, group=group, transcripts=rows),  # type: ignore[arg-type]
-    greedy,
-    number,
-    step,
-    info,
-    state['chosen'],
-  )

@@ -1,5 +1,6 @@
 """Against a real server in a thread: good, slow, dripping, down, overloaded, nonsense."""
 
+import functools
 import itertools
 import json
 import socket
@@ -8,14 +9,17 @@ import time
 
 import pytest
 
-from educe.rollouts import chat_endpoint
-from educe.rollouts.chat_endpoint import Client, JudgeError
+from educe.rollouts import http_client
+from educe.rollouts import server as server_lib
+from educe.rollouts.http_client import Client, EndpointError
+
+ask = functools.partial(server_lib.chat, temperature=0.3, max_tokens=17)
 
 
 def client(url, **changes):
   settings = dict(
-    url=url, model='judge-1', key=None, timeout=5.0, retries=2, backoff=0.01,
-    concurrency=4, error_limit=0.0, temperature=0.3, max_tokens=17,
+    section='judge', url=url, model='judge-1', key=None, timeout=5.0, retries=2,
+    backoff=0.01, concurrency=4, error_limit=0.0,
   )  # fmt: skip
   return Client(**(settings | changes))
 
@@ -30,7 +34,7 @@ def test_answers_come_in_the_order_of_the_questions(server):
     return f'{10 * int(question)}'
 
   url, asked = server(answer)
-  got = chat_endpoint.ask(client(url), [str(i) for i in range(8)], number)
+  got = ask(client(url), [str(i) for i in range(8)], number)
   assert got == [10.0 * i for i in range(8)]
   assert {x['path'] for x in asked} == {'/v1/chat/completions'}
   assert all(
@@ -53,13 +57,13 @@ def test_no_more_than_concurrency_are_under_way(server):
     return '1'
 
   url, _ = server(answer)
-  chat_endpoint.ask(client(url, concurrency=3), [str(i) for i in range(12)], number)
+  ask(client(url, concurrency=3), [str(i) for i in range(12)], number)
   assert most[0] == 3
 
 
 def test_the_key_goes_along_and_what_was_thought_is_left_out(server):
   url, asked = server(lambda question, count: '<think>7</think>8')
-  assert chat_endpoint.ask(client(url, key='s3'), ['q'], number) == [8.0]
+  assert ask(client(url, key='s3'), ['q'], number) == [8.0]
   assert asked[0]['key'] == 'Bearer s3'
 
 
@@ -81,12 +85,12 @@ def test_the_key_goes_along_and_what_was_thought_is_left_out(server):
 )
 def test_what_passes_is_asked_again(server, first):
   url, asked = server(lambda question, count: first if count < 2 else '5')
-  assert chat_endpoint.ask(client(url), ['q'], number) == [5.0]
+  assert ask(client(url), ['q'], number) == [5.0]
   assert len(asked) == 3
   # … but not for ever.
   url, asked = server(lambda question, count: first)
   loose = client(url, error_limit=1.0)
-  assert chat_endpoint.ask(loose, ['q', 'r'], number) == [None, None]
+  assert ask(loose, ['q', 'r'], number) == [None, None]
   assert len(asked) == 6
 
 
@@ -99,7 +103,7 @@ def test_pauses_double_and_a_server_may_ask_for_longer(server):
 
   url, _ = server(answer)
   patient = client(url, retries=3, backoff=0.2, error_limit=1.0)
-  chat_endpoint.ask(patient, ['q'], number)
+  ask(patient, ['q'], number)
   pauses = [b - a for a, b in itertools.pairwise(times)]
   for pause, least in zip(pauses, (0.2, 0.4, 1.0), strict=True):
     assert least <= pause < least + 0.35
@@ -142,30 +146,30 @@ def test_a_slow_server_is_given_up_on_in_time(server, how):
   url, _ = server(lambda question, count: how if question == 'slow' else '1')
   began = time.monotonic()
   hasty = client(url, timeout=0.3, retries=1, error_limit=0.5)
-  assert chat_endpoint.ask(hasty, ['a', 'slow', 'b'], number) == [1.0, None, 1.0]
+  assert ask(hasty, ['a', 'slow', 'b'], number) == [1.0, None, 1.0]
   assert 0.6 < time.monotonic() - began < 2.0
 
 
 def test_an_error_without_its_body_is_one_like_any_other(server):
   for first in (stall(503), (503, {'Content-Length': '10'}, b'')):
     url, asked = server(lambda question, count, first=first: '5' if count else first)
-    assert chat_endpoint.ask(client(url, timeout=0.3), ['q'], number) == [5.0]
+    assert ask(client(url, timeout=0.3), ['q'], number) == [5.0]
     assert len(asked) == 2
   # … also in what is said of it.
   url, asked = server(lambda question, count: stall(503))
-  with pytest.raises(JudgeError, match=r'the first: HTTP 503 \(asked 2 times\)'):
-    chat_endpoint.ask(client(url, timeout=0.2, retries=1), ['q'], number)
+  with pytest.raises(EndpointError, match=r'the first: HTTP 503 \(asked 2 times\)'):
+    ask(client(url, timeout=0.2, retries=1), ['q'], number)
   url, asked = server(lambda question, count: stall(401))
-  with pytest.raises(JudgeError, match=r'HTTP 401; look at judge\.url'):
-    chat_endpoint.ask(client(url, timeout=0.2), ['q'], number)
+  with pytest.raises(EndpointError, match=r'HTTP 401; look at judge\.url'):
+    ask(client(url, timeout=0.2), ['q'], number)
   assert len(asked) == 1
 
 
 def test_too_many_without_an_answer_are_one_line_and_the_rest_is_not_asked(server):
   url, asked = server(lambda question, count: 'no' if int(question) < 10 else '1')
   questions = [str(i) for i in range(200)]
-  with pytest.raises(JudgeError) as error:
-    chat_endpoint.ask(client(url, error_limit=0.01, retries=0), questions, number)
+  with pytest.raises(EndpointError) as error:
+    ask(client(url, error_limit=0.01, retries=0), questions, number)
   said = str(error.value)
   assert said.startswith(
     f'judge judge-1 at {url}: 3 of 200 questions without an answer'
@@ -174,7 +178,7 @@ def test_too_many_without_an_answer_are_one_line_and_the_rest_is_not_asked(serve
   assert '\n' not in said
   assert len(asked) < 100
   # Ten are below a tenth and a bit.
-  got = chat_endpoint.ask(client(url, error_limit=0.05, retries=0), questions, number)
+  got = ask(client(url, error_limit=0.05, retries=0), questions, number)
   assert got == [None] * 10 + [1.0] * 190
 
 
@@ -182,17 +186,17 @@ def test_a_server_that_is_down_says_so():
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     port = free.getsockname()[1]
-  with pytest.raises(JudgeError, match=r'Connection refused \(asked 3 times\)'):
-    chat_endpoint.ask(client(f'http://127.0.0.1:{port}'), ['q'] * 5, number)
+  with pytest.raises(EndpointError, match=r'Connection refused \(asked 3 times\)'):
+    ask(client(f'http://127.0.0.1:{port}'), ['q'] * 5, number)
 
 
 @pytest.mark.parametrize('status', [400, 401, 404])
 def test_what_asking_again_cannot_mend_is_said_at_once(server, status):
   url, asked = server(lambda question, count: (status, {}, b'no such\nmodel'))
   with pytest.raises(
-    JudgeError, match=f'HTTP {status} no such model; look at judge.url'
+    EndpointError, match=f'HTTP {status} no such model; look at judge.url'
   ):
-    chat_endpoint.ask(client(url, error_limit=1.0, concurrency=1), ['q'] * 9, number)
+    ask(client(url, error_limit=1.0, concurrency=1), ['q'] * 9, number)
   assert len(asked) == 1
 
 
@@ -200,14 +204,13 @@ def test_a_server_may_not_ask_for_a_pause_longer_than_a_timeout(server):
   url, _ = server(lambda question, count: (429, {'Retry-After': '3600'}, b''))
   began = time.monotonic()
   hasty = client(url, timeout=0.3, retries=1, error_limit=1.0)
-  assert chat_endpoint.ask(hasty, ['q'], number) == [None]
+  assert ask(hasty, ['q'], number) == [None]
   assert 0.3 < time.monotonic() - began < 2.0
 
 
-def test_an_answer_without_end_is_not_read_to_it(server, monkeypatch):
-  monkeypatch.setattr(chat_endpoint, 'LARGEST', 1000)
+def test_an_answer_without_end_is_not_read_to_it(server):
   url, asked = server(lambda question, count: '5' if count else '1' * 100_000)
-  assert chat_endpoint.ask(client(url), ['q'], number) == [5.0]
+  assert ask(client(url, largest=1000), ['q'], number) == [5.0]
   assert len(asked) == 2
 
 
@@ -216,8 +219,8 @@ def test_a_refusal_is_said_while_other_questions_wait(server):
     lambda question, count: (401, {}, b'no') if question == 'no' else stall(200)
   )
   began = time.monotonic()
-  with pytest.raises(JudgeError, match='HTTP 401'):
-    chat_endpoint.ask(client(url, timeout=3), ['a', 'no', 'b'], number)
+  with pytest.raises(EndpointError, match='HTTP 401'):
+    ask(client(url, timeout=3), ['a', 'no', 'b'], number)
   assert time.monotonic() - began < 2
 
 
@@ -225,8 +228,8 @@ def test_a_key_is_not_carried_to_where_a_redirect_leads(server):
   other, theirs = server(lambda question, count: '1')
   where = {'Location': f'{other}/chat/completions'}
   url, _ = server(lambda question, count: (302, where, b''))
-  with pytest.raises(JudgeError, match=r'HTTP 302.*look at judge\.url'):
-    chat_endpoint.ask(client(url, key='s3'), ['q'], number)
+  with pytest.raises(EndpointError, match=r'HTTP 302.*look at judge\.url'):
+    ask(client(url, key='s3'), ['q'], number)
   assert not theirs
 
 
@@ -241,8 +244,41 @@ def test_a_key_is_not_carried_to_where_a_redirect_leads(server):
   ],
 )
 def test_what_cannot_be_sent_is_one_line_that_does_not_tell_the_key(url, key):
-  with pytest.raises(JudgeError, match=r'^judge judge-1 at ') as error:
-    chat_endpoint.ask(client(url, key=key, error_limit=1.0), ['q'], number)
+  with pytest.raises(EndpointError, match=r'^judge judge-1 at ') as error:
+    ask(client(url, key=key, error_limit=1.0), ['q'], number)
   assert 'look at judge.url' in str(error.value)
   assert 'secret' not in str(error.value)
   assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'wrong'),
+  [
+    (dict(url='localhost:8000/v1'), r'part\.url='),
+    (dict(timeout=0.0), r'part\.timeout=0\.0'),
+    (dict(backoff=-1.0), 'backoff=-1'),
+    (dict(retries=-1), r'part\.retries=-1'),
+    (dict(concurrency=0), 'concurrency=0'),
+    (dict(error_limit=1.5), r'part\.error_limit=1\.5'),
+    (dict(api_key_env='EDUCE_NO_KEY'), r"part\.api_key_env='EDUCE_NO_KEY'"),
+  ],
+)
+def test_settings_out_of_range_name_their_section(changes, wrong):
+  settings = dict(
+    url='http://here/v1', model='m', api_key_env=None, timeout=1.0, retries=0,
+    backoff=0.0,
+  )  # fmt: skip
+  http_client.connect('part', **settings)
+  with pytest.raises(ValueError, match=wrong):
+    http_client.connect('part', **(settings | changes))
+
+
+def test_the_key_comes_from_the_environment_and_goes_along_once(server, monkeypatch):
+  monkeypatch.setenv('EDUCE_KEY', 's3')
+  url, asked = server(lambda question, count: '1')
+  made = http_client.connect(
+    'judge', url=url, model='m', api_key_env='EDUCE_KEY', timeout=5.0, retries=0,
+    backoff=0.0,
+  )  # fmt: skip
+  assert ask(made, ['q'], number) == [1.0]
+  assert asked[0]['key'] == 'Bearer s3'

@@ -1,0 +1,233 @@
+"""Weights that an engine is told to read: whole, the right ones, and not too often."""
+
+import errno
+import json
+import pathlib
+import shutil
+import threading
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from educe.data import tokenizer as tokenizers
+from educe.models import policy, presets
+from educe.rollouts import server
+from educe.rollouts.http_client import EndpointError
+from educe.rollouts.publishing import Publisher
+
+WORDS = tokenizers.load(path='characters:012345abcdefgh=')
+MODEL = policy.build(presets.chain)
+SHAPES = policy.shapes(presets.chain)
+
+
+def params(number):
+  return jax.tree.map(lambda x: np.full(x.shape, number, x.dtype), SHAPES)
+
+
+def number_in(folder):
+  """What all the weights in a folder are; ValueError unless they are whole."""
+  folder = pathlib.Path(folder)
+  assert json.loads((folder / 'config.json').read_text())['model_type'] == 'llama'
+  tensors = safetensors.numpy.load_file(folder / 'model.safetensors')
+  assert len(tensors) == 2 + 9 * presets.chain.layers
+  (found,) = {float(x) for tensor in tensors.values() for x in np.unique(tensor)}
+  return found
+
+
+class Engine:
+  """Reads weights as vLLM and SGLang do when they are told to."""
+
+  def __init__(self):
+    self.told, self.stale = [], False
+
+  def __call__(self, path, body, headers):
+    if path == '/reset_prefix_cache':
+      self.stale = False
+      return 200, {}, b''
+    self.stale = path == '/collective_rpc'
+    self.folder = body['kwargs']['weights_path'] if self.stale else body['model_path']
+    self.told.append((path, self.folder))
+    self.number = number_in(self.folder)
+    return {'success': True}
+
+
+def publisher(engine, listen, run_dir, **changes):
+  settings = dict(model='policy', timeout=5.0, retries=1, backoff=0.0)
+  to = server.connect(url=f'{listen(engine)}/v1', **(settings | changes))
+  return Publisher(to, MODEL, WORDS, run_dir)
+
+
+def kept(run_dir):
+  return sorted(p.name for p in (run_dir / 'server').iterdir())
+
+
+@pytest.mark.parametrize(
+  ('reload', 'path'),
+  [
+    ('vllm', '/collective_rpc'),
+    ('sglang', '/update_weights_from_disk'),
+    ((('/update_weights_from_disk', {'model_path': '{folder}'}),), '/update_weights'),
+  ],
+)
+def test_the_engine_reads_what_was_given_and_the_rest_is_deleted(
+  listen, tmp_path, reload, path
+):
+  engine = Engine()
+  publish = publisher(engine, listen, tmp_path, reload=reload)
+  for step, number in ((0, 0), (4, 1), (8, 2)):
+    assert publish(params(step + 0.5), step, number) == step
+    assert engine.number == step + 0.5
+    assert tokenizers.load(path=engine.folder).encode('ab') == WORDS.encode(
+      'ab'
+    )  # it could be started anew
+    assert not engine.stale
+    folder = tmp_path / 'server' / f'{step:08}'
+    assert engine.folder == str(folder)
+    assert kept(tmp_path) == [f'{step:08}', 'current']
+    assert (tmp_path / 'server' / 'current').resolve() == folder
+  assert all(told.startswith(path) for told, _ in engine.told)
+  assert len({folder for _, folder in engine.told}) == 3  # a name it has not seen
+
+
+def test_posts_of_ones_own_name_the_step(listen, tmp_path):
+  asked = []
+  posts = (('/a', {'at': ['/mnt/{step}', 3]}), ('/b/{step}', {}))
+  publish = publisher(
+    lambda path, body, headers: asked.append((path, body)) or {},
+    listen,
+    tmp_path,
+    reload=posts,
+  )
+  publish(params(1), 7, 0)
+  assert asked == [('/a', {'at': ['/mnt/00000007', 3]}), ('/b/{step}', {})]
+
+
+def test_rounds_between_two_exports_are_sampled_by_the_last(listen, tmp_path):
+  engine = Engine()
+  publish = publisher(engine, listen, tmp_path, export_every=3)
+  steps = [publish(params(step), step, step // 2) for step in range(0, 14, 2)]
+  assert steps == [0, 0, 0, 6, 6, 6, 12]
+  assert [int(folder[-8:]) for _, folder in engine.told] == [0, 6, 12]
+
+
+def test_a_run_that_goes_on_tells_an_engine_that_may_be_new(listen, tmp_path):
+  engine = Engine()
+  publisher(engine, listen, tmp_path, export_every=3)(params(6), 6, 3)
+  anew = Engine()
+  later = publisher(anew, listen, tmp_path, export_every=3)
+  later.step = 6  # from the checkpoint
+  assert later(params(8), 8, 4) == 6
+  assert anew.number == 6
+  assert later(params(10), 10, 5) == 6
+  assert len(anew.told) == 1
+  # Where that export is gone, the policy as it is takes its place.
+  shutil.rmtree(tmp_path / 'server')
+  last = publisher(anew, listen, tmp_path, export_every=3)
+  last.step = 6
+  assert last(params(10), 10, 5) == 10
+  assert anew.number == 10
+
+
+def test_a_step_that_comes_again_is_written_again(listen, tmp_path):
+  """A run went on from an older checkpoint: the same step, other weights perhaps."""
+  engine = Engine()
+  publisher(engine, listen, tmp_path)(params(1), 5, 5)
+  publisher(engine, listen, tmp_path)(params(2), 5, 5)
+  assert engine.number == 2
+
+
+def test_what_cannot_be_written_is_one_line_and_what_was_there_stays(
+  listen, tmp_path, monkeypatch
+):
+  engine = Engine()
+  publish = publisher(engine, listen, tmp_path)
+  publish(params(1), 1, 0)
+
+  def full(arrays, path, metadata):
+    pathlib.Path(path).write_bytes(b'half')
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  with monkeypatch.context() as patched:
+    patched.setattr(safetensors.numpy, 'save_file', full)
+    with pytest.raises(
+      OSError, match=r'00000002: the weights for rollouts\.server'
+    ) as e:
+      publish(params(2), 2, 1)
+  assert 'is the disk full' in str(e.value)
+  assert '\n' not in str(e.value)
+  assert kept(tmp_path) == ['00000001', 'current']
+  assert publish.step == 1
+  assert len(engine.told) == 1
+  assert number_in(tmp_path / 'server' / 'current') == 1
+  assert publish(params(2), 2, 1) == 2
+  assert engine.number == 2
+
+
+def test_what_a_killed_process_left_is_swept_up(listen, tmp_path):
+  for name in ('.00000002.partial', '.00000009.partial'):
+    (tmp_path / 'server' / name).mkdir(parents=True)
+    (tmp_path / 'server' / name / 'config.json').write_text('half')
+  engine = Engine()
+  publisher(engine, listen, tmp_path)(params(2), 2, 0)
+  assert engine.number == 2
+  assert kept(tmp_path) == ['00000002', 'current']
+
+
+@pytest.mark.parametrize(
+  ('reload', 'answer', 'wrong'),
+  [
+    ('vllm', (404, {}, b'Not Found'), r'HTTP 404 Not Found.*POST /collective_rpc'),
+    ('vllm', (500, {}, b'no such file'), r'HTTP 500 no such file \(asked 2 times\)'),
+    ('sglang', {'success': False, 'message': 'shapes differ'}, 'shapes differ.*POST'),
+    ('sglang', (400, {}, b'{"success": false}'), 'HTTP 400'),
+    ('vllm', lambda handler: None, 'questions without an answer'),
+  ],
+)
+def test_an_engine_that_does_not_take_them_is_one_line(
+  listen, tmp_path, reload, answer, wrong
+):
+  good, engine = [], Engine()
+  publish = publisher(
+    lambda *asked: engine(*asked) if good else answer, listen, tmp_path, reload=reload
+  )
+  good.append(1)
+  publish(params(1), 1, 0)
+  good.clear()
+  with pytest.raises(EndpointError, match=wrong) as error:
+    publish(params(2), 2, 1)
+  said = str(error.value)
+  assert f'does not read the weights in {tmp_path}/server/00000002' in said
+  assert '\n' not in said
+  assert publish.step == 1
+  assert '00000001' in kept(tmp_path)  # which it serves still
+  good.append(1)
+  assert publish(params(2), 2, 1) == 2
+  assert kept(tmp_path) == ['00000002', 'current']
+
+
+def test_who_reads_the_pointer_meanwhile_finds_whole_weights(listen, tmp_path):
+  engine, over, found, lost = Engine(), threading.Event(), set(), []
+  publish = publisher(engine, listen, tmp_path)
+  publish(params(0), 0, 0)
+
+  def read():
+    while not over.is_set():
+      folder = (tmp_path / 'server' / 'current').resolve()
+      try:
+        found.add(number_in(folder))
+      except Exception as error:
+        if folder.exists():  # not one that was replaced and deleted meanwhile
+          lost.append(error)
+
+  reader = threading.Thread(target=read)
+  reader.start()
+  try:
+    for step in range(1, 12):
+      publish(params(step), step, step)
+  finally:
+    over.set()
+    reader.join()
+  assert not lost
+  assert len(found) > 1
