@@ -16,10 +16,9 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-
+from educe import sharding
 from educe.data.tokenizer import Tokenizer
-from educe.models import safetensors
+from educe.models import lora, safetensors
 from educe.rollouts import http_client
 from educe.rollouts.http_client import EndpointError
 from educe.rollouts.server import Server
@@ -70,7 +69,7 @@ class Publisher:
       safetensors.export(
         partial,
         self._model.architecture,
-        jax.device_get(params),
+        sharding.fetch(lora.merged(params)),
         bos_token_id=self._tokenizer.bos_id,
         eos_token_id=self._tokenizer.eos_ids,
       )
