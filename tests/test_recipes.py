@@ -77,7 +77,7 @@ def test_a_flag_that_the_file_has_no_place_for_is_named(override, message):
     ('--config=nowhere.py', 'nowhere.py'),
     (f'--config={DEMO}:demmo', r":demmo: no recipe 'demmo'; did you mean 'demo'\?$"),
     (f'--config={DEMO}:demo,debgu', r"no recipe 'debgu'; did you mean 'debug'\?$"),
-    (f'--config={DEMO}:x', r"'x'; choose one of \['debug', 'demo', 'gsm8k'\]$"),
+    (f'--config={DEMO}:x', r"'x'; choose one of \['debug', 'demo', 'gsm8k', 'lora'\]$"),
     (f'--config={GRPO}:chain,gspoo', r"no recipe 'gspoo'; did you mean 'gspo'\?$"),
     (f'--config={GRPO}:chain,debgu', r"no recipe 'debgu'; did you mean 'debug'\?$"),
   ],
