@@ -262,24 +262,24 @@ def test_a_value_head_beside_an_adapter_is_trained_on_the_same_base():
   states, _ = jax.jit(model.hidden)(params, tokens)
   head = {'weight': jnp.ones(32), 'bias': jnp.float32(0)}
   params = {**params, 'value': {**params['value'], 'head': head}}
-  values = jax.jit(model.values)(params, states, tokens)
+  values, _ = jax.jit(model.values)(params, states, tokens)
   np.testing.assert_allclose(values, states.sum(-1), atol=2e-5)
   own = jax.tree.map(lambda x: x * 2, params['value']['trunk'])
   other = {**params, 'value': {'head': head, 'trunk': own}}
-  apart = jax.jit(model.values)(other, states, tokens)
+  apart, _ = jax.jit(model.values)(other, states, tokens)
   assert np.abs(apart - values).max() > 0.1
   taken = value_head.taken(other)
   assert 'adapter' not in taken['trunk']  # merged: it reads the same on its own
   plain, bare = base()
   alone, with_it = value_head.attach(plain, bare, taken, trunk='separate')
   np.testing.assert_allclose(
-    jax.jit(alone.values)(with_it, states, tokens), apart, atol=5e-5
+    jax.jit(alone.values)(with_it, states, tokens)[0], apart, atol=5e-5
   )
   # Beside an adapter of the policy's own, a trunk that came whole stays free of it.
   model, both = value_head.attach(*build('lora'), taken, trunk='separate')
   assert jax.tree.structure(both) == jax.tree.structure(model.axes, is_leaf=is_axes)
   both = {**stirred(both), 'value': both['value']}
-  got = jax.jit(model.values)(both, states, tokens)
+  got, _ = jax.jit(model.values)(both, states, tokens)
   np.testing.assert_allclose(got, apart, atol=5e-5)
   trained = frozen().split(both)[0]
   assert trained['value']['trunk']['embedding'] is not None
