@@ -47,7 +47,7 @@ def test_what_is_read_is_in_order_whole_and_at_the_sampling_temperature():
       want[b, t] = toy.log_softmax(toy.logits(table, row[:t]) / 0.7)[row[t]]
   np.testing.assert_allclose(logp, want, atol=2e-5)  # up to 10 nats in float32
   counted = model._replace(
-    values=lambda params, states, tokens, *_: jnp.cumsum(tokens, -1) * 1.0
+    values=lambda params, states, tokens, *_: (jnp.cumsum(tokens, -1) * 1.0, {})
   )
   _, values = on_policy.reader(counted, ROUNDS, place, 3)(
     table, tokens, np.ones((6, 5), np.float32)

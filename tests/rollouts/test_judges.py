@@ -63,7 +63,7 @@ def test_a_chat_ends_where_its_last_turn_does():
   """What the template writes after the stop token is no part of what was rated."""
   words = tokenizers.load(path='byte')
   model = policy.build(presets.debug)._replace(
-    values=lambda params, states, tokens, *_: tokens.astype(jnp.float32)
+    values=lambda params, states, tokens, *_: (tokens.astype(jnp.float32), {})
   )
   opened = model, model.init(jax.random.key(0)), words
   judge = judges.reward_model(lambda path: opened, path='rm')
@@ -87,7 +87,7 @@ def test_a_process_reward_model_is_read_at_the_end_of_each_step(completion, ends
   words = tokenizers.load(path='byte')
   model = policy.build(presets.debug)._replace(
     hidden=lambda params, tokens: (None, {}),
-    values=lambda params, states, tokens: (tokens - 90.0) / 20,
+    values=lambda params, states, tokens: ((tokens - 90.0) / 20, {}),
   )
   opened = model, {}, words
   prompt = [{'role': 'user', 'content': 'x\ny'}] if chat else 'x\ny'

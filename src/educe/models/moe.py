@@ -118,6 +118,18 @@ def _here(
   return found, chosen
 
 
+def router_logits(
+  x: Float[Array, 'B T D'], router: Float[Array, 'D E']
+) -> Float[Array, 'B T E']:
+  """Float32, and so multiplied: a rounded logit is another choice."""
+  return jnp.einsum(
+    'btd,de->bte',
+    x.astype(jnp.float32),
+    jnp.asarray(router, jnp.float32),
+    precision=jax.lax.Precision.HIGHEST,
+  )
+
+
 def route(
   logits: Float[Array, '*n E'], k: int, renormalise: bool
 ) -> tuple[Float[Array, '*n k'], Int[Array, '*n k']]:

@@ -3,9 +3,8 @@
 Llama (Touvron et al. 2023, arXiv:2302.13971) with grouped queries (Ainslie et al. 2023,
 arXiv:2305.13245), rotate-half RoPE (Su et al. 2021, arXiv:2104.09864), RMSNorm (Zhang &
 Sennrich 2019, arXiv:1910.07467) and SwiGLU (Shazeer 2020, arXiv:2002.05202). Two more
-things of its kin: queries and keys that are normed (Qwen3, Yang et al. 2025,
-arXiv:2505.09388; OLMoE, Muennighoff et al. 2024, arXiv:2409.02060) and a mixture of experts
-in place of the MLP (moe.py).
+things of its kin: normed queries and keys (Qwen3, Yang et al. 2025, arXiv:2505.09388) and
+a mixture of experts in place of the MLP (moe.py).
 
 One block serves training (`nn.scan` over stacked layers) and sampling (a Python loop
 with a cache per layer): a stacked cache would be copied whole at every step.
@@ -84,8 +83,7 @@ class Architecture:
   def __post_init__(self):
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
-      least = 0 if field.name.startswith('experts') else 1
-      if field.type == 'int' and value < least:
+      if field.type == 'int' and value < (not field.name.startswith('experts')):
         raise ValueError(f'architecture.{field.name} = {value} must be positive')
       if field.name.endswith('_coef') and not 0 <= value < math.inf:
         raise ValueError(f'{field.name} = {value} must be at least 0, and finite')
@@ -274,12 +272,7 @@ class Experts(nn.Module):
     a = self.architecture
     init = _normal(0.02, 'embed', None)
     router = self.param('router', init, (a.dim, a.experts), a.param_dtype)
-    logits = jnp.einsum(
-      'btd,de->bte',
-      x.astype(jnp.float32),
-      jnp.asarray(router, jnp.float32),
-      precision=jax.lax.Precision.HIGHEST,
-    )
+    logits = moe.router_logits(x, router)
 
     def weight(name, init, *shape):
       return self.param(name, init, shape, a.param_dtype).astype(x.dtype)
@@ -298,8 +291,7 @@ class Experts(nn.Module):
 class Block(nn.Module):
   """One layer: x + attention(norm(x)), then x + mlp(norm(x)).
 
-  real: which tokens count in the auxiliary losses; with it, and experts, their totals come
-  out beside the cache.
+  real: tokens that count in the auxiliary losses of experts, whose totals come out too.
   """
 
   architecture: Architecture
