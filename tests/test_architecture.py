@@ -12,7 +12,7 @@ FILES = sorted(p for p in SOURCE.rglob('*.py') if p.name != '__init__.py')
 
 # Floors, lowest first. A file imports from lower floors and from its own folder.
 FLOORS = [
-  {'types', 'memory', 'paths', 'progress', 'spelling'},
+  {'types', 'memory', 'paths', 'progress', 'spelling', 'collectives'},
   {'sharding', 'kernels'},
   {'data', 'models', 'environments'},
   {'losses'},

@@ -1,0 +1,248 @@
+"""Collectives of programs whose traffic is known: written by hand, or counted by hand."""
+# ruff: noqa: E501 (HLO has long lines)
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from educe import collectives
+from educe.collectives import Array
+
+# Two loops, one in the other; trips that the text says, that its condition says (with and
+# without a fusion around it, not from 0), and that nobody knows.
+NESTED = """HloModule nested, is_scheduled=true, num_partitions=8
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%inner (p: (s32[], bf16[4,6])) -> (s32[], bf16[4,6]) {
+  %p = (s32[]{:T(128)}, bf16[4,6]{1,0:T(8,128)(2,1)S(1)}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x = bf16[4,6]{1,0:T(8,128)(2,1)} get-tuple-element(%p), index=1
+  %all-gather = bf16[4,24]{1,0} all-gather(%x), channel_id=1, replica_groups=[2,4]<=[4,2]T(1,0), dimensions={1}, use_global_device_ids=true, metadata={op_name="jit(f)/layers/dot" stack_frame_id=7}
+  ROOT %t = (s32[], /*index=1*/bf16[4,6]{1,0}) tuple(%i, %x)
+}
+
+%inner_condition (p: (s32[], bf16[4,6])) -> pred[] {
+  %p = (s32[], bf16[4,6]{1,0}) parameter(0)
+  %five = s32[] constant(5), metadata={op_name="jit(f)/while/cond"}
+  %i = s32[] get-tuple-element(%p), index=0
+  ROOT %less = pred[] compare(%i, %five), direction=LT
+}
+
+%less (a: s32[], b: s32[]) -> pred[] {
+  %b = s32[] parameter(1)
+  %a = s32[] parameter(0)
+  ROOT %c = pred[] compare(%a, %b), direction=LT
+}
+
+%outer_condition (p: (s32[], bf16[4,6])) -> pred[] {
+  %p = (s32[], bf16[4,6]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %four = s32[] constant(4)
+  ROOT %wrapped = pred[] fusion(%i, %four), kind=kLoop, calls=%less
+}
+
+%outer (p: (s32[], bf16[4,6])) -> (s32[], bf16[4,6]) {
+  %p = (s32[], bf16[4,6]{1,0}) parameter(0)
+  %zero = s32[] constant(0)
+  %start = s32[] copy(%zero)
+  %x = bf16[4,6]{1,0} get-tuple-element(%p), index=1
+  %all-reduce = bf16[4,6]{1,0} all-reduce(%x), channel_id=2, replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add
+  %t = (s32[], bf16[4,6]{1,0}) tuple(%start, %all-reduce)
+  ROOT %while.1 = (s32[], bf16[4,6]{1,0}) while(%t), condition=%inner_condition, body=%inner
+}
+
+%open (p: (s32[], bf16[4,6])) -> (s32[], bf16[4,6]) {
+  %p = (s32[], bf16[4,6]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x = bf16[4,6]{1,0} get-tuple-element(%p), index=1
+  %start = (bf16[4,6]{1,0}, bf16[4,6]{1,0}, u32[], u32[]) collective-permute-start(%x), channel_id=3, source_target_pairs={{0,1},{1,0}}
+  %done = bf16[4,6]{1,0} collective-permute-done(%start)
+  ROOT %t = (s32[], bf16[4,6]{1,0}) tuple(%i, %done)
+}
+
+%open_condition (p: (s32[], bf16[4,6])) -> pred[] {
+  %p = (s32[], bf16[4,6]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %four = s32[] constant(4)
+  %less.1 = pred[] compare(%i, %four), direction=LT
+  ROOT %and = pred[] and(%less.1, %less.1)
+}
+
+ENTRY %main (x: bf16[4,6]) -> bf16[4,6] {
+  %x = bf16[4,6]{1,0} parameter(0)
+  %one = s32[] constant(1)
+  %t = (s32[], bf16[4,6]{1,0}) tuple(%one, %x)
+  %while.2 = (s32[], bf16[4,6]{1,0}) while(%t), condition=%outer_condition, body=%outer
+  %while.3 = (s32[], bf16[4,6]{1,0}) while(%while.2), condition=%outer_condition, body=%outer, backend_config={"known_trip_count":{"n":"7"}}
+  %while.4 = (s32[], bf16[4,6]{1,0}) while(%while.3), condition=%open_condition, body=%open
+  ROOT %out = bf16[4,6]{1,0} get-tuple-element(%while.4), index=1
+}
+"""
+
+
+def entry(*lines):
+  return (
+    'HloModule m, num_partitions=8\n\nENTRY %main (x: f32[16]) -> f32[16] {\n  '
+    + ('\n  '.join(['%x = f32[16]{0} parameter(0)', *lines]) + '\n}\n')
+  )
+
+
+def test_what_lies_in_loops_runs_once_a_trip():
+  gather, reduce, permute = collectives.read(NESTED)
+  x, whole = Array('bf16', (4, 6)), Array('bf16', (4, 24))
+  # From 1 to 4 and 7 times, and 5 times in each.
+  assert gather[:6] == ('all-gather', (x,), (whole,), 4, 5 * (3 + 7), False)
+  assert gather.where == 'jit(f)/layers/dot'
+  assert gather.bytes == 50 * 3 * 48
+  assert reduce[:6] == ('all-reduce', (x,), (x,), 2, 3 + 7, False)
+  assert reduce.bytes == 10 * 48  # 2·(g − 1)/g = 1
+  assert permute[:6] == ('collective-permute', (x,), (x,), 2, 1, True)
+  assert collectives.total([gather, reduce, permute, reduce]) == {
+    'all-gather': 7200,
+    'all-reduce': 960,
+    'collective-permute': 48,
+  }
+
+
+@pytest.mark.parametrize(
+  ('written', 'group'),
+  [
+    ('{{0,2,4,6},{1,3,5,7}}', 4),
+    ('{}', 8),
+    ('[4,2]<=[8]', 2),
+    ('[2,4]<=[4,2]T(1,0)', 4),
+    ("mesh['a'=4,'b'=2] {'a'}", 4),
+    ("mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_0','axis_1'}", 8),
+    ("mesh['a'=8] {'a':(2)4}", 4),
+    ("mesh['a'=8] {}", 1),
+  ],
+)
+def test_a_group_however_it_is_written(written, group):
+  line = (
+    f'ROOT %r = f32[2] reduce-scatter(%x), replica_groups={written}, dimensions={{0}}'
+  )
+  (found,) = collectives.read(entry(line))
+  assert found.group == group
+  assert found.outs == (Array('f32', (16 // group,)),)
+  assert found.bytes == 64 * (group - 1) / group
+
+
+def test_of_what_runs_beside_other_work_only_the_start_counts():
+  text = """HloModule m, num_partitions=4
+
+%begin (x: bf16[8]) -> bf16[32] {
+  %x = bf16[8]{0} parameter(0)
+  ROOT %g = bf16[32]{0} all-gather(%x), channel_id=5, replica_groups=[1,4]<=[4], dimensions={0}, backend_config={"async_collective_fusion_config":{"flag_start":"-1","flag_end":"-1"}}
+}
+
+%go_on (x: bf16[8]) -> bf16[32] {
+  %x = bf16[8]{0} parameter(0)
+  ROOT %g = bf16[32]{0} all-gather(%x), channel_id=5, replica_groups=[1,4]<=[4], dimensions={0}, backend_config={"async_collective_fusion_config":{"flag_start":"2","flag_end":"8"}}
+}
+
+%all-reduce-scatter.3 (x: bf16[8]) -> bf16[2] {
+  %x = bf16[8]{0} parameter(0)
+  %r = bf16[8]{0} all-reduce(%x), channel_id=6, replica_groups=[1,4]<=[4], to_apply=%add
+  ROOT %part = bf16[2]{0} dynamic-slice(%r, %x), dynamic_slice_sizes={2}
+}
+
+%wrapped (x: bf16[8]) -> bf16[8] {
+  %x = bf16[8]{0} parameter(0)
+  ROOT %a = bf16[8]{0} all-to-all(%x), channel_id=7, replica_groups=[1,4]<=[4], dimensions={0}
+}
+
+ENTRY %main (x: bf16[8]) -> bf16[8] {
+  %x = bf16[8]{0} parameter(0)
+  %s = bf16[32]{0} fusion(%x), kind=kCustom, calls=%begin
+  %m = bf16[32]{0} fusion(%x), kind=kCustom, calls=%go_on
+  %r = bf16[2]{0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.3
+  %t = ((bf16[8]{0}), bf16[8]{0}, u32[]) async-start(%x), calls=%wrapped
+  %u = ((bf16[8]{0}), bf16[8]{0}, u32[]) async-update(%t), calls=%wrapped
+  %v = bf16[8]{0} async-done(%u), calls=%wrapped
+  %y = (bf16[8]{0}, bf16[32]{0}) all-gather-start(%x), replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %z = bf16[32]{0} all-gather-done(%y)
+}
+"""
+  found = collectives.read(text)
+  sent = [(x.op, x.outs[0].shape, x.times, x.bytes) for x in found]
+  assert sent == [
+    ('all-gather', (32,), 1, 48),
+    ('reduce-scatter', (2,), 1, 12),
+    ('all-to-all', (8,), 1, 12),
+    ('all-gather', (32,), 1, 48),
+  ]
+
+
+def test_a_text_that_is_no_program_is_refused():
+  with pytest.raises(ValueError, match='no HLO module'):
+    collectives.read('module @jit_f { }')
+
+
+def test_sizes_of_what_is_not_a_float():
+  assert Array('pred', (3,)).bytes == 3
+  assert Array('s4', (3, 2)).bytes == 3
+  assert Array('f8e4m3fn', (5,)).bytes == 5
+  assert Array('token', ()).bytes == 0
+  assert str(Array('bf16', (2, 3))) == 'bf16[2,3]'
+
+
+def test_weights_gathered_at_every_layer_of_a_real_program(mesh_of):
+  """Six layers of [64, 64], split over four: gathered in both passes, summed in one."""
+  mesh = mesh_of(1, 4, 2)
+
+  def loss(weights, x):
+    def layer(x, w):
+      x = jnp.tanh(x @ w)
+      return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P('fsdp'))), None
+
+    return jax.lax.scan(layer, x, weights)[0].sum()
+
+  def like(shape, *axes):
+    sharding = NamedSharding(mesh, P(*axes))
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+
+  weights = like((6, 64, 64), None, 'fsdp')
+  step = jax.jit(jax.grad(loss), out_shardings=weights.sharding)
+  text = step.lower(weights, like((32, 64), 'fsdp')).compile().as_text()
+  found = collectives.read(text)
+  part, whole = Array('f32', (16, 64)), Array('f32', (64, 64))
+  gathers = [x for x in found if x.op == 'all-gather']
+  assert {(x.ins, x.outs, x.group, x.times) for x in gathers} == {
+    ((part,), (whole,), 4, 6)
+  }
+  # The last layer's weights are not read again for the gradient of the first's input.
+  assert len(gathers) == 2
+  summed = [x for x in found if whole in x.ins]
+  assert [(x.group, x.times) for x in summed] == [(4, 6)]
+  assert collectives.total(gathers)['all-gather'] == 2 * 6 * 3 * part.bytes
+
+
+def test_collectives_that_are_written_out(mesh_of):
+  mesh = mesh_of(1, 4, 2)
+
+  def here(x):
+    def turn(_, x):
+      return jax.lax.ppermute(x, 'fsdp', [(0, 1), (1, 2), (2, 3), (3, 0)])
+
+    x = jax.lax.psum_scatter(x, 'fsdp', tiled=True)
+    x = jax.lax.all_to_all(x, 'tensor', 0, 0, tiled=True)
+    return jax.lax.psum(jax.lax.fori_loop(0, 3, turn, x), ('fsdp', 'tensor'))
+
+  each = jax.jit(jax.shard_map(here, mesh=mesh, in_specs=P(), out_specs=P()))
+  x = jax.ShapeDtypeStruct((32, 4), jnp.float32, sharding=NamedSharding(mesh, P()))
+  found = collectives.read(each.lower(x).compile().as_text())
+  sent = {x.op: (x.group, x.times, x.bytes) for x in found}
+  part = 8 * 4 * 4
+  assert sent == {
+    'reduce-scatter': (4, 1, 32 * 4 * 4 * 3 / 4),
+    'all-to-all': (2, 1, part / 2),
+    'collective-permute': (8, 3, 3 * part),
+    'all-reduce': (8, 1, part * 2 * 7 / 8),
+  }
