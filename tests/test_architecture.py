@@ -12,7 +12,7 @@ FILES = sorted(p for p in SOURCE.rglob('*.py') if p.name != '__init__.py')
 
 # Floors, lowest first. A file imports from lower floors and from its own folder.
 FLOORS = [
-  {'types', 'memory', 'paths', 'progress', 'spelling', 'collectives'},
+  {'types', 'memory', 'paths', 'progress', 'spelling', 'collectives', 'topology'},
   {'sharding', 'kernels'},
   {'data', 'models', 'environments'},
   {'losses'},
@@ -20,9 +20,10 @@ FLOORS = [
   {'algorithms', 'training'},
   {'measurement'},
   {'config'},
-  {'recipes', 'policies'},
+  {'recipes', 'policies', 'roofline'},
   {'runs', 'measure'},
-  {'stages'},
+  {'plans'},
+  {'stages', 'compile'},
   {'cli'},
   {'__main__'},
 ]

@@ -25,8 +25,9 @@ from educe.policies import check_vocabulary, open_values, read_config
 from educe.progress import say
 from educe.rollouts import transcripts
 from educe.training import checkpoint, loop, metrics
-from educe.training.step import init_state, make_step
-from educe.types import Batch
+from educe.training.optimizer import Optimizer
+from educe.training.step import Step, init_state, make_step
+from educe.types import Algorithm, Batch, Model
 
 # The sections that `train` itself reads; the others must be read by one another.
 READ = (
@@ -226,17 +227,8 @@ def train(
       say(f'\nstep {step}: {score.verb} {score}')
       return score.metrics()
 
-    step = make_step(
-      net,
-      method.loss,
-      tx,
-      microbatches=microbatches,
-      temperature=method.temperature,
-      reference_every=method.reference_every,
-      scorer=method.score,
-      reference_alpha=method.reference_alpha,
-      state_shardings=jax.tree.map(lambda x: x.sharding, state),
-    )
+    layout = jax.tree.map(lambda x: x.sharding, state)
+    step = step_of(net, method, tx, microbatches, layout)
     state, finished = loop.run(
       state,
       step,
@@ -261,6 +253,27 @@ def train(
       f'stopped at step {int(state.step)}, saved; the same command goes on from there'
     )
   return finished
+
+
+def step_of(
+  net: Model,
+  method: Algorithm,
+  tx: Optimizer,
+  microbatches: int,
+  state_shardings: Any,
+) -> Step:
+  """The update of an algorithm's batches."""
+  return make_step(
+    net,
+    method.loss,
+    tx,
+    microbatches=microbatches,
+    temperature=method.temperature,
+    reference_every=method.reference_every,
+    scorer=method.score,
+    reference_alpha=method.reference_alpha,
+    state_shardings=state_shardings,
+  )
 
 
 def write_config(run_dir: pathlib.Path, config: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from educe.models import policy, presets
     ('smollm2_1_7b', 1_711_376_384),
     ('llama2_7b', 6_738_415_616),
     ('llama3_8b', 8_030_261_248),
+    ('llama3_70b', 70_553_706_496),
   ],
 )
 def test_parameter_count(name, parameters):

@@ -77,6 +77,18 @@ def load(
   return policy.build(architecture), params
 
 
+def describe(*, path: str, **options: Any) -> Architecture:
+  """What `load` would build, from config.json alone.
+
+  options: of `load`
+
+  Raises ValueError as `load` does for that file.
+  """
+  return dataclasses.replace(
+    _architecture(paths.resolve(path) / 'config.json'), **options
+  )
+
+
 def report(*, path: str) -> list[weights.Mapped]:
   """Every tensor of the folder and where it goes; reads no weights."""
   architecture, files, folder = _open(path)
@@ -182,9 +194,8 @@ def _json(file: pathlib.Path) -> dict:
 def _open(path: str, **options):
   """(architecture, tensor name -> open file that holds it, folder)."""
   folder = paths.resolve(path)
-  architecture = _architecture(folder / 'config.json')
   # What the file says and what the user chose are refused apart.
-  architecture = dataclasses.replace(architecture, **options)
+  architecture = describe(path=path, **options)
   if (folder / INDEX).exists():
     index = _json(folder / INDEX).get('weight_map')
     if not isinstance(index, dict) or not index:
