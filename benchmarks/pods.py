@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 
+import jax
 import ml_collections
 
 from educe import paths
@@ -46,15 +47,14 @@ class Point(NamedTuple):
     return ' '.join((self.preset, self.topology, self.recipe, self.mesh))
 
 
-EVERY = ('train', 'score', 'prefill', 'decode')
 POINTS = (
-  Point('llama3_8b', 'v5p:4x4x4', 'sft', 64),
-  Point('llama3_8b', 'v5p:4x4x4', 'grpo', 128, programs=EVERY),
+  Point('llama3_8b', 'v5p:4x4x4', 'sft', 64, 'data=4,fsdp=16'),
+  Point('llama3_8b', 'v5p:4x4x4', 'grpo', 128, programs=('train', 'score')),
   Point('llama3_8b', 'v6e:4x4', 'sft', 16),
-  Point('llama3_8b', 'v6e:4x4', 'grpo', 32, programs=EVERY),
+  Point('llama3_8b', 'v6e:4x4', 'grpo', 32, programs=('train', 'score')),
   Point('llama3_8b', 'v6e:16x16', 'sft', 256),
   Point('llama3_8b', 'v5e:16x16', 'sft', 256),
-  Point('llama3_70b', 'v5p:4x4x8', 'sft', 128),
+  Point('llama3_70b', 'v5p:4x4x8', 'sft', 128, 'data=4,fsdp=32'),
   Point('llama3_70b', 'v6e:16x16', 'sft', 256),
   Point('llama3_70b', 'v5e:16x16', 'sft', 256),
 )
@@ -154,18 +154,17 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument('--largest', action='store_true')
   args = parser.parse_args(argv)
   words = [word for word in args.only.split(',') if word]
-  kept = json.loads(RESULTS.read_text())['runs'] if RESULTS.exists() else []
-  runs = {run['name']: run for run in kept}
+  before = json.loads(RESULTS.read_text())['runs'] if RESULTS.exists() else []
+  runs = {run['name']: run for run in before}
   for point in POINTS:
     if all(word in point.name for word in words):
-      before = runs.get(point.name, {}).get('largest')
+      known_most = runs.get(point.name, {}).get('largest')
       runs[point.name] = compiled(point, largest=args.largest)
-      if before is not None and not args.largest:
-        runs[point.name]['largest'] = before
+      if known_most is not None and not args.largest:
+        runs[point.name]['largest'] = known_most
       known = [runs[x.name] for x in POINTS if x.name in runs]
-      paths.write(
-        RESULTS, json.dumps({'benchmark': 'pods', 'runs': known}, indent=1) + '\n'
-      )
+      kept = {'benchmark': 'pods', 'jax': jax.__version__, 'runs': known}
+      paths.write(RESULTS, json.dumps(kept, indent=1) + '\n')
       head, _, rest = PAGE.read_text().partition('<!-- table -->\n')
       tail = rest.partition('<!-- end -->')[2]
       text = f'{head}<!-- table -->\n{table(known)}\n<!-- end -->{tail}'

@@ -101,9 +101,13 @@ def test_every_program_of_a_run_is_compiled_and_told(compiled):
 
 @pytest.mark.usefixtures('chips')
 @pytest.mark.parametrize('recipe', ['sft', 'grpo'])
-@pytest.mark.parametrize(('pod', 'rows'), [('v5p:4x4x4', 64), ('v6e:4x4', 16)])
-def test_llama_3_8b_fits_a_pod_with_our_kernels(compiled, recipe, pod, rows):
-  flags = (f'--topology={pod}', f'--rows={rows}', *LLAMA)
+@pytest.mark.parametrize(
+  ('pod', 'mesh'), [('v5p:4x4x4', (4, 16)), ('v6e:4x4', (1, 16))]
+)
+def test_llama_3_8b_fits_a_pod_with_our_kernels(compiled, recipe, pod, mesh):
+  data, fsdp = mesh
+  rows = data * fsdp
+  flags = (f'--topology={pod}', f'--rows={rows}', f'--config.mesh.data={data}', *LLAMA)
   if recipe == 'grpo':
     flags += ('--prompt=1024', '--config.rollouts.max_new_tokens=1024')
   else:
@@ -118,11 +122,11 @@ def test_llama_3_8b_fits_a_pod_with_our_kernels(compiled, recipe, pod, rows):
   assert train['kernels'] == ['logprob', 'attention']
   copies = 4 if recipe == 'grpo' else 3
   assert train['arguments_gb'] == pytest.approx(
-    copies * 4 * found['params'] / rows / 1e9, rel=0.01
+    copies * 4 * found['params'] / fsdp / 1e9, rel=0.01
   )
-  # Weights are gathered in bfloat16, thrice at the most, and gradients summed: of either
-  # no device sends more than a ring would, twice.
-  assert sum(train['sent_gb'].values()) < 2 * 4 * 2 * found['params'] / 1e9
+  # bfloat16 weights are gathered three times, with remat='full', and gradients summed once:
+  # as much as a ring sends, and a quarter more for the head, which is float32.
+  assert sum(train['sent_gb'].values()) < 1.25 * 4 * 2 * found['params'] / 1e9
   assert 0.1 < train['mfu'] < 0.8  # remat='full' takes a quarter of what the layers do
 
 
