@@ -95,8 +95,8 @@ def test_every_program_of_a_run_is_compiled_and_told(compiled):
   # an axis does not divide.
   state = 4 * 4 * found['params'] / 1e9
   assert state / 8 < train['arguments_gb'] < state
-  beside = found['programs']['decode']['beside_gb']
-  assert beside == pytest.approx(train['arguments_gb'], rel=0.05)
+  # The whole state lies beside what decodes; as operands small arrays are padded.
+  assert state / 8 < found['programs']['decode']['beside_gb'] <= train['arguments_gb']
 
 
 @pytest.mark.usefixtures('chips')
