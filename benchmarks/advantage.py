@@ -24,10 +24,10 @@ import tempfile
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 from timing import about, in_turns
 
+from educe import topology
 from educe.kernels.advantage import pallas, reference
 from educe.losses import advantages, grpo
 from educe.types import Batch, Scores
@@ -122,11 +122,9 @@ def for_a_tpu():
     print('libtpu is not installed: nothing to say of TPUs')
     return {}
   dump = tempfile.mkdtemp()
-  os.environ |= {
-    'TPU_SKIP_MDS_QUERY': '1',
-    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
-    'LIBTPU_INIT_ARGS': f'--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true',
-  }
+  os.environ['LIBTPU_INIT_ARGS'] = (
+    f'--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true'
+  )
   how = dict(gamma=1.0, lam=0.95)
   tokens, rewards = (ROWS, TOKENS), (PROMPTS, GROUP)
   programs = {
@@ -141,7 +139,7 @@ def for_a_tpu():
   }
   found: dict[str, dict] = {}
   for chip in CHIPS:
-    device = topologies.get_topology_desc(platform='tpu', topology_name=chip).devices[0]
+    device = topology.devices(chip)[0]
     on_chip = SingleDeviceSharding(device)
     print(
       f'\n{chip:22}{"kernels":>10}{"copies":>8}{"trips":>8}{"cycles":>12}{"least MB":>10}'

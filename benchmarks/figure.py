@@ -19,6 +19,7 @@ matplotlib.use('Agg')
 from matplotlib import pyplot as plt
 
 from educe.measurement.curves import BLUE, INK, ORANGE
+from educe.topology import CHIPS
 
 HERE = pathlib.Path(__file__).resolve().parent
 DRAWN = ('logprob_cpu', 'shared_prompts_cpu', 'rollout_cpu', 'peers_cpu', 'pods')
@@ -113,36 +114,37 @@ def peers(found: dict[str, Any]):
 
 
 def pods(found: dict[str, Any]):
-  """What a chip holds of each compiled step, and how much of that it has."""
+  """What a chip holds of each compiled program, beside how much it has room for."""
   presets: dict[str, list[dict[str, Any]]] = {}
   for run in found['runs']:
-    presets.setdefault(run['preset'], []).append(run)
-  heights = [len(runs) + 0.8 for runs in presets.values()]
+    for name, program in run['programs'].items():
+      if 'reason' not in program:  # what does not fit has no sizes
+        what = f'{run["recipe"]} {name}, {run["topology"]}'
+        what += f'\n{run["rows"]} × {run["length"]} tokens'
+        presets.setdefault(run['preset'], []).append({'what': what, **program})
+  heights = [len(programs) + 0.8 for programs in presets.values()]
   figure, several = plt.subplots(
     len(presets),
     figsize=(9, 0.6 + 0.62 * sum(heights)),
     height_ratios=heights,
     squeeze=False,
   )
-  for axes, (preset, runs) in zip(several[:, 0], presets.items(), strict=True):
-    names = [
-      f'{run["topology"]}, {run["rows"]} × {run["length"]}\n{run["loss"]}, log-prob by '
-      f'{"Pallas" if run["pallas_logprob"] else "XLA"}'
-      for run in runs
-    ]
-    start = [0.0] * len(runs)
-    for part, colour in (('arguments', BLUE), ('temporaries', ORANGE)):
-      held = [run[f'{part}_mb'] for run in runs]
+  parts = ('arguments', BLUE), ('temporaries', ORANGE), ('beside', PALE)
+  for axes, (preset, programs) in zip(several[:, 0], presets.items(), strict=True):
+    names = [program['what'] for program in programs]
+    start = [0.0] * len(programs)
+    for part, colour in parts:
+      held = [program[f'{part}_gb'] for program in programs]
       drawn = axes.barh(names, held, left=start, color=colour, label=part, height=0.55)
       start = [a + b for a, b in zip(start, held, strict=True)]
-    label(axes, drawn, [f'{x:,.0f}' for x in start])
-    peaks = [run['peak_mb'] for run in runs]
-    axes.plot(peaks, names, '|', color=INK, markersize=18, mew=2, label='peak')
-    axes.set_xlim(0, 1.25 * max(*peaks, *start))
-    axes.set_title(f'{preset}: {runs[0]["params"] / 1e6:,.0f}M parameters')
-    axes.set_xlabel('MB a device')
-  several[0, 0].legend(loc='lower right', bbox_to_anchor=(1, 1), ncols=3)
-  return figure, 'a step compiled for TPUs that were not there'
+    label(axes, drawn, [f'{x:,.1f}' for x in start])
+    room = [CHIPS[program['device']].memory / 1e9 for program in programs]
+    axes.plot(room, names, '|', color=INK, markersize=18, mew=2, label='there is')
+    axes.set_xlim(0, 1.1 * max(*room, *start))
+    axes.set_title(preset)
+    axes.set_xlabel('GB a device')
+  several[0, 0].legend(loc='lower right', bbox_to_anchor=(1, 1), ncols=4)
+  return figure, 'programs compiled for TPUs that were not there'
 
 
 PICTURES: dict[str, Callable[[dict[str, Any]], tuple[Any, str]]] = {

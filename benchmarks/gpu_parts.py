@@ -25,9 +25,10 @@ import logprob
 import numpy as np
 import rollout
 from gpu_sizes import Head, Size, stages
-from step_work import LOSSES, step_flops, train_batch
+from step_work import LOSSES, train_batch
 from timing import in_turns
 
+from educe import roofline
 from educe.kernels.logprob import chunked, pallas_gpu, reference
 from educe.models import policy
 from educe.rollouts import sampler
@@ -279,7 +280,8 @@ def train_part(size: Size, name: str) -> dict[str, Any]:
   peers = beside('train', work, on_cpu())
   model = policy.build(a)
   batch = train_batch(a, size.rows, size.length)
-  tokens, flops = size.rows * size.length, step_flops(a, size.rows, size.length)
+  read = roofline.full(size.rows, size.length)
+  tokens, flops = read.tokens, roofline.update(a, read).flops
   peak = metrics.peak_flops()
   tx = optimizer.make(1000, name='adamw', learning_rate=1e-5)
   rows = {}

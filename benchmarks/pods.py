@@ -1,272 +1,174 @@
-"""educe's training step compiled for TPUs that are not here: what a chip would hold and do.
+"""Language models on TPU pods that are not here: what their programs would need of a chip.
 
-  python benchmarks/pods.py [--topology=v5e:2x4] [--preset=six_million] [--loss=sft,grpo]
-    [--rows=8] [--length=512] [--mesh=fsdp=4,tensor=2] [--logprob=pallas_tpu]
+  python benchmarks/pods.py [--only=llama3_8b,v5p] [--largest]
 
-libtpu compiles it on any host (pip install -e .[dev]), in minutes that the size of the
-graph decides and the number of chips does not. Per device: arguments, temporaries and the
-most that is held at once. FLOPs come from a formula (XLA counts the body of a loop over
-layers once), and the time is the longest of three floors:
+Compiles the points below (those whose words are all in a point's name) as `educe compile`
+does, keeps what is found in results/pods.json and writes the tables of pods.md from all
+that is kept. --largest also searches the most rows that fit, some four compiles more.
+Minutes a program, on two cores; nothing runs. It is a config file as well:
 
-  matmul     FLOPs of the step / (devices · peak)
-  memory     (arguments + results + 2·temporaries) / bandwidth: each read or written once,
-             temporaries both
-  exchange   weights gathered for either pass and gradients scattered,
-             3·bytes·(fsdp − 1)/fsdp, of what a tensor shard holds / the chip's links
-
-None of them was measured: no TPU has run this. --logprob is that of `config.model`. Prints
-a table and, as its last line, one JSON object;
---keep adds it to results/pods.json.
+  python -m educe compile --config=benchmarks/pods.py:grpo --preset=llama3_8b \
+    --topology=v6e:16x16 --effort=-1
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import functools
 import json
 import os
 import pathlib
-import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-# Before jax looks for chips. A second process would abort on the lock of a first.
-os.environ |= {
-  'JAX_PLATFORMS': 'cpu',
-  'TPU_SKIP_MDS_QUERY': '1',
-  'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
-  'TPU_WORKER_HOSTNAMES': 'localhost',
-  'TPU_STDERR_LOG_LEVEL': '3',
-  'TPU_MIN_LOG_LEVEL': '3',
-}
+os.environ['JAX_PLATFORMS'] = 'cpu'
 
 import jax
-import jax.numpy as jnp
-from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from step_work import LOSSES, ONE_BILLION, step_flops, train_batch
+import ml_collections
 
-from educe import sharding
-from educe.models import policy, presets
-from educe.models.transformer import Architecture
-from educe.training import optimizer
-from educe.training.metrics import PEAK_FLOPS
-from educe.training.step import init_state, make_step
-from educe.types import LossFn
+from educe import paths
+from educe.compile import compile_config
 
-RESULTS = pathlib.Path(__file__).resolve().parent / 'results' / 'pods.json'
-SIX_MILLION = Architecture(
-  vocab_size=8192,
-  dim=256,
-  layers=2,
-  heads=4,
-  kv_heads=4,
-  head_dim=64,
-  ffn=1024,
-  max_length=8192,
+HERE = pathlib.Path(__file__).resolve().parent
+RESULTS, PAGE = HERE / 'results' / 'pods.json', HERE / 'pods.md'
+LENGTH = 4096  # tokens a row of SFT
+PROMPT, NEW = 1024, 1024  # tokens of a row of GRPO
+
+
+class Point(NamedTuple):
+  preset: str
+  topology: str
+  recipe: str
+  rows: int  # of the global batch
+  mesh: str = 'fsdp=-1'
+  programs: tuple[str, ...] = ('train',)
+
+  @property
+  def name(self) -> str:
+    return ' '.join((self.preset, self.topology, self.recipe, self.mesh))
+
+
+POINTS = (
+  Point('llama3_8b', 'v5p:4x4x4', 'sft', 64, 'data=4,fsdp=16'),
+  Point('llama3_8b', 'v5p:4x4x4', 'grpo', 128, programs=('train', 'score')),
+  Point('llama3_8b', 'v6e:4x4', 'sft', 16),
+  Point('llama3_8b', 'v6e:4x4', 'grpo', 32, programs=('train', 'score')),
+  Point('llama3_8b', 'v6e:16x16', 'sft', 256),
+  Point('llama3_8b', 'v5e:16x16', 'sft', 256),
+  Point('llama3_70b', 'v5p:4x4x8', 'sft', 128, 'data=4,fsdp=32'),
+  Point('llama3_70b', 'v6e:16x16', 'sft', 256),
+  Point('llama3_70b', 'v5e:16x16', 'sft', 256),
 )
-OWN = {'six_million': SIX_MILLION, 'llama3_1b': ONE_BILLION}
 
 
-class Chip(NamedTuple):
-  """Of one device, by the vendor's data sheets (cloud.google.com/tpu/docs)."""
-
-  memory: float  # bytes
-  bandwidth: float  # bytes/s
-  links: float  # bytes/s to its neighbours, all links together
-
-
-CHIPS = {
-  'TPU v4': Chip(32e9, 1228e9, 300e9),
-  'TPU v5 lite': Chip(16e9, 819e9, 200e9),
-  'TPU v5': Chip(95e9, 2765e9, 600e9),
-  'TPU v6 lite': Chip(32e9, 1640e9, 448e9),
-  # A chip of this one is two devices.
-  'TPU7x': Chip(96e9, 3690e9, 600e9),
-}
-
-
-def mesh_of(topology: str, **sizes: int) -> Mesh:
-  """A (data, fsdp, tensor) mesh over a topology like v5e:2x4 that need not be here."""
-  described = topologies.get_topology_desc(platform='tpu', topology_name=topology)
-  return sharding.mesh_over(described.devices, **sizes)
-
-
-def placed(tree: Any, axes: Any, mesh: Mesh) -> Any:
-  """Shapes of a TrainState with the shardings that a run gives it.
-
-  What belongs to a param (the param, its moments, its copy in a reference) has its path's
-  names in its own, and lies as the param does; the rest is everywhere.
-  """
-  names = jax.tree_util.tree_flatten_with_path(
-    axes, is_leaf=lambda x: isinstance(x, tuple)
-  )[0]
-  known = {_names(path): axes for path, axes in names}
-
-  def put(path, leaf):
-    of_param = known.get(_names(path))
-    spec = sharding.spec(of_param, leaf.shape, mesh) if of_param else PartitionSpec()
-    return jax.ShapeDtypeStruct(
-      leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)
-    )
-
-  return jax.tree_util.tree_map_with_path(put, tree)
-
-
-def _names(path) -> tuple[str, ...]:
-  return tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
-
-
-def compile_step(
-  architecture: Architecture,
-  loss: LossFn,
-  mesh: Mesh,
-  *,
-  rows: int,
-  length: int,
-  microbatches: int = 1,
-  **options: Any,
-) -> Any:
-  """The step of `training/step.py`, compiled for the mesh's devices.
-
-  options: of `optimizer.make`
-
-  Raises ValueError where the batch does not divide, and what the compiler raises for
-  what does not fit.
-  """
-  sharding.check_batch(rows, microbatches, mesh)
-  model = policy.build(architecture)
-  tx = optimizer.make(1000, **{'learning_rate': 1e-5} | options)
-  key = jax.random.key(0)
-  state = jax.eval_shape(lambda key: init_state(model.init(key), tx, key), key)
-  state = placed(state, model.axes, mesh)
-  rows_over = NamedSharding(mesh, sharding.BATCH)
-  batch = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows_over),
-    jax.eval_shape(functools.partial(train_batch, architecture, rows, length)),
+def get_config(recipe: str = 'sft') -> ml_collections.ConfigDict:
+  """SFT, or GRPO with a reference; the tokens are made up, and so is the batch size: pods
+  have many sizes, and the points above say theirs."""
+  config = ml_collections.ConfigDict()
+  config.model = dict(
+    name='scratch',
+    preset='llama3_8b',
+    compute_dtype='bfloat16',
+    remat='full',
+    logprob='pallas_tpu',
   )
-  step = make_step(
-    model,
-    loss,
-    tx,
-    microbatches=microbatches,
-    state_shardings=jax.tree.map(lambda x: x.sharding, state),
+  config.tokenizer = dict(path='byte')
+  config.mesh = dict(data=1, fsdp=-1)
+  config.steps = 1000
+  config.optimizer = dict(name='adamw', learning_rate=1e-5)
+  problems = dict(name='countdown', size=16)
+  if recipe == 'sft':
+    config.source = dict(name='answers', environment=problems)
+    config.data = dict(batch_size=4, max_length=LENGTH)
+    config.algorithm = dict(name='sft')
+    config.loss = dict(name='sft')
+  elif recipe == 'grpo':
+    config.environment = problems
+    config.rollouts = dict(prompts=16, group=8, max_new_tokens=NEW, batch_size=128)
+    config.advantage = dict(name='group_relative')
+    config.algorithm = dict(name='grpo', reference_every=0)
+    config.loss = dict(name='grpo', kl_coef=0.04)
+  else:
+    raise ValueError(f'no recipe {recipe!r}; there are sft and grpo')
+  return config
+
+
+def compiled(point: Point, *, largest: bool) -> dict[str, Any]:
+  """What `educe compile` says of a point."""
+  argv = [f'--config={__file__}:{point.recipe}']
+  argv += [f'--config.mesh.{axis}' for axis in point.mesh.split(',')]
+  options: dict[str, Any] = {}
+  if point.recipe == 'grpo':
+    argv.append(f'--config.rollouts.prompts={point.rows // 8}')
+    options['prompt'] = PROMPT
+  found = compile_config(
+    argv,
+    point.topology,
+    preset=point.preset,
+    programs=point.programs,
+    effort=-1.0,
+    largest=largest,
+    rows=point.rows,
+    **options,
   )
-  with sharding.using(mesh):
-    return step.lower(state, batch).compile()
+  return {'name': point.name, 'preset': point.preset, 'recipe': point.recipe, **found}
 
 
-def report(
-  compiled: Any, architecture: Architecture, mesh: Mesh, rows: int, length: int
-) -> dict[str, Any]:
-  """What a compiled step says of itself, and the floors under its time."""
-  kind = mesh.devices.flat[0].device_kind
-  chip, devices = CHIPS[kind], mesh.size
-  said = compiled.memory_analysis()
-  sizes = {
-    'arguments': said.argument_size_in_bytes,
-    'results': said.output_size_in_bytes,
-    'temporaries': said.temp_size_in_bytes,
-  }
-  # What is donated is counted once.
-  held = sum(sizes.values()) - said.alias_size_in_bytes
-  peak = getattr(said, 'peak_memory_in_bytes', 0) or held
-  count = policy.count(policy.shapes(architecture))
-  width = jnp.dtype(architecture.param_dtype).itemsize
-  fsdp, tensor = mesh.shape['fsdp'], mesh.shape['tensor']
-  flops = step_flops(architecture, rows, length)
-  floors = {
-    'matmul': flops / (devices * PEAK_FLOPS[kind]),
-    'memory': (sizes['arguments'] + sizes['results'] + 2 * sizes['temporaries'])
-    / chip.bandwidth,
-    'exchange': 3 * count * width / tensor * (fsdp - 1) / fsdp / chip.links,
-  }
-  slowest = max(floors, key=lambda name: floors[name])
-  try:
-    pallas = 'logprob_moments' in compiled.as_text()
-  except Exception:  # some compilers cannot print what they made
-    pallas = None
-  return {
-    'device': kind,
-    'devices': devices,
-    'params': count,
-    **{f'{name}_mb': size / 1e6 for name, size in sizes.items()},
-    'peak_mb': peak / 1e6,
-    'fits': peak <= chip.memory,
-    'flops': flops,
-    'floors_seconds': floors,
-    'seconds': floors[slowest],
-    'bound': slowest,
-    'tokens_per_second': rows * length / floors[slowest],
-    'pallas_logprob': pallas,
-  }
+def table(runs: Sequence[dict[str, Any]]) -> str:
+  """What is kept, as Markdown."""
+  lines = [
+    '| | chips | mesh | rows × tokens | held, GB | sends, GB | TFLOP | floor, s | bound '
+    '| tokens/s | MFU | most rows |',
+    '|---|---|---|---|---|---|---|---|---|---|---|---|',
+  ]
+  for run in runs:
+    mesh = ' × '.join(f'{axis} {size}' for axis, size in run['mesh'].items())
+    for name, found in run['programs'].items():
+      first = name == next(iter(run['programs']))
+      what = f'{run["preset"]}, {run["recipe"]}' if first else ''
+      cells = [f'{what} {name}'.strip(), run['topology'], mesh]
+      cells.append(f'{run["rows"]} × {run["length"]:,}' if name == 'train' else '')
+      if 'reason' in found:
+        cells += ['does not fit', *[''] * 6]
+      else:
+        sent = found['sent_gb']
+        cells += [
+          f'{found["peak_gb"]:.1f}' + ('' if found['fits'] else ', does not fit'),
+          '?' if sent is None else f'{sum(sent.values()):.2f}',
+          f'{found["flops"] / 1e12:,.1f}',
+          f'{found["seconds"]:.4f}',
+          found['bound'],
+          f'{found["tokens_per_second"]:,.0f}',
+          f'{found["mfu"]:.2f}',
+        ]
+      most = run.get('largest', {}) if name == 'train' else {}
+      cells.append(f'{most["rows"]:,}' if most else 'none' if most is None else '')
+      lines.append(f'| {" | ".join(cells)} |')
+  return '\n'.join(lines)
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
+def main(argv: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('--topology', default='v5e:2x4')
-  parser.add_argument(
-    '--preset', default='six_million', help='of models/presets, or own'
-  )
-  parser.add_argument('--loss', default='sft,grpo')
-  parser.add_argument('--rows', type=int, default=8)
-  parser.add_argument('--length', type=int, default=512)
-  parser.add_argument('--mesh', default='fsdp=4,tensor=2')
-  parser.add_argument('--microbatches', type=int, default=1)
-  parser.add_argument('--logprob', default='auto')
-  parser.add_argument('--remat', default='dots')
-  parser.add_argument('--keep', action='store_true')
+  parser.add_argument('--only', default='', help='words of the names of points')
+  parser.add_argument('--largest', action='store_true')
   args = parser.parse_args(argv)
-  architecture = dataclasses.replace(
-    OWN.get(args.preset) or presets.get(args.preset),
-    compute_dtype='bfloat16',
-    remat=args.remat,
-    logprob=args.logprob,
-  )
-  axes = (part.split('=') for part in args.mesh.split(','))
-  mesh = mesh_of(args.topology, **{name: int(size) for name, size in axes})
-  runs = []
-  print(
-    f'{args.preset}, {args.rows} × {args.length} tokens, {args.topology} as {args.mesh}'
-  )
-  print(
-    f'{"MB a device":>19}{"arguments":>12}{"temporaries":>13}{"peak":>9}{"TFLOP":>9}'
-    f'{"floor ms":>10}{"bound":>10}{"tokens/s":>11}{"Pallas":>8}{"compiled":>10}'
-  )
-  for name in args.loss.split(','):
-    start = time.perf_counter()
-    compiled = compile_step(
-      architecture,
-      LOSSES[name],
-      mesh,
-      rows=args.rows,
-      length=args.length,
-      microbatches=args.microbatches,
-    )
-    took = time.perf_counter() - start
-    run = report(compiled, architecture, mesh, args.rows, args.length)
-    asked = {k: v for k, v in vars(args).items() if k not in ('loss', 'keep')}
-    runs.append({**asked, 'loss': name, **run, 'compile_seconds': round(took, 1)})
-    print(
-      f'{name:19}{run["arguments_mb"]:12.1f}{run["temporaries_mb"]:13.1f}'
-      f'{run["peak_mb"]:9.1f}{run["flops"] / 1e12:9.3f}{1e3 * run["seconds"]:10.3f}'
-      f'{run["bound"]:>10}{run["tokens_per_second"]:11.0f}'
-      f'{run["pallas_logprob"]!s:>8}{took:9.0f}s'
-      + ('' if run['fits'] else '  DOES NOT FIT'),
-      flush=True,
-    )
-  result = {'benchmark': 'pods', 'jax': jax.__version__, 'runs': runs}
-  if args.keep:
-    kept = json.loads(RESULTS.read_text())['runs'] if RESULTS.exists() else []
-    chosen = ('topology', 'preset', 'mesh', 'rows', 'length', 'loss', 'logprob')
-    merged = {str([run[key] for key in chosen]): run for run in [*kept, *runs]}
-    RESULTS.write_text(
-      json.dumps({**result, 'runs': list(merged.values())}, indent=1) + '\n'
-    )
-  print(json.dumps(result))
-  return result
+  words = [word for word in args.only.split(',') if word]
+  before = json.loads(RESULTS.read_text())['runs'] if RESULTS.exists() else []
+  runs = {run['name']: run for run in before}
+  for point in POINTS:
+    if all(word in point.name for word in words):
+      known_most = runs.get(point.name, {}).get('largest')
+      runs[point.name] = compiled(point, largest=args.largest)
+      if known_most is not None and not args.largest:
+        runs[point.name]['largest'] = known_most
+      known = [runs[x.name] for x in POINTS if x.name in runs]
+      kept = {'benchmark': 'pods', 'jax': jax.__version__, 'runs': known}
+      paths.write(RESULTS, json.dumps(kept, indent=1) + '\n')
+      head, _, rest = PAGE.read_text().partition('<!-- table -->\n')
+      tail = rest.partition('<!-- end -->')[2]
+      text = f'{head}<!-- table -->\n{table(known)}\n<!-- end -->{tail}'
+      paths.write(PAGE, text)
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""A training step as benchmarks take it: a model, a batch, and how many FLOPs it is."""
+"""A training step as benchmarks take it: a model and a batch."""
 
 from __future__ import annotations
 
@@ -26,17 +26,6 @@ ONE_BILLION = Architecture(
   rope_theta=500_000.0,
   tied=True,
 )
-
-
-def step_flops(a: Architecture, rows: int, length: int) -> float:
-  """6 a weight and token that multiplies, and causal attention: half of all pairs.
-
-  Attention: two products, of h numbers a head and pair, 2 FLOPs each, three times.
-  """
-  attention = a.dim * a.head_dim * (2 * a.heads + 2 * a.kv_heads)
-  weights = a.layers * (attention + 3 * a.dim * a.ffn) + a.dim * a.vocab_size
-  pairs = rows * length**2 / 2
-  return 6 * weights * rows * length + 12 * a.layers * a.heads * a.head_dim * pairs
 
 
 def train_batch(a: Architecture, rows: int, length: int) -> Batch:

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import threading
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, version
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 # A test's program runs once or twice: unoptimised it compiles in an eighth of the time.
@@ -25,7 +25,6 @@ os.environ['XLA_FLAGS'] = ' '.join(
 import jax
 import jaxtyping
 import pytest
-from packaging.requirements import Requirement
 
 # jaxtyping's annotations are promises; here they are kept.
 jaxtyping.install_import_hook(['educe.kernels', 'educe.losses'], 'beartype.beartype')
@@ -107,27 +106,14 @@ def scripts():
 @pytest.fixture(scope='session')
 def chips():
   """`chips('v5e:2x2')`: TPUs that are not here, for which libtpu compiles."""
+  from educe import topology
+
   try:
-    have = version('libtpu')
+    version('libtpu')
   except PackageNotFoundError:
     pytest.skip('libtpu is not installed (pip install -e .[dev])')
-  # Of another version than jax asks for, it takes the process with it and says nothing.
-  needs = next(
-    of for of in map(Requirement, requires('jax') or ()) if of.name == 'libtpu'
-  )
-  if have not in needs.specifier:
-    pytest.fail(f'libtpu {have} is not what jax needs: {needs} (pip install -e .[dev])')
-  os.environ['TPU_SKIP_MDS_QUERY'] = '1'
-  # Or a second test process would abort on the first one's lock.
-  os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'
-
-  def make(topology):
-    from jax.experimental import topologies
-
-    described = topologies.get_topology_desc(platform='tpu', topology_name=topology)
-    return described.devices
-
-  return make
+  topology.check_libtpu()
+  return topology.devices
 
 
 @pytest.fixture(scope='session', autouse=True)

@@ -14,7 +14,7 @@ FILES = sorted(p for p in SOURCE.rglob('*.py') if p.name != '__init__.py')
 FLOORS = [
   {'roll_call'},
   {'hosts'},
-  {'types', 'memory', 'paths', 'progress', 'spelling', 'collectives'},
+  {'types', 'memory', 'paths', 'progress', 'spelling', 'collectives', 'topology'},
   {'sharding', 'kernels'},
   {'data', 'models', 'environments'},
   {'losses'},
@@ -22,9 +22,10 @@ FLOORS = [
   {'algorithms', 'training'},
   {'measurement'},
   {'config'},
-  {'recipes', 'policies'},
+  {'recipes', 'policies', 'roofline'},
   {'runs', 'measure'},
-  {'stages'},
+  {'plans'},
+  {'stages', 'compile'},
   {'cli'},
   {'__main__'},
 ]

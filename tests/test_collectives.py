@@ -180,6 +180,17 @@ ENTRY %main (x: bf16[8]) -> bf16[8] {
   ]
 
 
+def test_a_loop_that_does_two_iterations_at_a_time():
+  """As TPUs' rings of products have it: of 9 there are 5 trips."""
+  counted = NESTED.replace('%five = s32[] constant(5)', '%five = s32[] constant(9)')
+  twice = counted.replace(
+    'ROOT %t = (s32[], /*index=1*/bf16[4,6]{1,0}) tuple(%i, %x)',
+    '%two = s32[] constant(2)\n  %next = s32[] add(%i, %two)\n'
+    '  ROOT %t = (s32[], /*index=1*/bf16[4,6]{1,0}) tuple(%next, %x)',
+  )
+  assert [collectives.read(text)[0].times for text in (counted, twice)] == [90, 50]
+
+
 def test_a_text_that_is_no_program_is_refused():
   with pytest.raises(ValueError, match='no HLO module'):
     collectives.read('module @jit_f { }')

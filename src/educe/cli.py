@@ -1,4 +1,5 @@
-"""python -m educe {train, measure, sample, convert}: from a config or path to a thing.
+"""python -m educe {train, measure, sample, convert, compile}: from a config or path to a
+thing.
 
 This file only wires: what it calls is in the folders below; `train` is in runs.py.
 """
@@ -19,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from educe import compile as compile_lib
 from educe import hosts, memory, paths
 from educe.measure import measure
 from educe.models import lora, peft, safetensors, weights
@@ -208,6 +210,34 @@ def parser() -> argparse.ArgumentParser:
   number('budget', 'samples of the base within which a gain counts as elicited')
   several(add)
 
+  add = commands.add_parser(
+    'compile',
+    help="what a config's programs would need of TPUs that are not here",
+    description=compile_lib.__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    epilog='Any key: --config.mesh.fsdp=16',
+    argument_default=argparse.SUPPRESS,
+    allow_abbrev=False,
+  )
+  add.add_argument('--config', required=True, help='file.py, or file.py:recipe')
+  add.add_argument('--topology', required=True, help='such as v5p:4x4x4 or v6e:4x4')
+  add.add_argument('--stage', help='which, of a config of stages')
+  add.add_argument(
+    '--programs', type=lambda text: text.split(','), help='default: all that it has'
+  )
+  add.add_argument('--preset', help="an architecture in place of the config's model")
+  add.add_argument('--prompt', type=int, help="tokens; default: the environment's most")
+  add.add_argument(
+    '--rows', type=int, help="of the global batch; default: the config's"
+  )
+  add.add_argument(
+    '--effort', type=float, help='of XLA: -1 compiles faster (default: 0)'
+  )
+  add.add_argument(
+    '--largest', action='store_true', help='search the most rows that fit'
+  )
+  add.add_argument('--to', help='a JSON file that gets all numbers')
+
   add = with_policy('convert', 'write a Hugging Face folder')
   add.add_argument('--to', required=True, help='the folder to write; may be new')
   add.add_argument('--dtype', default='float32', choices=['float32', 'bfloat16'])
@@ -246,11 +276,16 @@ def main(argv: Sequence[str]) -> int:
   try:
     if arguments.command in ('train', 'measure'):
       hosts.start(**joining)
-    if arguments.command == 'train':
+    if arguments.command in ('train', 'compile'):
       for flag in rest:
         if not flag.startswith('--config.'):
           raise ValueError(f'unknown argument {flag!r}; see --help')
       argv = [f'--config={arguments.config}', *rest]
+    if arguments.command == 'compile':
+      options = {k: v for k, v in vars(arguments).items() if k != 'command'}
+      del options['config']
+      compile_lib.compile_config(argv, options.pop('topology'), **options)
+    elif arguments.command == 'train':
       run_dir = paths.output(arguments.run_dir, '--run_dir')
       run_all(argv, run_dir, sweep=arguments.sweep)
     elif arguments.command == 'measure':

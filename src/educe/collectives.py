@@ -229,7 +229,7 @@ def _count(computations, name, times, unknown, runs) -> None:
 
 
 def _trips(computations: Mapping[str, _Computation], here, line: _Line) -> int | None:
-  """Of a while loop that counts up by one, as those of `lax.scan` do; else None."""
+  """Of a while loop that counts up to a constant, as those of `lax.scan` do; else None."""
   if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', line.rest):
     return int(known[1])
   condition = re.search(r'condition=%?([\w.-]+)', line.rest)
@@ -241,10 +241,10 @@ def _trips(computations: Mapping[str, _Computation], here, line: _Line) -> int |
   if last.op == 'fusion' and wrapped and len(operands) == 2:
     inner = computations[wrapped[1]]
     last = inner.lines[inner.root[0]]
-    # Its own parameters, in the order of the fusion's operands.
-    order = [int(inner.lines[x].rest.split(')')[0]) for x in last.operands]
     if any(inner.lines[x].op != 'parameter' for x in last.operands):
       return None
+    # Its own parameters, in the order of the fusion's operands.
+    order = [int(inner.lines[x].rest.split(')')[0]) for x in last.operands]
     operands = tuple(operands[i] for i in order)
   if last.op != 'compare' or 'direction=LT' not in last.rest:
     return None
@@ -252,11 +252,27 @@ def _trips(computations: Mapping[str, _Computation], here, line: _Line) -> int |
   index = re.search(r'index=(\d+)', counter.rest)
   if counter.op != 'get-tuple-element' or index is None or end is None:
     return None
-  start = 0
+  start, step, place = 0, 1, int(index[1])
   given = here.lines[line.operands[0]]
   if given.op == 'tuple':
-    start = _constant(here, given.operands[int(index[1])]) or 0
-  return end - start
+    start = _constant(here, given.operands[place]) or 0
+  body = re.search(r'body=%?([\w.-]+)', line.rest)
+  if body and body[1] in computations:
+    step = _step(computations[body[1]], place)
+  return max(0, -(-(end - start) // step))
+
+
+def _step(body: _Computation, place: int) -> int:
+  """What is added to the counter: more than one where iterations are done two at a time."""
+  result = body.lines[body.root[0]]
+  if result.op != 'tuple':
+    return 1
+  line = body.lines[result.operands[place]]
+  while line.op in _PASSED_ON and line.operands:
+    line = body.lines[line.operands[0]]
+  if line.op not in ('add', 'fusion'):
+    return 1
+  return next((n for x in line.operands if (n := _constant(body, x))), 1)
 
 
 def _constant(computation: _Computation, name: str) -> int | None:

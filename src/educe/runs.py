@@ -29,8 +29,9 @@ from educe.policies import check_vocabulary, open_values, read_config, started_f
 from educe.progress import say
 from educe.rollouts import transcripts
 from educe.training import checkpoint, loop, metrics
-from educe.training.step import init_state, make_step
-from educe.types import Batch
+from educe.training.optimizer import Optimizer
+from educe.training.step import Step, init_state, make_step
+from educe.types import Algorithm, Batch, Model
 
 # The sections that `train` itself reads; the others must be read by one another.
 READ = (
@@ -241,17 +242,8 @@ def train(
       say(f'\nstep {step}: {score.verb} {score}')
       return score.metrics()
 
-    step = make_step(
-      net,
-      method.loss,
-      tx,
-      microbatches=microbatches,
-      temperature=method.temperature,
-      reference_every=method.reference_every,
-      scorer=method.score,
-      reference_alpha=method.reference_alpha,
-      state_shardings=jax.tree.map(lambda x: x.sharding, state),
-    )
+    layout = jax.tree.map(lambda x: x.sharding, state)
+    step = step_of(net, method, tx, microbatches, layout)
     state, finished = loop.run(
       state,
       step,
@@ -291,6 +283,27 @@ def opened(data: dict[str, Any], grid: Any, **supply: Any) -> Shards:
     return Shards(open_shard)
   mine = functools.partial(sharding.process_rows, grid)
   return Shards(open_shard, sharding.parts_of_rows(grid), mine)
+
+
+def step_of(
+  net: Model,
+  method: Algorithm,
+  tx: Optimizer,
+  microbatches: int,
+  state_shardings: Any,
+) -> Step:
+  """The update of an algorithm's batches."""
+  return make_step(
+    net,
+    method.loss,
+    tx,
+    microbatches=microbatches,
+    temperature=method.temperature,
+    reference_every=method.reference_every,
+    scorer=method.score,
+    reference_alpha=method.reference_alpha,
+    state_shardings=state_shardings,
+  )
 
 
 def write_config(run_dir: pathlib.Path, config: dict[str, Any]) -> None:

@@ -225,6 +225,8 @@ class Algorithm(NamedTuple):
       of the policy's, where one is kept
   score: (params, the state's reference, batch) -> Scores, where it is more than
       losses/logprobs.score of the policy
+  fields: what a batch has beside tokens and mask, as `Batch` names it
+  longer: tokens that its rows have more than those that they are made of
   """
 
   next_batch: Callable[[TrainState], tuple[Batch, dict[str, Any]]]
@@ -240,3 +242,5 @@ class Algorithm(NamedTuple):
   shares: int = 1
   reference: Params | None = None
   score: ScoreFn | None = None
+  fields: tuple[str, ...] = ()
+  longer: int = 0

@@ -62,7 +62,9 @@ def test_a_ratio_is_of_its_own_case_and_peer(figure):
 def test_a_pods_bar_is_what_a_device_holds(figure):
   found = results('pods')
   drawn = [x for axes in figure.pods(found)[0].axes for x in lengths(axes)]
-  held = sum(run['arguments_mb'] + run['temporaries_mb'] for run in found['runs'])
+  programs = [x for run in found['runs'] for x in run['programs'].values()]
+  parts = [f'{part}_gb' for part in ('arguments', 'temporaries', 'beside')]
+  held = sum(x[part] for x in programs if 'reason' not in x for part in parts)
   assert sum(drawn) == pytest.approx(held)
 
 

@@ -97,7 +97,8 @@ def make(
     'ref_logp': by_token,
     'old_logp': by_token and later,
   }
-  dry_run(loss, *extra, *(name for name, there in fields.items() if there))
+  given = (*extra, *(name for name, there in fields.items() if there))
+  dry_run(loss, *given)
 
   scorer = frozen = None
   if teacher is not None:
@@ -154,6 +155,7 @@ def make(
     asks_policy=on_policy > 0,
     reference=frozen,
     score=scorer,
+    fields=tuple(name for name in given if name != 'divergence'),
   )
 
 

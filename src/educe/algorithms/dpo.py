@@ -65,7 +65,8 @@ def make(
   check_records(loss, data.records)
   labels = ['labels'] if data.has_labels else []
   keeps = reference_every is not None
-  dry_run(loss, *labels, *(['ref_logp'] if keeps else []))
+  fields = (*labels, *(['ref_logp'] if keeps else []))
+  dry_run(loss, *fields)
   if keeps and _accepts(loss, *labels):
     say(
       'warning: config.loss needs no reference, and algorithm.reference_every='
@@ -95,8 +96,7 @@ def make(
       elif keeps:
         first = over(state.params, state.reference)
         rows['ref_logp'] = logp(first, rows['tokens'], rows['mask'])
-    given = ('tokens', 'mask', *labels, *(['ref_logp'] if keeps else []))
-    return Batch(**{name: rows[name] for name in given}), info
+    return Batch(**{name: rows[name] for name in ('tokens', 'mask', *fields)}), info
 
   return Algorithm(
     next_batch,
@@ -109,6 +109,7 @@ def make(
     group=data.group,
     shares=data.group,
     couples=couples(loss),
+    fields=fields,
   )
 
 

@@ -105,9 +105,10 @@ def make(
     assign(np.zeros(rows), mask=ones, kl=ones, greedy=np.zeros(rollouts.prompts))
   except ValueError as error:
     raise ValueError(f'config.advantage: {error}') from error
-  fields = {'old_logp': scored, 'ref_logp': reference_every is not None}
-  given = [name for name, there in fields.items() if there]
-  dry_run(loss, 'sampler_logp', 'advantages', *given)
+  asked = {'old_logp': scored, 'ref_logp': reference_every is not None}
+  given = (name for name, there in asked.items() if there)
+  fields = ('sampler_logp', 'advantages', *given)
+  dry_run(loss, *fields)
   size = rollouts.prompts // minibatches * rollouts.group
   read = on_policy.reader(model, rollouts, place, size)
 
@@ -163,6 +164,7 @@ def make(
     reference_every=reference_every,
     asks_policy=True,
     shares=rollouts.group,
+    fields=fields,
   )
 
 

@@ -65,6 +65,17 @@ def check(
     )
 
 
+def scoring(model: Model, temperature: float) -> Callable[..., Any]:
+  """The jitted `parts(params, batch) -> (log-probs, values)` of a batch, `[B, T]`."""
+
+  @jax.jit
+  def parts(params, batch):
+    scores = score(model, params, batch, temperature=temperature)
+    return scores.logp, scores.values
+
+  return parts
+
+
 def reader(
   model: Model, rollouts: Rounds, place: Callable[..., Batch], size: int
 ) -> Callable[..., tuple[np.ndarray, np.ndarray | None]]:
@@ -72,10 +83,7 @@ def reader(
   sampling temperature, `size` rows at a time. Log-probs are 0 where the mask is; values
   are not, and None without a value head."""
 
-  @jax.jit
-  def parts(params, batch):
-    scores = score(model, params, batch, temperature=rollouts.temperature)
-    return scores.logp, scores.values
+  parts = scoring(model, rollouts.temperature)
 
   def read(params: Params, tokens, mask):
     # A value is read behind the last token as well, where a shared row may have ended.

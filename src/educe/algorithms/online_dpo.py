@@ -128,6 +128,7 @@ def make(
     group=2,
     shares=2,
     couples=couples(loss),
+    fields=(*fields, *(['advantages'] if alpha else [])),
   )
 
 

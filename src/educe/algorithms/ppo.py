@@ -116,8 +116,10 @@ def make(
     wrong = f'{missing_eos_penalty=} must be at least 0: it is subtracted'
   if wrong:
     raise ValueError(f'algorithm: {wrong}')
+  given: tuple[str, ...]
   given = ('sampler_logp', 'old_logp', 'advantages', 'returns', 'old_values')
-  dry_run(loss, *given, *(() if reference_every is None else ('ref_logp',)))
+  given += () if reference_every is None else ('ref_logp',)
+  dry_run(loss, *given)
 
   size = rollouts.prompts // minibatches * rollouts.group
   read = on_policy.reader(model, rollouts, place, size)
@@ -204,6 +206,7 @@ def make(
     reference_every=reference_every,
     asks_policy=True,
     shares=rollouts.group,
+    fields=given,
   )
 
 

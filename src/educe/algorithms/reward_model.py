@@ -74,7 +74,15 @@ def make(model: Model, data: Batches, loss: LossFn) -> Algorithm:
         _check_judged(rows)
     return readings(rows, pad_id=data.pad_id), info
 
-  return Algorithm(next_batch, loss, data, data.batch_size, group=data.group)
+  return Algorithm(
+    next_batch,
+    loss,
+    data,
+    data.batch_size,
+    group=data.group,
+    fields=tuple(fields),
+    longer=1,
+  )
 
 
 def _check_judged(rows: dict[str, Any]) -> None:

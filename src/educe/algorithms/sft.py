@@ -21,12 +21,13 @@ def make(data: Batches, loss: LossFn) -> Algorithm:
   Raises ValueError, before any device is touched, for data that are not documents, and
   if the loss refuses such batches.
   """
-  dry_run(loss, *extra_fields(data))
+  fields = extra_fields(data)
+  dry_run(loss, *fields)
 
   def next_batch(_: TrainState) -> tuple[Batch, dict[str, Any]]:
     return read(data)
 
-  return Algorithm(next_batch, loss, data, data.batch_size)
+  return Algorithm(next_batch, loss, data, data.batch_size, fields=fields)
 
 
 def read(data: Batches) -> tuple[Batch, dict[str, Any]]:

@@ -119,6 +119,18 @@ llama3_8b = Architecture(
   max_length=8192,
   rope_theta=500_000.0,
 )
+# … and 70B: 70,553,706,496.
+llama3_70b = Architecture(
+  vocab_size=128_256,
+  dim=8192,
+  layers=80,
+  heads=64,
+  kv_heads=8,
+  head_dim=128,
+  ffn=28_672,
+  max_length=8192,
+  rope_theta=500_000.0,
+)
 
 # … and 70B: 70,553,706,496.
 llama3_70b = Architecture(

@@ -146,6 +146,17 @@ def load(
   return policy.build(architecture), params
 
 
+def describe(*, path: str, **options: Any) -> Architecture:
+  """What `load` would build, from config.json alone.
+
+  options: of `load`
+
+  Raises ValueError as `load` does for that file.
+  """
+  architecture, _ = _architecture(paths.resolve(path) / 'config.json')
+  return dataclasses.replace(architecture, **options)
+
+
 def report(*, path: str) -> list[weights.Mapped]:
   """Every tensor of the folder and where it goes; reads no weights."""
   architecture, form, files, folder = _open(path)

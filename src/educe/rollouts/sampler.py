@@ -69,7 +69,7 @@ def sample(
   Raises ValueError for bad input, before any device work, and for a model whose
   probabilities are not finite.
   """
-  settings = _settings(temperature, top_k, top_p, min_p)
+  settings = drawing(temperature, top_k, top_p, min_p)
   vocabulary = vocabulary_size(model, params)
   limit = model.architecture.max_length
   prompts = _checked(prompts, max_new_tokens, vocabulary, limit)
@@ -195,7 +195,9 @@ def vocabulary_size(model: Model, params: Params) -> int:
   return jax.eval_shape(model.head, params).matrix.shape[-1]
 
 
-def _settings(temperature, top_k, top_p, min_p) -> Settings:
+def drawing(
+  temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> Settings:
   """Numbers checked and switched off where neutral."""
   if not (temperature == 0 or COLDEST <= temperature < float('inf')):
     raise ValueError(

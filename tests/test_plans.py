@@ -1,0 +1,239 @@
+"""A plan beside the run that it is of: the same state, where it lies; the same batches."""
+
+import json
+import math
+import types
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from educe import config as config_lib
+from educe import plans, recipes, runs
+from educe.models import policy, presets, safetensors, scratch
+from educe.types import Algorithm, Batch
+
+# Small runs on eight virtual devices, one of each algorithm.
+CONFIG = """
+import ml_collections
+
+def get_config(kind):
+  config = ml_collections.ConfigDict(dict(
+    steps=1, save_every=1, seed=0,
+    model=dict(name='scratch', preset='chain'),
+    tokenizer=dict(path='characters:012345abcdefgh='),
+    mesh=dict(data=2, fsdp=2, tensor=2),
+    optimizer=dict(name='adamw', learning_rate=1e-3),
+    loss=dict(name=kind.removesuffix('_packed')),
+    algorithm=dict(name=kind.removesuffix('_packed')),
+  ))
+  records = dict(
+    name='educe.environments.chain:records', size=64, exposure=1.0, shares=(1.0,),
+  )
+  pairs = dict(name='jsonl', path='PAIRS')
+  sampled = dict(
+    environment=dict(name='chain', depth=1, reward='outcome'),
+    rollouts=dict(prompts=4, group=4, max_new_tokens=2, workers=0, temperature=1.3),
+  )
+  sections = {
+    'sft': dict(source=records, data=dict(batch_size=8, max_length=8)),
+    'sft_packed': dict(
+      source=records, data=dict(batch_size=8, max_length=16, packing=True)
+    ),
+    'dpo': dict(source=pairs, data=dict(batch_size=8, max_length=10, records='pairs')),
+    'reward_model': dict(
+      source=pairs,
+      data=dict(batch_size=8, max_length=10, records='pairs'),
+      value=dict(trunk='shared'),
+    ),
+    'grpo': dict(advantage=dict(name='group_relative'), **sampled),
+    'ppo': dict(value=dict(trunk='separate'), **sampled),
+    'online_dpo': dict(**sampled),
+    'distillation': dict(**sampled),
+  }[kind]
+  config.update(ml_collections.ConfigDict(sections))
+  if kind == 'grpo':
+    config.algorithm.update(minibatches=2, reference_every=0)
+    config.loss.kl_coef = 0.1
+  if kind == 'online_dpo':
+    config.loss.name = 'dpo'
+    config.algorithm.batch_size = 4
+  if kind == 'distillation':
+    config.algorithm.teacher = dict(name='scratch', preset='chain', seed=1)
+  return config
+"""
+KINDS = (
+  'sft',
+  'sft_packed',
+  'dpo',
+  'reward_model',
+  'grpo',
+  'ppo',
+  'online_dpo',
+  'distillation',
+)
+
+
+@pytest.fixture(scope='module')
+def config_of(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('config')
+  pairs = [
+    {'prompt': f'{i % 6}a', 'chosen': f'={i % 6}', 'rejected': f'={5 - i % 6}'}
+    for i in range(16)
+  ]
+  (folder / 'pairs.jsonl').write_text('\n'.join(map(json.dumps, pairs)))
+  text = CONFIG.replace('PAIRS', str(folder / 'pairs.jsonl'))
+  (folder / 'config.py').write_text(text)
+
+  def of(kind, *flags):
+    values = recipes.load([f'--config={folder / "config.py"}:{kind}', *flags])
+    return config_lib.expand(values, runs.train)
+
+  return of
+
+
+class Seen(Exception):
+  """What a run had made when its first step was due."""
+
+
+@pytest.fixture
+def stopped(monkeypatch, tmp_path):
+  """(state, batch, method) of a run."""
+
+  def run(config):
+    def at_first_step(state, step, method, *, place, **_):
+      batch, _ = method.next_batch(state)
+      raise Seen(state, place(batch, method.shares), method)
+
+    monkeypatch.setattr(runs.loop, 'run', at_first_step)
+    with pytest.raises(Seen) as seen:
+      runs.train(tmp_path / 'run', **config)
+    return seen.value.args
+
+  return run
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_plan_is_of_what_the_run_makes(kind, config_of, stopped):
+  config = config_of(kind)
+  state, batch, method = stopped(config)
+  grid = config_lib.call('mesh', config['mesh'])
+  plan = plans.plan(config, grid)
+  split = 0
+  leaves = zip(jax.tree.leaves(plan.state), jax.tree.leaves(state), strict=True)
+  for like, array in leaves:
+    assert (like.shape, like.dtype) == (array.shape, array.dtype)
+    assert like.sharding.is_equivalent_to(array.sharding, array.ndim)
+    split += like.sharding.spec != P()
+  assert split >= 2 * 9  # every matrix and two moments of it, at the least
+  assert plans.held(plan.state) == sum(
+    x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state)
+  )
+  there = {name for name, x in batch._asdict().items() if x is not None}
+  assert {name for name, x in plan.batch._asdict().items() if x is not None} == there
+  assert {'tokens', 'mask', *method.fields} - there == set()
+  for name in there:
+    like, array = getattr(plan.batch, name), getattr(batch, name)
+    assert like.dtype == array.dtype, name
+    assert like.sharding.is_equivalent_to(array.sharding, array.ndim)
+    # As full as it can be.
+    assert len(like.shape) == array.ndim
+    assert all(x >= y for x, y in zip(like.shape, array.shape, strict=True)), name
+    assert like.shape[0] == array.shape[0]
+    if config['data']:
+      assert like.shape == array.shape
+
+
+@pytest.mark.parametrize('kind', ['grpo', 'sft'])
+def test_its_programs_are_those_of_the_run(kind, config_of, stopped):
+  config = config_of(kind)
+  state, batch, _ = stopped(config)
+  plan = plans.plan(config, config_lib.call('mesh', config['mesh']))
+  names = ['train', 'score', 'prefill', 'decode'] if kind == 'grpo' else ['train']
+  assert list(plan.programs) == names
+  program = plan.programs['train'].lower().compile()
+  new, metrics = program(state, batch)
+  assert np.isfinite(metrics['loss'])
+  assert int(new.step) == 1
+  rows, length = (8, 16) if kind == 'grpo' else (8, 8)
+  assert (plan.rows, plan.length) == (rows, length)
+  assert plan.programs['train'].work.tokens == rows * length
+  if kind == 'grpo':
+    score = plan.programs['score']
+    logp, _ = score.lower().compile()(new.params, Batch(batch.tokens, batch.mask))
+    assert logp.shape == batch.tokens.shape
+    assert score.beside == plans.held(plan.state) - plans.held(plan.state.params)
+    for name, tokens in (('prefill', 16 * 16), ('decode', 16)):
+      sampling = plan.programs[name]
+      assert sampling.work.tokens == tokens
+      assert sampling.beside == plans.held(plan.state)
+      assert sampling.lower().compile() is not None
+
+
+def test_a_preset_takes_the_place_of_weights(config_of):
+  config = config_of('sft', '--config.model.compute_dtype=bfloat16')
+  grid = config_lib.call('mesh', config['mesh'])
+  plan = plans.plan(config, grid, preset='llama3_8b')
+  a = plan.model.architecture
+  assert (a.dim, a.layers, a.compute_dtype) == (4096, 32, 'bfloat16')
+  assert policy.count(plan.state.params) == 8_030_261_248
+
+
+def test_a_folder_is_asked_for_its_description_alone(config_of, tmp_path):
+  _, params = scratch.load(preset='debug')
+  folder = tmp_path / 'model'
+  safetensors.export(folder, presets.debug, params)
+  (folder / safetensors.SINGLE).unlink()
+  config = config_of('sft')
+  config['model'] = dict(name='safetensors', path=str(folder), remat='full')
+  config = config_lib.expand(config, runs.train)
+  plan = plans.plan(config, config_lib.call('mesh', config['mesh']))
+  assert plan.model.architecture.remat == 'full'
+  assert policy.count(plan.state.params) == policy.count(params)
+  with pytest.raises(ValueError, match='incomplete'):
+    safetensors.load(path=str(folder))
+
+
+@pytest.mark.parametrize(
+  ('kind', 'options', 'said'),
+  [
+    ('sft', dict(rows=6), 'does not divide'),
+    ('grpo', dict(prompt=15), 'a prompt of 15 tokens .* context of the model, 16'),
+    ('sft', dict(preset='llama9'), "no architecture is called 'llama9'"),
+  ],
+)
+def test_what_cannot_be_is_one_line(kind, options, said, config_of):
+  config = config_of(kind)
+  with pytest.raises(ValueError, match=said) as caught:
+    plans.plan(config, config_lib.call('mesh', config['mesh']), **options)
+  assert '\n' not in str(caught.value)
+
+
+def test_log_probs_that_are_computed_beforehand_are_no_plan(config_of, tmp_path):
+  config = config_of('dpo', f'--config.algorithm.precompute={tmp_path}')
+  with pytest.raises(ValueError, match='precompute=None'):
+    plans.plan(config, config_lib.call('mesh', config['mesh']))
+  assert not list(tmp_path.iterdir())
+
+
+def test_each_host_reads_rows_of_its_own_and_shares_no_prompt(config_of, mesh_of):
+  """As runs.train does with several processes."""
+  grid = mesh_of(2, 2, 2)
+  hosts = types.SimpleNamespace(
+    devices=np.array(
+      [types.SimpleNamespace(process_index=i // 4) for i in range(grid.size)]
+    )
+  )
+  assert plans.hosts_of(grid) == 1
+  assert plans.hosts_of(hosts) == 2
+  method = Algorithm(None, None, None, 16, fields=('old_logp', 'labels'), shares=4)
+  alone = plans.batch_of(method, 16, 64, 40, grid)
+  shared = plans.batch_of(method, 16, 64, 40, grid, shares=4, parts=4)
+  assert alone.prefix is None
+  assert alone.labels.shape == (16,)
+  assert shared.prefix.shape[0] == 4
+  assert math.prod(shared.tokens.shape) < math.prod(alone.tokens.shape)
+  assert shared.old_logp.shape == shared.tokens.shape
+  read = plans.reading(shared)
+  assert read.tokens < plans.reading(alone).tokens == 16 * 64

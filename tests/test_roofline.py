@@ -1,0 +1,150 @@
+"""FLOPs beside those that XLA counts, and the floors of a program that was made up."""
+
+import dataclasses
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from educe import roofline
+from educe.models import policy, presets
+from educe.roofline import Reading, Work
+
+SMALL = dataclasses.replace(presets.debug, dim=64, ffn=256, vocab_size=1024)
+TEXT = """HloModule m, num_partitions=8
+
+%body (p: (s32[], bf16[500000])) -> (s32[], bf16[500000]) {
+  %p = (s32[], bf16[500000]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x = bf16[500000]{0} get-tuple-element(%p), index=1
+  %g = bf16[4000000]{0} all-gather(%x), replica_groups=[1,8]<=[8], dimensions={0}
+  ROOT %t = (s32[], bf16[500000]{0}) tuple(%i, %x)
+}
+
+%less (p: (s32[], bf16[500000])) -> pred[] {
+  %p = (s32[], bf16[500000]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %n = s32[] constant(3)
+  ROOT %c = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (x: bf16[500000]) -> bf16[500000] {
+  %x = bf16[500000]{0} parameter(0)
+  %zero = s32[] constant(0)
+  %t = (s32[], bf16[500000]{0}) tuple(%zero, %x)
+  %w = (s32[], bf16[500000]{0}) while(%t), condition=%less, body=%body
+  %k = bf16[500000]{0} custom-call(%x), metadata={op_name="logprob_moments"}
+  ROOT %out = bf16[500000]{0} get-tuple-element(%w), index=1
+}
+"""
+
+
+def counted(function, *shapes):
+  lowered = jax.jit(function).lower(*shapes)
+  return lowered.compile().cost_analysis()['flops']
+
+
+@pytest.mark.parametrize('tied', [False, True])
+def test_flops_are_those_that_xla_counts(tied):
+  """Of the forward pass, whose products XLA counts one by one when no loop hides them."""
+  a = dataclasses.replace(SMALL, tied=tied)
+  model, rows, length = policy.build(a), 2, 64
+
+  def logits(params, tokens):
+    return model.hidden(params, tokens)[0] @ model.head(params).matrix
+
+  tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+  # XLA multiplies all pairs of tokens, where half of them count.
+  pairs = rows * length**2
+  ours = roofline.forward(a, Reading(rows * length, pairs, rows * length))
+  # The rest of what it counts: norms, rotations, softmax.
+  assert ours < counted(logits, policy.shapes(a), tokens) < 1.2 * ours
+  full = roofline.full(rows, length)
+  assert full == Reading(rows * length, pairs / 2, rows * length)
+  assert roofline.update(a, full) == Work(3 * roofline.forward(a, full), 0, full.tokens)
+
+
+def test_rows_that_share_a_prompt_read_it_once():
+  """Beside every pair of a query and a key that it sees, one by one; half of the diagonal
+  is not counted."""
+  prompts, start, group, length = 2, 5, 3, 4
+  pairs = 0
+  for _ in range(prompts):
+    pairs += sum(1 for q in range(start) for k in range(q)) + start / 2
+    for _ in range(group):
+      pairs += length * start
+      pairs += sum(1 for q in range(length) for k in range(q)) + length / 2
+  found = roofline.forked(prompts, start, prompts * group, length)
+  assert found == (prompts * start + 6 * length, pairs, 6 * length)
+
+
+def test_what_is_computed_again_is_no_work():
+  a = dataclasses.replace(SMALL, remat='full')
+  read = roofline.full(2, 64)
+  once, head = roofline.forward(a, read), 2 * a.dim * a.vocab_size * read.tokens
+  work = roofline.update(a, read, tokens=100)
+  assert work.flops == 3 * once
+  assert work.redone == pytest.approx(once - head)
+  assert work.tokens == 100
+
+
+def compiled_to(text, **sizes):
+  said = types.SimpleNamespace(
+    argument_size_in_bytes=3e9,
+    output_size_in_bytes=2e9,
+    temp_size_in_bytes=7e9,
+    alias_size_in_bytes=2e9,
+    **sizes,
+  )
+
+  def as_text():
+    if text is None:
+      raise RuntimeError('cannot be printed')
+    return text
+
+  return types.SimpleNamespace(memory_analysis=lambda: said, as_text=as_text)
+
+
+DEVICES = np.full(8, types.SimpleNamespace(device_kind='TPU v5 lite'))
+
+
+def test_the_floors_are_the_formulas():
+  work = Work(flops=6e13, redone=2e13, tokens=4096)
+  said = roofline.report(compiled_to(TEXT), DEVICES, work, beside=3e9)
+  assert said['peak_gb'] == 13  # what is donated is there once
+  assert said['fits']
+  floors = said['floors_seconds']
+  assert floors['matmul'] == pytest.approx(8e13 / (8 * 197e12))
+  assert floors['memory'] == pytest.approx((3e9 + 2e9 + 2 * 7e9) / 819e9)
+  # Three trips, each of which sends seven times a million bytes.
+  assert said['sent_gb'] == {'all-gather': pytest.approx(0.021)}
+  assert floors['exchange'] == pytest.approx(21e6 / 200e9)
+  assert (said['bound'], said['seconds']) == ('matmul', floors['matmul'])
+  assert said['tokens_per_second'] == pytest.approx(4096 / floors['matmul'])
+  assert said['mfu'] == pytest.approx(6 / 8)
+  assert said['kernels'] == ['logprob']
+
+
+def test_what_else_lies_there_and_the_compilers_own_peak_count():
+  work = Work(flops=1.0, redone=0.0, tokens=1)
+  more = roofline.report(compiled_to(TEXT), DEVICES, work, beside=6.5e9)
+  assert not more['fits']
+  more = roofline.report(compiled_to(TEXT, peak_memory_in_bytes=12e9), DEVICES, work)
+  assert (more['peak_gb'], more['fits']) == (12, True)
+  more = roofline.report(compiled_to(TEXT, peak_memory_in_bytes=1e9), DEVICES, work)
+  assert more['peak_gb'] == 10
+
+
+def test_a_cache_that_stays_where_it_is_is_not_written_anew():
+  work = Work(flops=1.0, redone=0.0, tokens=1)
+  said = roofline.report(compiled_to(TEXT), DEVICES, work, kept=True)
+  assert said['floors_seconds']['memory'] == pytest.approx((3e9 + 14e9) / 819e9)
+
+
+def test_a_program_that_cannot_be_printed_says_so():
+  said = roofline.report(compiled_to(None), DEVICES, Work(1.0, 0.0, 1))
+  assert said['sent_gb'] is None
+  assert said['kernels'] is None
+  assert set(said['floors_seconds']) == {'matmul', 'memory'}
