@@ -284,7 +284,7 @@ def test_a_run_with_a_value_head_comes_back_whole_or_as_its_policy(tmp_path, tru
   jax.tree.map(np.testing.assert_array_equal, whole, kept)
   tokens = jnp.arange(12).reshape(2, 6)
   states, _ = model.hidden(whole, tokens)
-  assert np.std(model.values(whole, states, tokens)) > 0
+  assert np.std(model.values(whole, states, tokens)[0]) > 0
   resumed = restore(tmp_path, init_state(critic(trunk)[1], TX, jax.random.key(9)))
   jax.tree.map(np.testing.assert_array_equal, resumed.params, kept)
 
