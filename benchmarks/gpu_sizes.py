@@ -9,7 +9,7 @@ from typing import NamedTuple
 from step_work import ONE_BILLION
 
 from educe.models import presets
-from educe.models.transformer import Architecture
+from educe.models.architecture import Architecture
 
 
 class Head(NamedTuple):

@@ -52,7 +52,7 @@ from timing import about
 
 from educe.losses.logprobs import score
 from educe.models import policy, safetensors
-from educe.models.transformer import Architecture
+from educe.models.architecture import Architecture
 from educe.types import Batch
 
 HERE = pathlib.Path(__file__).parent

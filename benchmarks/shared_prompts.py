@@ -20,7 +20,7 @@ from educe.data.sharing import share
 from educe.losses import grpo
 from educe.losses.logprobs import lose
 from educe.models import policy
-from educe.models.transformer import Architecture
+from educe.models.architecture import Architecture
 from educe.types import Batch
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from educe.losses import dpo, grpo, sft
-from educe.models.transformer import Architecture
+from educe.models.architecture import Architecture
 from educe.types import Batch
 
 LOSSES = {'sft': sft.loss, 'dpo': dpo.loss, 'grpo': grpo.loss}

@@ -30,7 +30,7 @@ from educe.policies import check_vocabulary
 from educe.rollouts import sampler, slots
 from educe.rollouts.sampler import MANY
 from educe.roofline import Work
-from educe.runs import step_of
+from educe.runs import optimizer_of, step_of
 from educe.training.step import init_state
 from educe.types import Algorithm, Batch, Model, TrainState
 
@@ -86,7 +86,7 @@ def plan(
       'config.algorithm.precompute would score all data, which takes the chips; plan with '
       '--config.algorithm.precompute=None: that holds the reference beside'
     )
-  tx = call('optimizer', given['optimizer'], steps=given['steps'])
+  tx = optimizer_of(given)
   words = call('tokenizer', given['tokenizer'])
   batches = given['data'] and call(
     'data',
@@ -100,6 +100,8 @@ def plan(
   def start() -> TrainState:
     net, params = _model(given['model'])
     check_vocabulary(net, params, words)
+    if given['adapter']:
+      net, params = call('adapter', given['adapter'], model=net, params=params)
     if given['value']:
       net, params = call('value', given['value'], model=net, params=params)
     supply = dict(
@@ -134,9 +136,10 @@ def plan(
   shapes = jax.eval_shape(start)
   net, method = built['net'], built['method']
   state = placed(shapes, net.axes, mesh)
-  hosts = hosts_of(mesh)
-  # Each process reads rows of its own; a round is everyone's.
-  rows = rows or method.rows * (hosts if batches else 1)
+  away = {name: sharding.to_host(getattr(state, name)) for name in given['offload']}
+  state, rows = state._replace(**away), rows or method.rows
+  # Of rows that several processes share, none shares a prompt (`runs.train`).
+  together = (not batches or hosts_of(mesh) == 1) and sharding.in_parts(mesh) == 1
   parts = given['microbatches']
   sharding.check_batch(rows, parts, mesh, method.group, method.couples)
   start_of_rows, new = 1, 0
@@ -156,7 +159,7 @@ def plan(
     length,
     start_of_rows,
     mesh,
-    shares=method.shares if hosts == 1 else 1,
+    shares=method.shares if together else 1,
     parts=sharding.ways(mesh) * parts,
   )
   step = step_of(net, method, tx, parts, jax.tree.map(lambda x: x.sharding, state))
@@ -301,21 +304,32 @@ def _sampler(
 ) -> dict[str, Program]:
   """prefill: prompts read into their slots · decode: one token more of every slot."""
   functions = slots.Functions(net.head, net.init_cache, net.decode)
+  ways = sharding.ways(mesh)
   rows = min(rollouts['batch_size'], rollouts['prompts'] * rollouts['group'])
+  rows = -(-rows // ways) * ways
   width, room = bucket(max(prompt - 1, 1)), rollouts['max_new_tokens']
   params = value_head.without(state.params)
 
   @functools.cache
   def weights():
-    prepare = functools.partial(slots.prepare, model=functions)
-    return _out(_on(mesh, slots.prepare, params, model=functions), prepare, params)
+    with sharding.using(mesh):
+      how: Any = dict(model=functions, specs=slots.layout(params))
+      prepare = functools.partial(slots.prepare, **how)
+      return _out(_on(mesh, slots.prepare, params, **how), prepare, params)
 
   def cached():
     options: Any = dict(model=functions, rows=rows, width=width, room=room)
-    with sharding.using(mesh):
-      return jax.eval_shape(functools.partial(slots.empty, **options))
+    found = jax.eval_shape(functools.partial(slots.empty, **options))
 
-  many = min(max(1, MANY // width), rows)
+    def put(x):  # as `slots.empty` and `init_cache` lay them
+      axes = (None,) if x.ndim < 2 else ('rows', 'kv_heads')[: x.ndim - 1]
+      axes += (None,) * (x.ndim - len(axes))
+      where = NamedSharding(mesh, sharding.spec(axes[: x.ndim], x.shape, mesh))
+      return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    return jax.tree.map(put, found)
+
+  many = min(max(1, MANY // width // ways) * ways, rows)
   each: Any = jax.ShapeDtypeStruct((rows,), np.int32)
   entries = slots.Entries(
     prompts=jax.ShapeDtypeStruct((many, width), np.int32),  # type: ignore[arg-type]

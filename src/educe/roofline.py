@@ -18,7 +18,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from educe import collectives
-from educe.models.transformer import Architecture
+from educe.models.architecture import Architecture
 from educe.topology import CHIPS
 from educe.training.metrics import PEAK_FLOPS
 
@@ -58,9 +58,11 @@ def forked(prompts: int, start: int, rows: int, length: int) -> Reading:
 
 
 def forward(a: Architecture, read: Reading) -> float:
-  """FLOPs of one pass: 2 a weight and token that multiplies, and 4·h a head and pair."""
+  """FLOPs of one pass: 2 a weight and token that multiplies, and 4·h a head and pair. Of
+  a mixture's experts those that a token goes to, and the router."""
   attention = a.dim * a.head_dim * (2 * a.heads + 2 * a.kv_heads)
-  layers = 2.0 * a.layers * (attention + 3 * a.dim * a.ffn) * read.tokens
+  mlp = 3 * a.dim * a.ffn * (a.experts_per_token or 1) + a.dim * a.experts
+  layers = 2.0 * a.layers * (attention + mlp) * read.tokens
   scores = 4.0 * a.layers * a.heads * a.head_dim * read.pairs
   return layers + scores + 2.0 * a.dim * a.vocab_size * read.scored
 

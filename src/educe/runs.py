@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from educe import config as config_lib
 from educe import hosts, paths, sharding
 from educe.data import pipeline
 from educe.data.shards import Shards
-from educe.data.sharing import share
+from educe.data.sharing import GRAIN, share
 from educe.losses.dry_run import reads_values
 from educe.measurement import curves, reliability, transcript_page
 from educe.models import lora, policy, quantized, value_head
@@ -38,6 +39,7 @@ READ = (
   'model', 'adapter', 'value', 'tokenizer', 'algorithm', 'loss', 'optimizer', 'evaluation',
   'mesh',
 )  # fmt: skip
+OFFLOADED = ('opt_state', 'reference')
 PAGE = 64  # completions on the page of transcripts
 
 
@@ -63,6 +65,7 @@ def train(
   value_from: str | None = None,
   seed: int = 0,
   microbatches: int = 1,
+  offload: tuple[str, ...] = (),
   save_every: int = 100,
   keep: int = 2,
   evaluation: dict | None = None,
@@ -90,6 +93,8 @@ def train(
       its own if ours is separate.
     seed: of the samples and the training state's random key.
     microbatches: parts a batch is cut into; memory goes down, the result stays.
+    offload: 'opt_state' or 'reference', or both: kept in the memory of the host between
+      the steps and passes that read them.
     save_every, keep: steps between checkpoints, and how many of the newest stay.
     evaluation: what to measure before, after, and every `evaluate_every` steps.
     abort_after: updates in a row that may be skipped for non-finite gradients.
@@ -105,8 +110,11 @@ def train(
       raise config_lib.ConfigError(
         f'config.{name}={config[name]} must be at least {low}'
       )
-  frozen = (*optimizer.get('freeze', ()), *([lora.FROZEN] if adapter else []))
-  tx = call('optimizer', {**optimizer, 'freeze': frozen}, steps=steps)
+  if unknown := [name for name in offload if name not in OFFLOADED]:
+    raise config_lib.ConfigError(
+      f'config.offload={offload}: {unknown[0]!r} is none of {OFFLOADED}'
+    )
+  tx = optimizer_of(config)
   for section in ('evaluation', 'adapter', 'value'):
     if config[section]:
       config_lib.check(section, config[section])
@@ -126,6 +134,13 @@ def train(
     hint = ' (it is config.model.path, which config.tokenizer.path follows)'
     raise config_lib.ConfigError(f'{error}{hint if same else ""}') from error
   grid = call('mesh', mesh)
+  if offload:
+    sharding.check_host()
+  # Rollouts come in widths that GRAIN divides (data/sharing.bucket).
+  length = dict(key='data.max_length', length=data['max_length']) if data else {}
+  sharding.check_length(
+    **(length or dict(key='rollouts: GRAIN', length=GRAIN)), mesh=grid
+  )
   batches = data and opened(
     data, grid, source=source and call('source', source), tokenizer=words
   )
@@ -209,6 +224,8 @@ def train(
     if method.reference is not None:
       state = state._replace(reference=method.reference)
     state = sharding.replicate_rest(state, grid)
+    moved = {name: sharding.to_host(getattr(state, name)) for name in offload}
+    state = state._replace(**moved)
     del params, supply  # the state owns them now
 
     # Where it stood, if it ran before.
@@ -232,7 +249,7 @@ def train(
 
     def evaluate(state) -> dict[str, Any]:
       step = int(state.step)
-      start = state.reference if began is None else began
+      start = sharding.to_device(state.reference) if began is None else began
       against = (over(state.params, start),) if compares else ()
       score = exam(net, state.params, words, *against)
       file = run_dir / 'samples' / f'{step}.jsonl'
@@ -268,6 +285,15 @@ def train(
       f'stopped at step {int(state.step)}, saved; the same command goes on from there'
     )
   return finished
+
+
+def optimizer_of(config: Mapping[str, Any]) -> Optimizer:
+  """The section `optimizer`; beside an adapter it trains that, and a value head."""
+  section = config['optimizer']
+  frozen = (*section.get('freeze', ()), *([lora.FROZEN] if config['adapter'] else []))
+  return config_lib.call(
+    'optimizer', {**section, 'freeze': frozen}, steps=config['steps']
+  )
 
 
 def opened(data: dict[str, Any], grid: Any, **supply: Any) -> Shards:

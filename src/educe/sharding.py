@@ -24,6 +24,8 @@ AXES = ('data', 'fsdp', 'expert', 'context', 'tensor')
 ROWS = ('data', 'fsdp', 'expert')  # what the rows of a batch are split over
 BATCH = PartitionSpec(ROWS)
 
+HOST = 'pinned_host'  # memory of the host, as JAX calls what devices read by themselves
+
 # logical axis → mesh axis, or axes. What is not named here is replicated.
 RULES: dict[str, Any] = {
   'rows': ROWS,
@@ -210,6 +212,46 @@ def _put(x: Any, where: NamedSharding) -> jax.Array:
   return jax.make_array_from_callback(host.shape, where, lambda part: host[part])
 
 
+def to_host(tree: Any) -> Any:
+  """Arrays on a mesh into the memory of their devices' hosts, split as they are; numbers
+  stay. What describes arrays comes back as what would describe those."""
+
+  def move(x):
+    if not x.ndim:
+      return x
+    where = x.sharding.with_memory_kind(HOST)
+    if isinstance(x, jax.ShapeDtypeStruct):
+      return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+    return jax.device_put(x, where)
+
+  return jax.tree.map(move, tree)
+
+
+def to_device(tree: Any, layout: Any = None) -> Any:
+  """What `to_host` moved, back to the devices; the rest as it is.
+
+  layout: a tree of shardings, under jit, where arrays do not know their own
+  """
+  layout = jax.tree.map(lambda x: x.sharding, tree) if layout is None else layout
+
+  def move(x, where):
+    away = where.memory_kind == HOST
+    return jax.device_put(x, where.with_memory_kind('device')) if away else x
+
+  return jax.tree.map(move, tree, layout)
+
+
+def check_host() -> None:
+  """Raises ValueError where devices cannot use the memory of their host."""
+  device = jax.devices()[0]
+  kinds = [memory.kind for memory in device.addressable_memories()]
+  if HOST not in kinds:
+    raise ValueError(
+      f'offload: {device.device_kind} has no memory of kind {HOST}, only {kinds}; '
+      'leave it out'
+    )
+
+
 def replicate_rest(tree: Any, mesh: Mesh) -> Any:
   """What does not lie on the mesh yet (counters, keys) goes to every device of it."""
   everywhere = NamedSharding(mesh, PartitionSpec())
@@ -280,6 +322,16 @@ def fetch(tree: Any) -> Any:
     return multihost_utils.process_allgather(x, tiled=True)
 
   return jax.tree.map(get, tree)
+
+
+def check_length(key: str, length: int, mesh: Mesh) -> None:
+  """Raises ValueError where rows of `length` tokens cannot be split as the mesh says."""
+  parts = in_parts(mesh)
+  if length % parts:
+    raise ValueError(
+      f'config.{key}={length} does not divide into config.mesh.context={parts} parts; '
+      f'make it a multiple of {parts}'
+    )
 
 
 def check_batch(

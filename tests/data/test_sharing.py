@@ -11,7 +11,7 @@ from educe.data import sharing
 from educe.losses import dpo, grpo
 from educe.losses.logprobs import lose, score
 from educe.models import policy, value_head
-from educe.models.transformer import Architecture
+from educe.models.architecture import Architecture
 from educe.types import Batch
 
 LENGTH = 64

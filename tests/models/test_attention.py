@@ -13,7 +13,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from educe import sharding
 from educe.kernels.attention import cudnn, splash
-from educe.models import attention, policy, transformer
+from educe.models import attention, policy
+from educe.models.architecture import Architecture
 from educe.models.attention import Causal, Fork
 
 
@@ -147,7 +148,7 @@ def test_where_the_tokens_of_a_row_lie_on_several_devices(monkeypatch):
     assert attention._split(*operands(N=1002)[:2], Causal()).along is None
 
 
-ARCHITECTURE = transformer.Architecture(
+ARCHITECTURE = Architecture(
   vocab_size=64,
   dim=32,
   layers=2,

@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from educe.models import attention, policy
-from educe.models.transformer import Architecture
+from educe.models.architecture import Architecture
 from educe.sharding import mesh_over
 
 B, T, H, K, h = 2, 4096, 8, 4, 64  # h: half of a chip's 128 lanes, as in SmolLM2

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from educe.models import policy, presets, transformer
-from educe.models.transformer import Architecture
+from educe.models.architecture import Architecture
 
 TOKENS = np.random.default_rng(0).integers(0, 97, (3, 12)).astype(np.int32)
 

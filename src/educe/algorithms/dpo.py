@@ -76,7 +76,7 @@ def make(
 
   def logp(params, tokens, mask) -> np.ndarray:
     """`[B, T]` of the rows given, this process's or all; 0 where the mask is."""
-    batch = place(Batch(tokens, mask), data.group)
+    batch, params = place(Batch(tokens, mask), data.group), sharding.to_device(params)
     with sharding.using_that_of(params):
       found = sharding.fetch(read(params, batch))
     if len(found) != len(tokens):

@@ -88,6 +88,7 @@ def reader(
   def read(params: Params, tokens, mask):
     # A value is read behind the last token as well, where a shared row may have ended.
     shares = rollouts.group if model.values is None else 1
+    params = sharding.to_device(params)
     cuts = [slice(at, at + size) for at in range(0, len(tokens), size)]
     batches = [place(Batch(tokens[cut], mask[cut]), shares) for cut in cuts]
     with sharding.using_that_of(params):

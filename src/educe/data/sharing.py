@@ -21,6 +21,7 @@ from educe.sharding import fetch
 from educe.types import Batch
 
 WORTH = 0.9  # of the tokens that there were; above it, rows stay as they are
+GRAIN = 16  # every padded width is a multiple of it
 
 
 def share(batch: Batch, group: int, parts: int = 1) -> Batch:
@@ -97,5 +98,5 @@ def _columns(x, columns, fill):
 def bucket(length: int) -> int:
   """The padded width for `length` tokens: at most a quarter is padding beyond 64
   tokens, and there are only four widths an octave, so few programs are compiled."""
-  grain = max(16, 2 ** (int(length - 1).bit_length() - 3))
+  grain = max(GRAIN, 2 ** (int(length - 1).bit_length() - 3))
   return -(-int(length) // grain) * grain

@@ -16,7 +16,7 @@ import numpy as np
 
 from educe import paths
 from educe.models import policy, weights
-from educe.models.transformer import Architecture
+from educe.models.architecture import Architecture
 from educe.types import Model, Params
 
 HEADER = ('dim', 'ffn', 'layers', 'heads', 'kv_heads', 'vocab_size', 'max_length')

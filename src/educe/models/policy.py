@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from educe.models import lora, transformer
-from educe.models.transformer import Architecture
+from educe.models.architecture import Architecture
 from educe.types import Head, Model, Params
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from educe.models.transformer import Architecture
+from educe.models.architecture import Architecture
 
 # For tests and `:debug` runs: every feature on (grouped queries, untied head), no size.
 debug = Architecture(

@@ -21,7 +21,7 @@ import safetensors.numpy
 
 from educe import paths
 from educe.models import policy, weights
-from educe.models.transformer import Architecture
+from educe.models.architecture import Architecture
 from educe.types import Model, Params
 
 INDEX = 'model.safetensors.index.json'

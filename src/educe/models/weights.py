@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from educe.models import policy
-from educe.models.transformer import Architecture
+from educe.models.architecture import Architecture
 from educe.types import Params
 
 # ours · Hugging Face · GGUF · llama2.c ({} is the layer)

@@ -99,7 +99,7 @@ def _run(
 ) -> Samples:
   """`sample` of what was checked."""
   functions = slots_lib.Functions(model.head, model.init_cache, model.decode)
-  weights = slots_lib.prepare(params, model=functions)
+  weights = slots_lib.prepare(params, model=functions, specs=slots_lib.layout(params))
   ways = sharding.ways(sharding.in_use())  # each device has as many slots
   rows = -(-rows // ways) * ways
   width = bucket(max(max(map(len, prompts)) - 1, 1))

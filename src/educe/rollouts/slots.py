@@ -70,19 +70,24 @@ class Slots(NamedTuple):
   kept: Float[Array, 'B R']
 
 
-def prepare(params: Params, *, model: Functions) -> Weights:
-  """Once per params, not per step. On a mesh each device gets its part of the heads, of
-  the MLP's width and of the vocabulary whole: what lies over fsdp would be gathered at
-  every step."""
+def layout(params: Params) -> tuple[PartitionSpec, ...] | None:
+  """How `prepare` lays params of the mesh in use: each device gets its part of the heads,
+  of the MLP's width and of the vocabulary whole, for what lies over fsdp would be gathered
+  at every step."""
   if sharding.in_use() is None:
-    return _prepare(params, model=model, specs=None)
+    return None
   described = unstack(sharding.whole_over('fsdp', lora.without(params)), part=_layer)
-  specs = tuple(x.sharding.spec for x in jax.tree.leaves(described))
-  return _prepare(params, model=model, specs=specs)
+  return tuple(x.sharding.spec for x in jax.tree.leaves(described))
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'specs'))
-def _prepare(params, *, model: Functions, specs) -> Weights:
+def prepare(
+  params: Params,
+  *,
+  model: Functions,
+  specs: tuple[PartitionSpec, ...] | None = None,
+) -> Weights:
+  """Once per params, not per step. specs: `layout` of them."""
   params = unstack(params)
   if specs is not None:  # adapters are small, and lie as they like
     base = lora.without(params)

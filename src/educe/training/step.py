@@ -68,7 +68,7 @@ def make_step(
     scorer: what scores a batch, where that takes the state's reference too (a teacher);
       None scores with `model` alone, at `temperature`.
     state_shardings: a TrainState of shardings, when on a mesh: what comes out lies where
-      what went in lay.
+      what went in lay, also in the memory of the host (sharding.to_host).
 
   metrics: scalars on the device: `loss` (without auxiliary ones), the loss's own metrics,
   the model's auxiliary losses, `grad_norm` (before clipping), `learning_rate`,
@@ -80,6 +80,8 @@ def make_step(
   of = ('loss', *coefs)
 
   def step(state, batch):
+    if state_shardings is not None:
+      state = sharding.to_device(state, state_shardings)
     trained, frozen = optimizer.split(state.params)
 
     def means_of(params, batch):
