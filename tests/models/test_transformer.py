@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 
 from educe.models import policy, presets, transformer
-from educe.models.architecture import Architecture
 
 TOKENS = np.random.default_rng(0).integers(0, 97, (3, 12)).astype(np.int32)
 
@@ -231,28 +229,6 @@ def test_unstacking_before_a_loop_keeps_the_copies_out_of_it(tiny):
 
   assert stacked <= shapes_inside(lambda params: params)
   assert not stacked & shapes_inside(policy.unstack)
-
-
-@pytest.mark.parametrize(
-  ('change', 'complaint'),
-  [
-    ({'kv_heads': 3}, 'multiple of kv_heads = 3'),
-    ({'head_dim': 7}, 'head_dim = 7 must be even'),
-    ({'layers': 0}, 'layers = 0 must be positive'),
-    ({'remat': 'some'}, "remat = 'some' is none of"),
-    ({'compute_dtype': 'f32'}, "compute_dtype = 'f32' is none of"),
-  ],
-)
-def test_an_impossible_architecture_says_why(change, complaint):
-  with pytest.raises(ValueError, match=complaint):
-    dataclasses.replace(presets.get('debug'), **change)
-
-
-def test_an_architecture_goes_through_json_unchanged():
-  for name in ('debug', 'llama3_8b'):
-    architecture = presets.get(name)
-    text = json.dumps(dataclasses.asdict(architecture))
-    assert Architecture(**json.loads(text)) == architecture
 
 
 def primitives(jaxpr):
