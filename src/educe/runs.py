@@ -136,11 +136,17 @@ def train(
   grid = call('mesh', mesh)
   if offload:
     sharding.check_host()
-  # Rollouts come in widths that GRAIN divides (data/sharing.bucket).
-  length = dict(key='data.max_length', length=data['max_length']) if data else {}
-  sharding.check_length(
-    **(length or dict(key='rollouts: GRAIN', length=GRAIN)), mesh=grid
-  )
+  parts = sharding.in_parts(grid)
+  if data and data['max_length'] % parts:
+    raise config_lib.ConfigError(
+      f'config.data.max_length={data["max_length"]} does not divide into '
+      f'config.mesh.context={parts} parts; make it a multiple of {parts}'
+    )
+  if not data and GRAIN % parts:
+    raise config_lib.ConfigError(
+      f'config.mesh.context={parts} must divide {GRAIN}, of which the widths of rollouts '
+      'are multiples'
+    )
   batches = data and opened(
     data, grid, source=source and call('source', source), tokenizer=words
   )

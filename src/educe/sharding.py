@@ -324,16 +324,6 @@ def fetch(tree: Any) -> Any:
   return jax.tree.map(get, tree)
 
 
-def check_length(key: str, length: int, mesh: Mesh) -> None:
-  """Raises ValueError where rows of `length` tokens cannot be split as the mesh says."""
-  parts = in_parts(mesh)
-  if length % parts:
-    raise ValueError(
-      f'config.{key}={length} does not divide into config.mesh.context={parts} parts; '
-      f'make it a multiple of {parts}'
-    )
-
-
 def check_batch(
   rows: int, microbatches: int, mesh: Mesh, group: int = 1, couples: bool = False
 ) -> None:

@@ -93,17 +93,17 @@ def go(tmp_path_factory):
   patch = pytest.MonkeyPatch()
   patch.syspath_prepend(folder)
 
-  def first(**sizes):
-    sizes = {k: max(n, 1) for k, n in sizes.items()}
+  def first(*, data=1, fsdp=1, expert=1, context=1, tensor=1):
+    sizes = dict(data=data, fsdp=fsdp, expert=expert, context=context, tensor=tensor)
     return sharding.mesh_over(jax.devices()[: math.prod(sizes.values())], **sizes)
 
-  patch.setattr(sharding, 'make_mesh', lambda *, data=1, fsdp=1, tensor=1: first(
-    data=data, fsdp=fsdp, tensor=tensor))  # fmt: skip
+  patch.setattr(sharding, 'make_mesh', first)
 
-  def run(name, **mesh):
-    to = folder / f'{name}{mesh}'
+  def run(name, *more, **mesh):
+    to = folder / f'{name}{mesh}{more}'
     if str(to) not in made:
-      flags = [f'--config.mesh.{axis}={n}' for axis, n in ({'data': 1} | mesh).items()]
+      sizes = {'data': 1} | mesh
+      flags = [*(f'--config.mesh.{axis}={n}' for axis, n in sizes.items()), *more]
       config = f'--config={folder / "tiny_world.py"}:{name}'
       assert cli.main(['train', config, f'--run_dir={to}', *flags]) == 0
       made[str(to)] = to
@@ -132,21 +132,71 @@ def written(folder):
   return [(row['prompt'], row['tokens'], row['reward']) for row in rows]
 
 
-@pytest.mark.parametrize('mesh', list(MESHES))
-@pytest.mark.parametrize('name', ['sft', 'dpo', 'grpo', 'ppo'])
-def test_eight_devices_do_what_one_does(go, name, mesh):
-  one, eight = go(name), go(name, **MESHES[mesh])
-  assert written(one) == written(eight)
+def check_same(one, other, name):
+  assert written(one) == written(other)
   assert bool(written(one)) == (name in ('grpo', 'ppo'))
-  ours, theirs = (metrics.read(x / 'metrics.jsonl') for x in (eight, one))
+  ours, theirs = (metrics.read(x / 'metrics.jsonl') for x in (other, one))
   assert [x['step'] for x in ours] == [x['step'] for x in theirs] == [1, 2, 3]
   for a, b in zip(ours, theirs, strict=True):
     # A loss near 0 is a difference of numbers near 1.
     assert a['loss'] == pytest.approx(b['loss'], rel=1e-6, abs=1e-6)
     assert a['grad_norm'] == pytest.approx(b['grad_norm'], rel=1e-4)
   start, moved = start_of(name), 0.0
-  ends = [checkpoint.saved_params(x / 'checkpoints', start) for x in (one, eight)]
+  ends = [checkpoint.saved_params(x / 'checkpoints', start) for x in (one, other)]
   for a, b, c in zip(*map(jax.tree.leaves, (*ends, start)), strict=True):
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
     moved = max(moved, np.abs(a - c).max())
   assert moved > 1e-3
+
+
+@pytest.mark.parametrize('mesh', list(MESHES))
+@pytest.mark.parametrize('name', ['sft', 'dpo', 'grpo', 'ppo'])
+def test_eight_devices_do_what_one_does(go, name, mesh):
+  check_same(go(name), go(name, **MESHES[mesh]), name)
+
+
+def test_the_tokens_of_a_row_on_two_devices(go):
+  check_same(go('grpo'), go('grpo', data=2, context=2, tensor=2), 'grpo')
+
+
+@pytest.mark.parametrize('name', ['dpo', 'grpo'])
+def test_moments_and_reference_in_the_host_s_memory(go, name):
+  """And back from a checkpoint: the run of three steps goes on to five."""
+  away = "--config.offload=('opt_state','reference')"
+  optimizer = '--config.optimizer.momentum=0.5'
+  near, far = go(name, optimizer), go(name, optimizer, away, fsdp=2)
+  check_same(near, far, name)
+  for folder, sizes, more in ((near, {}, ()), (far, {'fsdp': 2}, (away,))):
+    flags = [
+      '--config.mesh.data=1',
+      *(f'--config.mesh.{k}={n}' for k, n in sizes.items()),
+    ]
+    config = f'--config={folder.parent / "tiny_world.py"}:{name}'
+    flags += [optimizer, *more, '--config.steps=5']
+    assert cli.main(['train', config, f'--run_dir={folder}', *flags]) == 0
+  a, b = (metrics.read(x / 'metrics.jsonl')[-1] for x in (near, far))
+  assert a['step'] == b['step'] == 5
+  assert a['loss'] == pytest.approx(b['loss'], rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+  ('name', 'flags', 'message'),
+  [
+    (
+      'sft',
+      ["--config.offload=('moments',)"],
+      "'moments' is none of ('opt_state', 'reference')",
+    ),
+    (
+      'sft',
+      ['--config.mesh.context=3', '--config.data.max_length=8'],
+      'config.data.max_length=8 does not divide into config.mesh.context=3 parts; make it '
+      'a multiple of 3',
+    ),
+    ('grpo', ['--config.mesh.context=3'], 'config.mesh.context=3 must divide 16'),
+  ],
+)
+def test_what_cannot_be_is_one_line(go, tmp_path, capfd, name, flags, message):
+  config = f'--config={go("sft").parent / "tiny_world.py"}:{name}'
+  assert cli.main(['train', config, f'--run_dir={tmp_path}', *flags]) == 1
+  assert message in capfd.readouterr().err.splitlines()[-1]

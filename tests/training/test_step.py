@@ -273,6 +273,41 @@ def test_microbatches_on_a_mesh_equal_one_device(mesh_of):
   close(jax.device_get(got.params), jax.device_get(want.params), 1e-6)
 
 
+def test_moments_rest_in_the_memory_of_the_host(mesh_of):
+  """Between steps; a step reads them where it computes, and writes them back."""
+  batch, mesh = draw(), mesh_of(2, 2)
+  tx = optimizer.make(steps=10, learning_rate=0.1, schedule='constant', eps=1e-3)
+
+  def steps(move):
+    state = init_state(
+      sharding.place(params(), MODEL.axes, mesh), tx, jax.random.key(0), reference=True
+    )
+    state = sharding.replicate_rest(state, mesh)
+    if move:
+      state = state._replace(
+        opt_state=sharding.to_host(state.opt_state),
+        reference=sharding.to_host(state.reference),
+      )
+    layout = jax.tree.map(lambda x: x.sharding, state)
+    step = make_step(MODEL, sft.loss, tx, reference_every=1, state_shardings=layout)
+    for _ in range(2):
+      state, metrics = step(state, sharding.place_batch(batch, mesh))
+    return state, metrics
+
+  (near, a), (far, b) = steps(False), steps(True)
+  for tree, kind in ((near, 'device'), (far, 'pinned_host')):
+    away = jax.tree.leaves((tree.opt_state, tree.reference))
+    assert {x.sharding.memory_kind for x in away if x.ndim} == {kind}
+    here = jax.tree.leaves(tree.params)
+    assert {x.sharding.memory_kind for x in here} == {'device'}
+  np.testing.assert_allclose(a['loss'], b['loss'], rtol=1e-6)
+  back = sharding.to_device(far)
+  assert {x.sharding.memory_kind for x in jax.tree.leaves(back)} == {'device'}
+  for name in ('params', 'opt_state', 'reference'):
+    pair = (jax.device_get(getattr(x, name)) for x in (back, near))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), *pair)
+
+
 def test_one_step_is_the_update_written_out():
   """params − η·clip(∇L): no optimizer library, no jit, no donation."""
   batch = draw()
