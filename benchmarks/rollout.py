@@ -22,7 +22,8 @@ import numpy as np
 from timing import Seconds, about, in_turns
 
 from educe.models import gguf, policy, presets, transformer
-from educe.models.architecture import Architecture, LayerCache
+from educe.models.architecture import Architecture
+from educe.models.transformer import LayerCache
 from educe.rollouts import sampler
 from educe.training.metrics import measured_matmul_flops
 

@@ -232,12 +232,13 @@ def to_device(tree: Any, layout: Any = None) -> Any:
 
   layout: a tree of shardings, under jit, where arrays do not know their own
   """
-  layout = jax.tree.map(lambda x: x.sharding, tree) if layout is None else layout
 
   def move(x, where):
-    away = where.memory_kind == HOST
+    away = getattr(where, 'memory_kind', None) == HOST
     return jax.device_put(x, where.with_memory_kind('device')) if away else x
 
+  if layout is None:
+    return jax.tree.map(lambda x: move(x, getattr(x, 'sharding', None)), tree)
   return jax.tree.map(move, tree, layout)
 
 
