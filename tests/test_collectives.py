@@ -257,3 +257,33 @@ def test_collectives_that_are_written_out(mesh_of):
     'collective-permute': (8, 3, 3 * part),
     'all-reduce': (8, 1, part * 2 * 7 / 8),
   }
+
+
+BRANCHES = """HloModule m, num_partitions=2
+
+%yes (x: f32[16]) -> f32[16] {
+  %x = f32[16]{0} parameter(0)
+  ROOT %r = f32[16]{0} all-reduce(%x), replica_groups={{0,1}}, to_apply=%add
+}
+
+%no (x: f32[16]) -> f32[16] {
+  %x = f32[16]{0} parameter(0)
+  ROOT %p = f32[16]{0} collective-permute(%x), source_target_pairs={{0,1},{1,0}}
+}
+
+ENTRY %main (x: f32[16], i: s32[]) -> f32[16] {
+  %x = f32[16]{0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %c = f32[16]{0} conditional(%i, %x, %x), branch_computations={%yes, %no}
+}
+"""
+
+
+def test_both_branches_of_a_conditional_count():
+  assert [x.op for x in collectives.read(BRANCHES)] == [
+    'all-reduce',
+    'collective-permute',
+  ]
+  named = 'true_computation=%yes, false_computation=%no'
+  text = BRANCHES.replace('branch_computations={%yes, %no}', named)
+  assert [x.times for x in collectives.read(text)] == [1, 1]

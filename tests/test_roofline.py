@@ -148,3 +148,12 @@ def test_a_program_that_cannot_be_printed_says_so():
   assert said['sent_gb'] is None
   assert said['kernels'] is None
   assert set(said['floors_seconds']) == {'matmul', 'memory'}
+
+
+def test_of_a_mixture_a_token_multiplies_with_its_own_experts_and_the_router():
+  a = presets.debug_moe
+  assert (a.experts_per_token, a.experts) == (2, 8)
+  layer = a.dim * a.head_dim * (2 * a.heads + 2 * a.kv_heads)
+  layer += 2 * 3 * a.dim * a.ffn + 8 * a.dim
+  found = roofline.forward(a, Reading(tokens=10, pairs=0, scored=0))
+  assert found == 2 * a.layers * layer * 10

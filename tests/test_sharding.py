@@ -1,5 +1,6 @@
 import dataclasses
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -242,3 +243,23 @@ def test_a_device_holds_the_activations_of_its_own_rows(mesh_of):
   assert not everyone.search(with_mesh.as_text())
   held, much = (x.memory_analysis().temp_size_in_bytes for x in (with_mesh, without))
   assert held < much / 2
+
+
+def test_weights_over_tensor_stay_so_and_those_over_fsdp_are_whole(mesh_of):
+  mesh = mesh_of(1, 2, 2)
+  params = sharding.place(
+    {'w': np.ones((4, 4), np.float32)}, {'w': ('embed', 'mlp')}, mesh
+  )
+  found = sharding.whole_over('fsdp', params)
+  assert found['w'].sharding.spec == P(None, 'tensor')
+
+
+def test_processes_with_the_same_rows_are_one_part(mesh_of, monkeypatch):
+  """Four hosts of two devices, of which two have the same rows."""
+  rows = {0: [0], 1: [0], 2: [1], 3: [1]}
+  monkeypatch.setattr(
+    sharding, 'process_rows', lambda mesh, count, process: np.array(rows[process])
+  )
+  devices = [types.SimpleNamespace(process_index=i // 2) for i in range(8)]
+  mesh = types.SimpleNamespace(shape=mesh_of(2, 1, 4).shape, devices=np.array(devices))
+  assert sharding.parts_of_rows(mesh) == 2

@@ -119,7 +119,7 @@ def _base_of(path: str) -> str | None:
   if before is None:
     return config['model'].get('path')
   file = pathlib.Path(before) / 'config.json'
-  goes_on = not config['adapter']['merge'] and file.exists()
+  goes_on = not (config.get('adapter') or {}).get('merge') and file.exists()
   return _base_of(before) if goes_on and read_config(file).get('adapter') else before
 
 

@@ -11,12 +11,13 @@ Nothing here touches a device before `start` has been called, or where it is not
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +32,18 @@ LAST = 10  # seconds that a process that failed waits for the others to fail as 
 
 class Alone(ValueError):
   """An error of one process: the others do not know, and cannot be asked any more."""
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+  """Around what only this process reads: a mistake in it is raised as `Alone`, where there
+  are others."""
+  try:
+    yield
+  except (ValueError, OSError) as error:
+    if count() == 1:
+      raise
+    raise Alone(str(error)) from error
 
 
 def start(

@@ -25,17 +25,17 @@ from educe.algorithms import on_policy
 from educe.data.chat import encode_prompt
 from educe.data.sharing import bucket, share
 from educe.data.tokenizer import Tokenizer
-from educe.models import policy, value_head
+from educe.models import policy, scratch, value_head
 from educe.policies import check_vocabulary
 from educe.rollouts import sampler, slots
 from educe.rollouts.sampler import MANY
 from educe.roofline import Work
-from educe.runs import optimizer_of, step_of
+from educe.sections import check_context, check_offload, optimizer_of, step_of
 from educe.training.step import init_state
 from educe.types import Algorithm, Batch, Model, TrainState
 
 # What a model section may say beside where its weights are.
-OPTIONS = ('param_dtype', 'compute_dtype', 'remat', 'logprob', 'attention')
+OPTIONS = inspect.signature(scratch.load).parameters.keys() - {'preset', 'seed'}
 
 
 class Program(NamedTuple):
@@ -86,6 +86,7 @@ def plan(
       'config.algorithm.precompute would score all data, which takes the chips; plan with '
       '--config.algorithm.precompute=None: that holds the reference beside'
     )
+  check_offload(given['offload'])
   tx = optimizer_of(given)
   words = call('tokenizer', given['tokenizer'])
   batches = given['data'] and call(
@@ -112,7 +113,7 @@ def plan(
       seed=given['seed'],
     )
     # Nobody is asked here: neither processes that verify, nor a judge.
-    section = given['rollouts'] and {**given['rollouts'], 'workers': 0}
+    section = given['rollouts'] and {**given['rollouts'], 'workers': 0, 'server': None}
     judge = _silent if given['judge'] else None
     rounds = section and call('rollouts', section, **supply, judge=judge)
     method = call(
@@ -141,6 +142,7 @@ def plan(
   # Of rows that several processes share, none shares a prompt (`runs.train`).
   together = (not batches or hosts_of(mesh) == 1) and sharding.in_parts(mesh) == 1
   parts = given['microbatches']
+  check_context(mesh, given['data'], method.longer)
   sharding.check_batch(rows, parts, mesh, method.group, method.couples)
   start_of_rows, new = 1, 0
   if world:
@@ -171,7 +173,8 @@ def plan(
   }
   if world:
     programs['score'] = _scoring(net, method, mesh, state, batch, rows * length)
-    programs |= _sampler(net, mesh, state, words, given['rollouts'], start_of_rows)
+    if given['rollouts']['server'] is None:  # or an engine samples
+      programs |= _sampler(net, mesh, state, words, given['rollouts'], start_of_rows)
   return Plan(net, method, mesh, state, batch, rows, length, programs)
 
 

@@ -90,9 +90,10 @@ def _as_trained(config: dict[str, Any]) -> tuple[Model, Params]:
 def with_adapter(
   config: dict[str, Any], model: Model, params: Params
 ) -> tuple[Model, Params]:
-  """(model, params) with the adapter of a config, if it has one."""
+  """(model, params) with the adapter of a config; without one, whatever the model came
+  with goes into its weights."""
   if not config.get('adapter'):
-    return model, params
+    return model._replace(axes=lora.plain_axes(model.axes)), lora.merged(params)
   return config_lib.call('adapter', config['adapter'], model=model, params=params)
 
 

@@ -107,7 +107,7 @@ def _read(connection: socket.socket):
   try:
     said = json.loads(connection.recv(LONGEST))
     return int(said['process']), int(said['of'])
-  except (OSError, ValueError, KeyError, TypeError):
+  except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
     return None
 
 

@@ -7,21 +7,17 @@ to bottom as the story of a run.
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import inspect
 import json
 import pathlib
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 
 from educe import config as config_lib
 from educe import hosts, paths, sharding
-from educe.data import pipeline
-from educe.data.shards import Shards
-from educe.data.sharing import GRAIN, share
+from educe.data.sharing import share
 from educe.losses.dry_run import reads_values
 from educe.measurement import curves, reliability, transcript_page
 from educe.models import lora, policy, quantized, value_head
@@ -29,17 +25,22 @@ from educe.models.parts import over
 from educe.policies import check_vocabulary, open_values, read_config, started_from
 from educe.progress import say
 from educe.rollouts import transcripts
+from educe.sections import (
+  check_context,
+  check_offload,
+  opened,
+  optimizer_of,
+  step_of,
+)
 from educe.training import checkpoint, loop, metrics
-from educe.training.optimizer import Optimizer
-from educe.training.step import Step, init_state, make_step
-from educe.types import Algorithm, Batch, Model
+from educe.training.step import init_state
+from educe.types import Batch
 
 # The sections that `train` itself reads; the others must be read by one another.
 READ = (
   'model', 'adapter', 'value', 'tokenizer', 'algorithm', 'loss', 'optimizer', 'evaluation',
   'mesh',
 )  # fmt: skip
-OFFLOADED = ('opt_state', 'reference')
 PAGE = 64  # completions on the page of transcripts
 
 
@@ -110,10 +111,7 @@ def train(
       raise config_lib.ConfigError(
         f'config.{name}={config[name]} must be at least {low}'
       )
-  if unknown := [name for name in offload if name not in OFFLOADED]:
-    raise config_lib.ConfigError(
-      f'config.offload={offload}: {unknown[0]!r} is none of {OFFLOADED}'
-    )
+  check_offload(offload)
   tx = optimizer_of(config)
   for section in ('evaluation', 'adapter', 'value'):
     if config[section]:
@@ -136,17 +134,6 @@ def train(
   grid = call('mesh', mesh)
   if offload:
     sharding.check_host()
-  parts = sharding.in_parts(grid)
-  if data and data['max_length'] % parts:
-    raise config_lib.ConfigError(
-      f'config.data.max_length={data["max_length"]} does not divide into '
-      f'config.mesh.context={parts} parts; make it a multiple of {parts}'
-    )
-  if not data and GRAIN % parts:
-    raise config_lib.ConfigError(
-      f'config.mesh.context={parts} must divide {GRAIN}, of which the widths of rollouts '
-      'are multiples'
-    )
   batches = data and opened(
     data, grid, source=source and call('source', source), tokenizer=words
   )
@@ -216,6 +203,7 @@ def train(
       run_dir=run_dir,
     )
     closing.callback(method.data.close)
+    check_context(grid, data, method.longer)
     sharding.check_batch(method.rows, microbatches, grid, method.group, method.couples)
     copied = method.reference_every is not None and method.reference is None
     # What an evaluation compares with: the policy that the run starts from, or the
@@ -229,6 +217,10 @@ def train(
     state = init_state(params, tx, jax.random.key(seed), reference=copied)
     if method.reference is not None:
       state = state._replace(reference=method.reference)
+    if 'reference' in offload and state.reference is None:
+      raise config_lib.ConfigError(
+        f'config.offload={offload}: this run keeps no reference; leave it out'
+      )
     state = sharding.replicate_rest(state, grid)
     moved = {name: sharding.to_host(getattr(state, name)) for name in offload}
     state = state._replace(**moved)
@@ -255,8 +247,12 @@ def train(
 
     def evaluate(state) -> dict[str, Any]:
       step = int(state.step)
-      start = sharding.to_device(state.reference) if began is None else began
-      against = (over(state.params, start),) if compares else ()
+      against: tuple = ()
+      if compares:
+        trained = tx.split(state.params)[0]
+        start = sharding.place_like(began, trained) if began is not None else None
+        start = sharding.to_device(state.reference) if start is None else start
+        against = (over(state.params, start),)
       score = exam(net, state.params, words, *against)
       file = run_dir / 'samples' / f'{step}.jsonl'
       hosts.by_first(lambda: transcripts.save(score.transcripts, file))
@@ -291,51 +287,6 @@ def train(
       f'stopped at step {int(state.step)}, saved; the same command goes on from there'
     )
   return finished
-
-
-def optimizer_of(config: Mapping[str, Any]) -> Optimizer:
-  """The section `optimizer`; beside an adapter it trains that, and a value head."""
-  section = config['optimizer']
-  frozen = (*section.get('freeze', ()), *([lora.FROZEN] if config['adapter'] else []))
-  return config_lib.call(
-    'optimizer', {**section, 'freeze': frozen}, steps=config['steps']
-  )
-
-
-def opened(data: dict[str, Any], grid: Any, **supply: Any) -> Shards:
-  """The section `data`, dealt out to the processes that have rows of their own."""
-
-  def open_shard(shard: int, of: int, looks: bool) -> pipeline.Batches:
-    size = data['batch_size']
-    cut = data if of == 1 else {**data, 'batch_size': size // of}
-    place = dict(process_index=shard, process_count=of, looks=looks)
-    return config_lib.call('data', cut, **supply, **place)
-
-  if hosts.count() == 1:
-    return Shards(open_shard)
-  mine = functools.partial(sharding.process_rows, grid)
-  return Shards(open_shard, sharding.parts_of_rows(grid), mine)
-
-
-def step_of(
-  net: Model,
-  method: Algorithm,
-  tx: Optimizer,
-  microbatches: int,
-  state_shardings: Any,
-) -> Step:
-  """The update of an algorithm's batches."""
-  return make_step(
-    net,
-    method.loss,
-    tx,
-    microbatches=microbatches,
-    temperature=method.temperature,
-    reference_every=method.reference_every,
-    scorer=method.score,
-    reference_alpha=method.reference_alpha,
-    state_shardings=state_shardings,
-  )
 
 
 def write_config(run_dir: pathlib.Path, config: dict[str, Any]) -> None:

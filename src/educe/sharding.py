@@ -212,6 +212,11 @@ def _put(x: Any, where: NamedSharding) -> jax.Array:
   return jax.make_array_from_callback(host.shape, where, lambda part: host[part])
 
 
+def place_like(tree: Any, like: Any) -> Any:
+  """Arrays of the host, where those of `like` lie."""
+  return jax.tree.map(lambda x, other: _put(x, other.sharding), tree, like)
+
+
 def to_host(tree: Any) -> Any:
   """Arrays on a mesh into the memory of their devices' hosts, split as they are; numbers
   stay. What describes arrays comes back as what would describe those."""

@@ -190,8 +190,8 @@ def test_moments_and_reference_in_the_host_s_memory(go, name):
     (
       'sft',
       ['--config.mesh.context=3', '--config.data.max_length=8'],
-      'config.data.max_length=8 does not divide into config.mesh.context=3 parts; make it '
-      'a multiple of 3',
+      'config.data.max_length=8 does not divide into config.mesh.context=3 parts; make '
+      'the sum a multiple of 3',
     ),
     ('grpo', ['--config.mesh.context=3'], 'config.mesh.context=3 must divide 16'),
   ],

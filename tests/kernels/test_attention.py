@@ -222,9 +222,12 @@ def test_splash_on_a_mesh():
   [(dict(context=4), False), (dict(data=2, context=2, tensor=2), True)],
 )
 @pytest.mark.parametrize('way', ['ring', 'splash'])
-def test_the_tokens_of_a_row_on_several_devices(way, sizes, packed, mesh_of):
+def test_the_tokens_of_a_row_on_several_devices(
+  way, sizes, packed, mesh_of, monkeypatch
+):
   """As the loop over queries says; documents end inside of a device's part, and the last
   part of a row may be padding."""
+  monkeypatch.setattr(splash, 'BLOCK', 128)  # several of a device, where it has 256
   T = 512
   rng = np.random.default_rng(12)
   q, k, v, out = (
@@ -247,6 +250,20 @@ def test_the_tokens_of_a_row_on_several_devices(way, sizes, packed, mesh_of):
     assert split.along == 'context'
     attend = functools.partial(way, segments=given, split=split)
     check(run(attend, q, k, v, out, there), want, 2e-5)
+
+
+def test_a_query_that_sees_nothing_gets_zeros_of_a_ring(mesh_of):
+  rng = np.random.default_rng(0)
+  q, k, v = (
+    jnp.asarray(rng.normal(size=shape), jnp.float32)
+    for shape in ((1, 8, 2, 4), (1, 2, 8, 4), (1, 2, 8, 4))
+  )
+  segments = jnp.asarray([[1, 1, 1, 0, 0, 0, 0, 0]])  # padding begins inside of a part
+  with jax.set_mesh(mesh_of(context=4)):
+    split = sharding.split(1, 2, 'kv_heads', 8)
+    got = jax.jit(lambda *x: ring.attend(*x, segments, split=split))(q, k, v)
+  assert np.asarray(got)[:, :3].all()
+  assert not np.asarray(got)[:, 3:].any()
 
 
 def test_a_ring_holds_no_more_than_its_part(mesh_of):

@@ -184,3 +184,14 @@ def test_an_architecture_names_the_implementation(lossy):
 
   assert 'logprob_moments' in str(jax.make_jaxpr(total)(params))
   assert 'logprob_d_head' in str(jax.make_jaxpr(jax.grad(total))(params))
+
+
+def test_what_counts_is_read_for_a_later_trained_token_of_its_row_and_document():
+  mask = np.array([[0, 0, 1, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0, 0], [0, 1, 1, 0, 1, 1, 0]])
+  segments = np.array([[1] * 7, [1] * 7, [1, 1, 1, 2, 2, 2, 0]])
+  batch = Batch(jnp.zeros((3, 7), jnp.int32), jnp.asarray(mask, jnp.float32))
+  plain = [[1, 1, 1, 1, 0, 0, 0], [0] * 7, [1, 1, 1, 1, 1, 0, 0]]
+  np.testing.assert_array_equal(logprobs._real(batch), np.array(plain, bool))
+  packed = [plain[0], plain[1], [1, 1, 0, 1, 1, 0, 0]]
+  found = logprobs._real(batch._replace(segments=jnp.asarray(segments)))
+  np.testing.assert_array_equal(found, np.array(packed, bool))

@@ -12,8 +12,9 @@ from educe import sharding
 from educe.data.sharing import share
 from educe.losses import sft
 from educe.losses.logprobs import lose, score
+from educe.measurement import agreement, enumeration, sequence_logp
 from educe.models import moe, policy, presets, transformer
-from educe.models.attention import Causal
+from educe.models.attention import Causal, Fork
 from educe.types import Batch
 
 DEBUG = dataclasses.replace(
@@ -333,3 +334,33 @@ def test_a_dense_model_has_no_auxiliary_losses():
     dataclasses.replace(presets.debug, balance_coef=0.01)
   model = policy.build(presets.debug)
   assert model.aux_coefs is None
+
+
+def test_a_completion_that_is_not_trained_on_is_no_sequence_of_a_shared_prompt():
+  rng = np.random.default_rng(0)
+  logits = jnp.asarray(rng.normal(size=(1, 3 + 2 * 2, 4)), jnp.float32)
+  _, chosen = moe.route(logits, 2, True)
+  visible = Fork(jnp.ones((1, 3), bool), 2)
+  real = jnp.asarray([[1, 1, 1, 1, 1, 0, 0]], bool)  # of the second completion nothing
+  found = moe.totals(logits, chosen, real, visible)
+  alone = moe.totals(logits[:, :5], chosen[:, :5], real[:, :5], Causal())
+  for name in found:
+    np.testing.assert_allclose(found[name], alone[name], rtol=1e-6, err_msg=name)
+
+
+def test_a_mixture_is_measured_as_it_is_scored():
+  """Where a model is a static argument: log-probs of sequences, agreement, enumeration."""
+  model = policy.build(presets.debug_moe)
+  params = model.init(jax.random.key(0))
+  tokens = np.random.default_rng(0).integers(0, 256, (3, 8)).astype(np.int32)
+  mask = np.ones((3, 8), np.float32)
+  mask[:, :4] = 0
+  want = np.asarray(score(model, params, Batch(tokens, mask)).logp).sum(-1)
+  found = sequence_logp.sequence_logp(model, params, tokens, mask)
+  np.testing.assert_allclose(found, want, atol=1e-4)
+  symbols = np.array([5, 9, 77])
+  logp, _ = enumeration._enumerated(model, params, tokens[:, :4], symbols, 2, 1.0, 8)
+  assert logp.shape == (3, 9)
+  bare = model._replace(axes=None, aux_coefs=None)
+  read = agreement._read(bare, params, Batch(tokens, mask), 'logp')
+  np.testing.assert_allclose(np.asarray(read).sum(-1), want, atol=1e-4)

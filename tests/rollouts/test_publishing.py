@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import pathlib
 import shutil
 import threading
@@ -12,8 +13,9 @@ import pytest
 import safetensors.numpy
 
 from educe.data import tokenizer as tokenizers
-from educe.models import policy, presets
-from educe.rollouts import server
+from educe.models import lora, policy, presets
+from educe.models import safetensors as huggingface
+from educe.rollouts import publishing, server
 from educe.rollouts.http_client import EndpointError
 from educe.rollouts.publishing import Publisher
 
@@ -231,3 +233,41 @@ def test_who_reads_the_pointer_meanwhile_finds_whole_weights(listen, tmp_path):
     reader.join()
   assert not lost
   assert len(found) > 1
+
+
+def test_an_engine_gets_base_and_adapter_as_one(listen, tmp_path):
+  model, own = lora.attach(MODEL, params(0.5), rank=2)
+  own['adapter']['layers'] = jax.tree.map(
+    lambda x: np.full(x.shape, 0.25, np.float32), own['adapter']['layers']
+  )
+  folders = []
+  to = server.connect(
+    url=f'{listen(lambda path, body, headers: folders.append(body) or {})}/v1',
+    model='policy',
+    reload='sglang',
+    retries=0,
+  )
+  Publisher(to, model, WORDS, tmp_path)(own, 1, 0)
+  _, found = huggingface.load(path=folders[0]['model_path'])
+  jax.tree.map(np.testing.assert_array_equal, found, lora.merged(own))
+
+
+def test_the_pointer_never_points_at_nothing(listen, tmp_path, monkeypatch):
+  publish = publisher(Engine(), listen, tmp_path)
+  real, seen = os.replace, []
+
+  def replace(a, b):
+    real(a, b)
+    link = tmp_path / 'server' / 'current'
+    if link.is_symlink():
+      seen.append(number_in(link.resolve()))
+
+  monkeypatch.setattr(publishing.os, 'replace', replace)
+  for step in range(3):
+    publish(params(step), step, step)
+  assert set(seen) == {0, 1, 2}
+
+
+def test_names_are_put_in_once():
+  names = {'{folder}': '/runs/{step}/server/00000002', '{step}': '00000002'}
+  assert publishing._filled('{folder}', names) == '/runs/{step}/server/00000002'

@@ -185,6 +185,11 @@ BAD = {
   'cut short': (said([97, 98], why='length'), r'ended after 2 of 5.*--max-model-len'),
   'another end': (said([97, 98]), r"finish_reason 'stop'\) without an EOS"),
   'another prompt': (said([97, END], prompt_token_ids=[1, 2, 3, 4]), 'prompt of 4 tok'),
+  'a prompt as long': (
+    said([97, END], prompt_token_ids=[0] * len(IDS[0])),
+    'that is not the one',
+  ),
+  'a huge number': (said([97, END], [-(10**400), -1.0]), 'is no log-prob'),
 }
 
 

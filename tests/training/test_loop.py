@@ -341,3 +341,20 @@ def test_of_several_processes_all_stop_where_it_was_agreed(tmp_path, monkeypatch
   assert int(state.step) == 4
   assert len(asked) == 4  # once a step
   assert (tmp_path / 'checkpoints' / '4').is_dir()
+
+
+def test_a_stop_at_the_last_step_leaves_its_evaluation_to_the_next_start(
+  tmp_path, monkeypatch
+):
+  def evaluate(state):
+    return {'accuracy': float(state.params)}
+
+  with monkeypatch.context() as patch:
+    patch.setattr(loop, 'catch_sigterm', lambda: (lambda: True, None))
+    _, finished = run(tmp_path, 1, evaluate=evaluate)
+  assert not finished  # there may be no time for it
+  assert saved(tmp_path) == [1]
+  _, finished = run(tmp_path, 1, evaluate=evaluate)
+  assert finished
+  seen = [(r['step'], r['accuracy']) for r in records(tmp_path) if 'accuracy' in r]
+  assert seen == [(0, 0), (1, 1)]

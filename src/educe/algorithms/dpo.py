@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from educe import sharding
+from educe import hosts, sharding
 from educe.algorithms import reference_logp
 from educe.data import pipeline
 from educe.data.pipeline import Batches
@@ -92,7 +92,8 @@ def make(
     with data.holding():  # a file may be out of reach for a while
       rows, info = pipeline.read(data)
       if stored is not None:
-        rows['ref_logp'] = stored.rows(rows['ids'], rows['mask'])
+        with hosts.alone():
+          rows['ref_logp'] = stored.rows(rows['ids'], rows['mask'])
       elif keeps:
         first = over(state.params, state.reference)
         rows['ref_logp'] = logp(first, rows['tokens'], rows['mask'])

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from educe import sharding
 from educe.algorithms import on_policy
 from educe.algorithms.dpo import check_records, couples
 from educe.losses import xpo
@@ -89,7 +90,7 @@ def make(
   def paired(state: TrainState, current: Round) -> dict[str, Any]:
     both = current.rollouts
     if alpha:
-      first = over(state.params, state.reference)
+      first = sharding.to_device(over(state.params, state.reference))
       both = joined(both, rollouts.beside(first, current))
     rows, counts = against(both) if alpha else ends(both)
     info = {**current.info, **{f'pairs/{name}': float(n) for name, n in counts.items()}}

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from educe import hosts
 from educe.data import pipeline
 from educe.data.pipeline import Batches
 from educe.losses.dry_run import dry_run
@@ -71,7 +72,8 @@ def make(model: Model, data: Batches, loss: LossFn) -> Algorithm:
     with data.holding():  # what was refused is refused again, not skipped
       rows, info = pipeline.read(data)
       if judged:
-        _check_judged(rows)
+        with hosts.alone():
+          _check_judged(rows)
     return readings(rows, pad_id=data.pad_id), info
 
   return Algorithm(

@@ -72,12 +72,8 @@ class Shards:
 
     Raises hosts.Alone, of several processes, for what one of them cannot read.
     """
-    try:
+    with hosts.alone():
       parts = [next(batches) for batches in self._read.values()]
-    except (ValueError, OSError) as error:
-      if hosts.count() == 1:
-        raise
-      raise hosts.Alone(str(error)) from error
     if len(parts) == 1 and len(self._places) == len(parts[0]['tokens']):
       return parts[0]
     return {

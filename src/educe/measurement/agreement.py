@@ -33,7 +33,7 @@ from educe.data import pipeline
 from educe.data.tokenizer import Tokenizer
 from educe.losses.logprobs import score
 from educe.measurement.accuracy import wilson
-from educe.sharding import fetch, place_batch, ways
+from educe.sharding import fetch, mesh_of, place_batch, using_that_of, ways
 from educe.types import Batch, Model, Params
 
 RECORDS = ('pairs', 'rated', 'steps')
@@ -188,7 +188,7 @@ def evaluate(
   )
   # A static argument, compiled once a run; a reference has no value head.
   values = model.values if reward == 'value' else None
-  hashable = model._replace(axes=None, values=values)
+  hashable = model._replace(axes=None, aux_coefs=None, values=values)
   rewards, transcripts = [], []
   for rows in batches:
     if records != 'pairs':
@@ -257,7 +257,8 @@ def _rewards(model, params, reference, rows, reward, beta, pad_id) -> np.ndarray
   batch = _spread(batch, params)
 
   def read(weights, what):
-    return np.asarray(fetch(_read(model, weights, batch, what)), np.float64)
+    with using_that_of(weights):
+      return np.asarray(fetch(_read(model, weights, batch, what)), np.float64)
 
   if reward == 'value':
     return np.where(mask > 0, read(params, 'values'), 0).sum(-1)
@@ -271,7 +272,8 @@ def _judged(model, params, rows, pad_id):
   """(row, V, y) of each real row, at the places that are judged, in float64."""
   batch = readings(rows, pad_id=pad_id)
   labels, mask = np.asarray(batch.returns, np.float64), np.asarray(batch.mask)
-  found = fetch(_read(model, params, _spread(batch, params), 'values'))
+  with using_that_of(params):
+    found = fetch(_read(model, params, _spread(batch, params), 'values'))
   values = np.asarray(found, np.float64)
   for row in np.flatnonzero(rows['ids'][:, 0] >= 0):
     at = mask[row] > 0
@@ -285,11 +287,10 @@ def _judged(model, params, rows, pad_id):
 
 def _spread(batch: Batch, params: Params) -> Batch:
   """Its rows over the mesh of the params, or else every device would read all of them."""
-  where = getattr(jax.tree.leaves(params)[0], 'sharding', None)
-  mesh = getattr(where, 'mesh', None)
-  if not isinstance(mesh, jax.sharding.Mesh):
+  mesh = mesh_of(params)
+  if mesh is None or len(batch.tokens) % ways(mesh):
     return batch
-  return batch if len(batch.tokens) % ways(mesh) else place_batch(batch, mesh)
+  return place_batch(batch, mesh)
 
 
 def _transcript(tokenizer, rows, pair, rewards) -> dict[str, Any]:

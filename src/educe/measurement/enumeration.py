@@ -79,7 +79,7 @@ def _enumerated(model, params, prompts, symbols, length, temperature, batch_size
   prompts, symbols = np.asarray(prompts), np.asarray(symbols)
   size = max(1, batch_size // len(symbols) ** (length - 1))  # prompts side by side
   full = np.pad(prompts, ((0, -len(prompts) % size), (0, 0)))  # one shape, one program
-  hashable = model._replace(axes=None, architecture=None, values=None)
+  hashable = model._replace(axes=None, architecture=None, aux_coefs=None, values=None)
   out, others = [], []
   for at in range(0, len(full), size):
     logp, other = np.zeros((size, 1)), np.zeros(size)

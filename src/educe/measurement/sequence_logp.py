@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from educe.losses.logprobs import score
-from educe.sharding import fetch
+from educe.sharding import fetch, using_that_of
 from educe.types import Batch, Model, Params
 
 
@@ -29,7 +29,7 @@ def sequence_logp(
   Rows that are equal are scored once: short answers often are.
   """
   # A static argument, compiled once: without what cannot be hashed, or is not asked.
-  model = model._replace(axes=None, architecture=None, values=None)
+  model = model._replace(axes=None, architecture=None, aux_coefs=None, values=None)
   said, there = np.asarray(tokens), np.asarray(mask)
   both = np.concatenate([said, there], -1)
   _, first, back = np.unique(both, axis=0, return_index=True, return_inverse=True)
@@ -41,8 +41,9 @@ def sequence_logp(
     filled = np.pad(rows, (0, missing), 'edge')
     arrays: dict[str, Any] = dict(tokens=said[filled], mask=there[filled])
     batch = Batch(**arrays)
-    logp = np.asarray(fetch(_logp(model, params, batch, temperature)), np.float64)
-    parts.append(logp[: len(rows)])
+    with using_that_of(params):
+      logp = fetch(_logp(model, params, batch, temperature))
+    parts.append(np.asarray(logp, np.float64)[: len(rows)])
   return np.concatenate(parts)[back.ravel()]
 
 

@@ -39,7 +39,7 @@ from educe.types import Model, Params
 KEY = 'adapter'
 KINDS = ('lora', 'dora')
 # What an optimizer must freeze, so that adapters and a value head alone are trained.
-FROZEN = rf'^(?!{KEY}/layers/|value/)'
+FROZEN = rf'^(?!{KEY}/layers/|value/)|/{KEY}/scale$'
 
 
 class Adapted(NamedTuple):

@@ -63,15 +63,14 @@ def mlp(
   Its buffers are for the worst case: all choices of all those rows.
   """
   run = functools.partial(_here, k=k, renormalise=renormalise)
-  by_expert = sharding.split(len(x), len(gate), 'experts')
+  # A row's tokens may be split too; here they need nothing of each other.
+  by_expert = sharding.split(len(x), len(gate), 'experts', x.shape[1])
   by_width = sharding.split(len(x), gate.shape[2], 'mlp')
   if by_expert is None or by_width is None:
     return run(x, logits, gate, up, down)
   mesh, rows = by_expert.mesh, by_expert.rows
   expert, width = by_expert.across, by_width.across
-  # A row's tokens may be split too; here they need nothing of each other.
-  context = None if x.shape[1] % mesh.shape['context'] else 'context'
-  of_x = PartitionSpec(rows or None, context)
+  of_x = PartitionSpec(rows or None, by_expert.along)
   into, out = PartitionSpec(expert, None, width), PartitionSpec(expert, width)
   run = functools.partial(run, expert=expert, gathered=bool(rows), width=width)
   # The collectives are written out, and ragged_dot says not what its results vary over.

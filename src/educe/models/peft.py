@@ -59,6 +59,8 @@ def load(
   remat: str = 'none',
   logprob: str = 'auto',
   attention: str = 'auto',
+  balance_coef: float = 0.0,
+  router_z_coef: float = 0.0,
 ) -> tuple[Model, Params]:
   """The model `base` with the adapter in a PEFT folder beside it.
 
@@ -75,6 +77,8 @@ def load(
     remat=remat,
     logprob=logprob,
     attention=attention,
+    balance_coef=balance_coef,
+    router_z_coef=router_z_coef,
   )
   try:
     found = safetensors.numpy.load_file(folder / FILE)

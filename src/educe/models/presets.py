@@ -132,19 +132,6 @@ llama3_70b = Architecture(
   rope_theta=500_000.0,
 )
 
-# … and 70B: 70,553,706,496.
-llama3_70b = Architecture(
-  vocab_size=128_256,
-  dim=8192,
-  layers=80,
-  heads=64,
-  kv_heads=8,
-  head_dim=128,
-  ffn=28_672,
-  max_length=8192,
-  rope_theta=500_000.0,
-)
-
 # Qwen3 (Yang et al. 2025, arXiv:2505.09388): 32,762,123,264, and of 30,532,122,624 a token
 # meets 3,353,032,704.
 qwen3_32b = Architecture(

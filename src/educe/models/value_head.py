@@ -62,7 +62,7 @@ def attach(
     added: Params = {'head': {'weight': weight, 'bias': jnp.zeros((), jnp.float32)}}
     if trunk == 'separate':
       # Buffers of its own: a step donates each of them.
-      added['trunk'] = jax.tree.map(jnp.copy, _trunk(params))
+      added['trunk'] = jax.tree.map(lambda x: x.copy(), _trunk(params))
     return {**params, KEY: added}
 
   def init(key) -> Params:

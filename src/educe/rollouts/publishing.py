@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Mapping
 from typing import Any
@@ -126,8 +127,9 @@ def _filled(value: Any, names: Mapping[str, str]) -> Any:
   if isinstance(value, list | tuple):
     return [_filled(x, names) for x in value]
   if isinstance(value, str):
-    for name, text in names.items():
-      value = value.replace(name, text)
+    value = re.sub(
+      '|'.join(map(re.escape, names)), lambda found: names[found[0]], value
+    )
   return value
 
 

@@ -120,9 +120,9 @@ def make(
     )
     if run_dir is None:
       raise ValueError('rollouts.server: needs run_dir, to export the weights to')
-    if jax.process_count() > 1:
+    if hosts.count() > 1:
       raise ValueError(
-        f'rollouts.server: {jax.process_count()} processes would export weights each, and '
+        f'rollouts.server: {hosts.count()} processes would export weights each, and '
         'ask for the same; train in one, or sample here (rollouts.server=None)'
       )
     publisher = Publisher(server, model, tokenizer, run_dir)

@@ -18,7 +18,6 @@ weights is rollouts/publishing.py.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -34,6 +33,7 @@ from educe.rollouts.texts import Completion
 from educe.types import Model, Params
 
 T = TypeVar('T')
+LEAST = -3.4e38  # of float32, as the losses read it
 TOKEN_BYTES = 1 << 10  # of an answer, a token: its id, text, offset and log-probs
 
 # What tells an engine to read new weights: POSTs, in this order, to the root of its url.
@@ -289,7 +289,7 @@ def _drawn(client: Client, answer: Any, prompt) -> tuple[list[int], list[float],
     )
   for value in logp:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not -math.inf < value < 1e-3:
+    if not number or not LEAST < value < 1e-3:
       raise EndpointError(
         f'{client.name}: {value!r} is no log-prob; are the weights that it serves finite, '
         'and its log-probs no logits (--logprobs-mode)?'
