@@ -110,6 +110,14 @@ def test_rows_are_shared_by_units_and_come_back_in_order(as_processes, rows, uni
       dict(coordinator='a', processes=2, process=0),
       '--coordinator=a must be host:port',
     ),
+    (
+      dict(coordinator='a:99999', processes=2, process=0),
+      '--coordinator=a:99999 must be host:port',
+    ),
+    (
+      dict(coordinator='http://a:1', processes=2, process=0),
+      '--coordinator=http://a:1 must be host:port',
+    ),
     (dict(coordinator='a:1', processes=2, process=2), r'--process=2 must be in 0\.\.1'),
     (dict(wait=0.0), '--wait=0 must be a number of seconds above 0'),
     (dict(multihost=True), 'neither TPU metadata, SLURM, GKE nor Open MPI'),
@@ -151,6 +159,7 @@ def test_one_task_needs_no_flag(environment):
   [
     ({}, 2, []),
     ({'TPU_WORKER_HOSTNAMES': 'a,b'}, 2, ['a', 'b']),
+    ({'TPU_WORKER_HOSTNAMES': 'a,b'}, 4, []),  # of one slice of two
     ({'SLURM_STEP_NODELIST': 'n[08-10,7],login'}, 5, ['n08', 'n09', 'n10', 'n7', 'login']),
     ({'SLURM_JOB_NODELIST': 'n1,n2'}, 4, ['n1', 'n1', 'n2', 'n2']),
     ({'SLURM_JOB_NODELIST': 'n1,n2'}, 3, []),

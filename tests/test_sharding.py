@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -263,3 +264,15 @@ def test_processes_with_the_same_rows_are_one_part(mesh_of, monkeypatch):
   devices = [types.SimpleNamespace(process_index=i // 2) for i in range(8)]
   mesh = types.SimpleNamespace(shape=mesh_of(2, 1, 4).shape, devices=np.array(devices))
   assert sharding.parts_of_rows(mesh) == 2
+
+
+@pytest.mark.usefixtures('chips')
+def test_only_copies_lie_on_several_slices():
+  described = topologies.get_topology_desc(
+    platform='tpu', topology_name='v5e:2x2', num_slices=2
+  )
+  mesh = sharding.mesh_over(described.devices, data=2, fsdp=4)
+  rows = [{d.slice_index for d in row.flat} for row in mesh.devices]
+  assert sorted(map(list, rows)) == [[0], [1]]
+  with pytest.raises(ValueError, match=r'2 slices of TPUs .* data a multiple of 2'):
+    sharding.mesh_over(described.devices, fsdp=8)

@@ -95,7 +95,8 @@ def start(
   assert coordinator is not None
   assert processes is not None
   assert process is not None
-  if not re.fullmatch(r'\S+:\d+', coordinator):
+  host, _, port = coordinator.rpartition(':')
+  if not (re.fullmatch(r'[^\s:/]+|\[[^\]\s]+\]', host) and _is_port(port)):
     raise ValueError(f'--coordinator={coordinator} must be host:port of process 0')
   if not 0 <= process < processes:
     raise ValueError(
@@ -112,6 +113,10 @@ def start(
   )
 
 
+def _is_port(text: str) -> bool:
+  return text.isdecimal() and len(text) < 6 and 0 < int(text) < 1 << 16
+
+
 def tasks(environment: Mapping[str, str]) -> str | None:
   """What shows that this process is one of several; None if nothing does."""
   count = environment.get('SLURM_STEP_NUM_TASKS', '1')  # of srun, not of the allocation
@@ -126,8 +131,11 @@ def tasks(environment: Mapping[str, str]) -> str | None:
 def names(environment: Mapping[str, str], count: int) -> list[str]:
   """The host of each of `count` processes, where the environment tells; else []."""
   workers = environment.get('TPU_WORKER_HOSTNAMES')
+  if workers:  # of one slice: with several, nobody here knows the others'
+    found = workers.split(',')
+    return found if len(found) == count else []
   nodes = environment.get('SLURM_STEP_NODELIST', environment.get('SLURM_JOB_NODELIST'))
-  found = workers.split(',') if workers else _nodes(nodes or '')
+  found = _nodes(nodes or '')
   if not found or count % len(found):
     return []
   return [name for name in found for _ in range(count // len(found))]

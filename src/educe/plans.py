@@ -245,6 +245,7 @@ def held(tree: Any) -> float:
   return sum(
     math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
     for x in jax.tree.leaves(tree)
+    if x.sharding.memory_kind != sharding.HOST
   )
 
 

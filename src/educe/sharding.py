@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from educe import hosts
@@ -78,7 +78,17 @@ def mesh_over(devices: Sequence[Any], **sizes: int) -> Mesh:
       f'mesh={sizes} needs {math.prod(sizes.values())} devices; {len(devices)} are here'
     )
   shape, types = tuple(sizes[axis] for axis in AXES), (AxisType.Auto,) * len(AXES)
-  return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+  slices = len({getattr(device, 'slice_index', 0) for device in devices})
+  if slices == 1:
+    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+  # Between slices of TPUs there is a network that only gradients should cross.
+  if sizes['data'] % slices:
+    raise ValueError(
+      f'mesh={sizes}: {slices} slices of TPUs are here; make data a multiple of {slices}'
+    )
+  inside, across = (shape[0] // slices, *shape[1:]), (slices, *(1,) * (len(AXES) - 1))
+  found = mesh_utils.create_hybrid_device_mesh(inside, across, devices=devices)
+  return Mesh(found, AXES, axis_types=types)
 
 
 def using(mesh: Mesh) -> contextlib.AbstractContextManager[Any]:

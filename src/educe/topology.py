@@ -101,7 +101,7 @@ def _names(asked: str) -> str:
   generation = cloud and {'v5litepod': 'v5e', 'v7x': 'tpu7x'}.get(cloud[1], cloud[1])
   cores = EXAMPLES[generation][1] if generation in EXAMPLES else 0
   chips = int(cloud[2]) // cores if cloud and cores and len(cloud[2]) < 6 else 0
-  if chips:
+  if generation and chips:
     count = f'counts cores and has {chips} chips' if cores > 1 else f'has {chips} chips'
     hint = f'; {asked} {count}, laid out as {generation}:{layout(generation, chips)}'
   return f'name the generation and its layout, as {known}{hint}'
