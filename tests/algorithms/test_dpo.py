@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from educe import cli, runs
+from educe import cli, sections
 from educe.algorithms import dpo as algorithm
 from educe.data import pipeline, sources, tokenizer
 from educe.data.shards import Shards
@@ -407,7 +407,7 @@ def test_how_the_reference_follows_reaches_the_step(config, tmp_path, monkeypatc
   def look(*_, **options):
     raise Seen(options)
 
-  monkeypatch.setattr(runs, 'make_step', look)
+  monkeypatch.setattr(sections, 'make_step', look)
   flags = [f'--config.algorithm.reference_{x}' for x in ('every=3', 'alpha=0.6')]
   with pytest.raises(Seen) as caught:
     cli.main(['train', config, f'--run_dir={tmp_path / "run"}', *flags])
