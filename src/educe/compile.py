@@ -1,7 +1,7 @@
 """python -m educe compile: what a config's programs would need of TPUs that are not here.
 
   python -m educe compile --config=configs/grpo.py --preset=llama3_8b \
-    --topology=v5p:4x4x4 --config.mesh.fsdp=-1 --config.mesh.data=1
+    --topology=v5p:4x4x4 --config.mesh.data=4 --config.mesh.fsdp=16
 
 The very programs of a run (plans.py) are compiled by libtpu, on any host, in minutes that
 the size of the program decides and the number of chips does not. What is printed was not

@@ -57,7 +57,7 @@ def run(
       step and after the last; 0 means only there.
     abort_after: raise NonFinite after this many skipped updates in a row; at once if the
       very first loss is not finite either, for then no update can be to blame.
-    flops_per_token: of a training step, for MFU (≈ 6 · params).
+    flops_per_token: of a training step, for MFU (≈ 6 a trained param, 4 a frozen one).
 
   Raises NonFinite too if not a single update of the run was applied.
   """
