@@ -49,7 +49,14 @@ class Point(NamedTuple):
 
 POINTS = (
   Point('llama3_8b', 'v5p:4x4x4', 'sft', 64, 'data=4,fsdp=16'),
-  Point('llama3_8b', 'v5p:4x4x4', 'grpo', 128, programs=('train', 'score')),
+  Point(
+    'llama3_8b',
+    'v5p:4x4x4',
+    'grpo',
+    128,
+    'data=4,fsdp=16',
+    ('train', 'score', 'prefill', 'decode'),
+  ),
   Point('llama3_8b', 'v6e:4x4', 'sft', 16),
   Point('llama3_8b', 'v6e:4x4', 'grpo', 32, programs=('train', 'score')),
   Point('llama3_8b', 'v6e:16x16', 'sft', 256),
@@ -57,6 +64,10 @@ POINTS = (
   Point('llama3_70b', 'v5p:4x4x8', 'sft', 128, 'data=4,fsdp=32'),
   Point('llama3_70b', 'v6e:16x16', 'sft', 256),
   Point('llama3_70b', 'v5e:16x16', 'sft', 256),
+  Point('qwen3_32b', 'v5p:4x4x4', 'sft', 64, 'data=4,fsdp=16'),
+  Point('qwen3_32b', 'v6e:16x16', 'sft', 256),
+  Point('olmoe_1b_7b', 'v6e:4x4', 'sft', 32, 'fsdp=4,expert=4'),
+  Point('olmoe_1b_7b', 'v5e:8x8', 'sft', 64, 'fsdp=16,expert=4'),
 )
 
 

@@ -276,3 +276,18 @@ def test_only_copies_lie_on_several_slices():
   assert sorted(map(list, rows)) == [[0], [1]]
   with pytest.raises(ValueError, match=r'2 slices of TPUs .* data a multiple of 2'):
     sharding.mesh_over(described.devices, fsdp=8)
+
+
+def test_an_axis_that_splits_no_param_is_refused(mesh_of):
+  axes = {'w': ('embed', 'mlp')}
+
+  def check(shape, **sizes):
+    mesh = mesh_of(**sizes)
+    sharding.check_params(sharding.place({'w': np.ones(shape)}, axes, mesh), mesh)
+
+  check((4, 4), fsdp=2, tensor=2)
+  check((4, 4), data=2, context=2)
+  with pytest.raises(ValueError, match=r'config\.mesh\.expert=2 splits no param'):
+    check((4, 4), expert=2, tensor=2)
+  with pytest.raises(ValueError, match=r'config\.mesh\.tensor=2 splits no param'):
+    check((4, 3), fsdp=2, tensor=2)

@@ -137,6 +137,7 @@ def plan(
   shapes = jax.eval_shape(start)
   net, method = built['net'], built['method']
   state = placed(shapes, net.axes, mesh)
+  sharding.check_params(state.params, mesh)
   away = {name: sharding.to_host(getattr(state, name)) for name in given['offload']}
   state, rows = state._replace(**away), rows or method.rows
   # Of rows that several processes share, none shares a prompt (`runs.train`).

@@ -9,6 +9,8 @@ time is the longest of three floors, none of which was measured:
              temporaries both
   exchange   bytes that a device sends / all of its links together
 
+What `config.offload` moves to the host and back is in none of them.
+
 Samuel Williams, Andrew Waterman and David Patterson, "Roofline: an insightful visual
 performance model for multicore architectures", 2009.
 """

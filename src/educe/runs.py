@@ -179,6 +179,7 @@ def train(
   # 2 forwards, 2 for the gradient of what comes in, 2 for that of the weight.
   flops_per_token = 4.0 * active + 2.0 * trained
   params = sharding.place(params, net.axes, grid)
+  sharding.check_params(params, grid)
 
   with contextlib.ExitStack() as closing:  # also when something below is refused
     # Where batches come from.

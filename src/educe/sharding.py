@@ -340,6 +340,18 @@ def fetch(tree: Any) -> Any:
   return jax.tree.map(get, tree)
 
 
+def check_params(params: Any, mesh: Mesh) -> None:
+  """Raises ValueError for an axis of the mesh that is there to split params, and splits
+  none of these."""
+  specs = [x.sharding.spec for x in jax.tree.leaves(params)]
+  for axis in ('fsdp', 'expert', 'tensor'):
+    if mesh.shape[axis] > 1 and not any(axis in spec for spec in specs):
+      raise ValueError(
+        f'config.mesh.{axis}={mesh.shape[axis]} splits no param of this model: it has '
+        f'none such, or their sizes do not divide; set {axis}=1, and data instead'
+      )
+
+
 def check_batch(
   rows: int, microbatches: int, mesh: Mesh, group: int = 1, couples: bool = False
 ) -> None:

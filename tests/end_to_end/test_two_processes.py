@@ -182,19 +182,25 @@ def test_they_stop_as_one_and_others_go_on(tmp_path):
   assert list(whole) == list(range(1, last + 1))
   assert checkpoints(cut) == [*range(3, last, 3), last]
 
-  # One process with all devices goes on from step 3, then two from step 6 of that.
-  once, twice = tmp_path / 'once', tmp_path / 'twice'
-  for to, of, step, processes in ((once, cut, 3, 1), (twice, once, 6, 2)):
+  # One process with all devices goes on from where they were stopped; another from step 3,
+  # to the same end; then two from step 6 of that.
+  after, once, twice = (tmp_path / name for name in ('after', 'once', 'twice'))
+  for to, of, step, processes, end in (
+    (after, cut, last, 1, last + 2),
+    (once, cut, 3, 1, last + 2),
+    (twice, once, 6, 2, 8),
+  ):
     shutil.copytree(of, to)
     for folder in (to / 'checkpoints').iterdir():
       if int(folder.name) > step:
         shutil.rmtree(folder)
-    said = finish(start(config, to, '--config.steps=8', processes=processes))
-    assert f'resuming from step {step} of 8' in said[0]
+    said = finish(start(config, to, f'--config.steps={end}', processes=processes))
+    assert f'resuming from step {step} of {end}' in said[0]
     again = history(to)
-    assert list(again) == list(range(1, 9))
-    same(whole, again, range(1, 9))
-    assert checkpoints(to)[-1] == 8
+    assert list(again) == list(range(1, end + 1))
+    same(whole, again, range(1, min(end, last) + 1))
+    assert checkpoints(to)[-1] == end
+  same(history(once), history(after), [last + 1, last + 2])
   assert history(once)[7] != whole[3]
 
 
