@@ -40,9 +40,10 @@ def build(architecture: Architecture) -> Model:
   def init(key) -> Params:
     return nn.unbox(init_boxed(key))
 
-  def hidden(params, *said):
+  def hidden(params, tokens, positions=None, segments=None, prefix=None, real=None):
     ready = lora.folded(params)
     own = {key: ready[key] for key in transformer.BESIDE if key in ready}
+    said = tokens, positions, segments, prefix, real
     return module.apply({'params': params, **own}, *said)
 
   def decode(params, *rest):
