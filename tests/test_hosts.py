@@ -177,7 +177,8 @@ def test_slurm_tells_who_the_others_are(monkeypatch):
   }  # fmt: skip
   for name, value in environment.items():
     monkeypatch.setenv(name, value)
-  monkeypatch.delenv('JAX_COORDINATOR_ADDRESS', raising=False)
+  for name in ('JAX_COORDINATOR_ADDRESS', 'TPU_WORKER_HOSTNAMES'):
+    monkeypatch.delenv(name, raising=False)  # as compiling for TPUs sets it
   called, joined = [], []
   monkeypatch.setattr(hosts, 'roll_call', lambda *x: called.append(x))
   monkeypatch.setattr(jax.distributed, 'initialize', lambda *x, **_: joined.append(x))
