@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient as sg
 
-from educe.models import quantized
+from educe.models import parts, quantized
 from educe.models.parts import WEIGHTS
 from educe.types import Model, Params
 
@@ -165,9 +165,7 @@ def check(
 
 def without(params: Params) -> Params:
   """The base alone; params without an adapter are returned as they are."""
-  if not isinstance(params, Mapping) or KEY not in params:
-    return params
-  return {name: x for name, x in params.items() if name != KEY}
+  return parts.without(params, KEY)
 
 
 def folded(params: Params) -> Params:

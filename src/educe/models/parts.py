@@ -59,3 +59,10 @@ def over(params: Params, part: Params) -> Params:
     params,
     is_leaf=lambda x: x is None,
   )
+
+
+def without(params: Params, key: str) -> Params:
+  """Params but for what is under this key; as they are where there is none."""
+  if not isinstance(params, Mapping) or key not in params:
+    return params
+  return {name: x for name, x in params.items() if name != key}

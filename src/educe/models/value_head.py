@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from educe.models import lora, quantized
+from educe.models import lora, parts, quantized
 from educe.types import Mean, Model, Params
 
 KEY = 'value'
@@ -118,9 +118,7 @@ def taken(params: Params) -> dict[str, Any]:
 
 def without(params: Params) -> Params:
   """The policy alone; params without a value head are returned as they are."""
-  if not isinstance(params, Mapping) or KEY not in params:
-    return params
-  return {name: x for name, x in params.items() if name != KEY}
+  return parts.without(params, KEY)
 
 
 def _trunk(params: Params) -> Params:
