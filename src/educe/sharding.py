@@ -29,6 +29,7 @@ HOST = 'pinned_host'  # memory of the host, as JAX calls what devices read by th
 # logical axis → mesh axis, or axes. What is not named here is replicated.
 RULES: dict[str, Any] = {
   'rows': ROWS,
+  'blocks': ('data', 'expert'),  # of rows, beside a width that lies over fsdp
   'length': 'context',
   'vocab': 'tensor',
   'embed': 'fsdp',
@@ -164,8 +165,9 @@ def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Any):
   used: set[Any] = set()
   dims: list[Any] = []
   for name, size in zip(axes, shape, strict=True):
-    target = RULES.get(name) if name else None
-    parts = ways(mesh) if target == ROWS else mesh.shape[target] if target else 1
+    target = RULES.get(name, ()) if name else ()
+    among = (target,) if isinstance(target, str) else target
+    parts = math.prod(mesh.shape[axis] for axis in among)
     fits = parts > 1 and target not in used and size % parts == 0
     dims.append(target if fits else None)
     if fits:

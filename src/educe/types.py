@@ -79,13 +79,14 @@ class Max(NamedTuple):
 
 class Split(NamedTuple):
   """How operands lie on a mesh: rows over `rows`, the other dimension that is split (the
-  vocabulary, heads) over `across`, the tokens of a row over `along`. Each divides by its
-  axes."""
+  vocabulary, heads) over `across`, the tokens of a row over `along`, the width of a head
+  over `stored`: there it is kept in parts, and read whole. Each divides by its axes."""
 
   mesh: Any  # jax.sharding.Mesh or AbstractMesh
   rows: tuple[str, ...] = ()
   across: str | None = None
   along: str | None = None
+  stored: str | None = None
 
 
 class Head(NamedTuple):

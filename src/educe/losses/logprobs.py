@@ -119,13 +119,18 @@ def _rows(batch: Batch) -> int:
 
 
 def _split(batch: Batch, head) -> Split | None:
-  """Of tokens and vocabulary."""
+  """Of tokens, vocabulary, and the head's width."""
   length = batch.tokens.shape[1] if _parts(batch) > 1 else 1
   split = sharding.split(_rows(batch), head.matrix.shape[1], 'vocab', length)
-  if split and split.along:  # as `_flat` orders them
+  if split is None:
+    return None
+  if split.along:  # as `_flat` orders them
     split = split._replace(rows=(split.along, *split.rows), along=None)
+  if split.rows:
+    stored, _ = sharding.spec(('embed', 'vocab'), head.matrix.shape, split.mesh)
+    split = split._replace(stored=stored)
   # Where nothing divides, the compiler finds something to divide.
-  return split if split and (split.rows or split.across) else None
+  return split if split.rows or split.across else None
 
 
 def _said(model: Model, batch: Batch):

@@ -71,8 +71,11 @@ def mlp(
   mesh, rows = by_expert.mesh, by_expert.rows
   expert, width = by_expert.across, by_width.across
   of_x = PartitionSpec(rows or None, by_expert.along)
-  into, out = PartitionSpec(expert, None, width), PartitionSpec(expert, width)
-  run = functools.partial(run, expert=expert, gathered=bool(rows), width=width)
+  _, stored, _ = sharding.spec(('experts', 'embed', 'mlp'), gate.shape, mesh)
+  into, out = PartitionSpec(expert, stored, width), PartitionSpec(expert, width, stored)
+  run = functools.partial(
+    run, expert=expert, gathered=bool(rows), width=width, stored=stored
+  )
   # The collectives are written out, and ragged_dot says not what its results vary over.
   return jax.shard_map(
     run,
@@ -95,11 +98,13 @@ def _here(
   expert: str | None = None,
   gathered: bool = False,
   width: str | None = None,
+  stored: str | None = None,
 ):
   """`mlp` of one device: its rows, and its part of the weights.
 
   expert, width: mesh axes that experts and their width are split over
   gathered: rows are split over `expert` too
+  stored: see `experts`
   """
   weight, chosen = route(logits, k, renormalise)
   parts = [x, weight, chosen]
@@ -107,7 +112,8 @@ def _here(
   if expert is not None and gathered:
     parts = [jax.lax.all_gather(y, expert, axis=0, tiled=True) for y in parts]
   x, weight, among = (y.reshape(-1, y.shape[-1]) for y in parts)
-  found = experts(x, weight, among, gate, up, down, first).reshape(parts[0].shape)
+  found = experts(x, weight, among, gate, up, down, first, stored)
+  found = found.reshape(parts[0].shape)
   if expert is not None and gathered:
     found = jax.lax.psum_scatter(found, expert, scatter_dimension=0, tiled=True)
   elif expert is not None:
@@ -147,8 +153,13 @@ def experts(
   up: Float[Array, 'e D F'],
   down: Float[Array, 'e F D'],
   first: Int[Array, ''] | int = 0,
+  stored: str | None = None,
 ) -> Float[Array, 'N D']:
-  """Σ_k weight · expert(x) of the experts first … first + e − 1; the others add 0."""
+  """Σ_k weight · expert(x) of the experts first … first + e − 1; the others add 0.
+
+  stored: mesh axis over which the weights' D is kept in parts; it is read whole, and of a
+    gradient each device gets its part
+  """
   own = chosen.reshape(-1) - first
   own = jnp.where((own >= 0) & (own < len(gate)), own, len(gate))  # elsewhere: the end
   order = jnp.argsort(own)
@@ -157,11 +168,24 @@ def experts(
   # What ragged_dot says of rows that are in no group depends on the backend.
   ours = (jnp.arange(len(own)) < sizes.sum())[:, None]
   rows = jnp.where(ours, _sorted(x, order, back, chosen.shape[1]), 0)
-  hidden = jax.nn.silu(ragged_dot(rows, gate, sizes)) * ragged_dot(rows, up, sizes)
-  out = jnp.where(ours, ragged_dot(hidden, down, sizes), 0)
+
+  def product(rows, matrices, dim: int):
+    # Gathered again for the gradient: kept, those of all layers would be there at once.
+    run = jax.checkpoint(functools.partial(_product, stored, dim), prevent_cse=False)
+    return run(rows, matrices, sizes)
+
+  hidden = jax.nn.silu(product(rows, gate, 1)) * product(rows, up, 1)
+  out = jnp.where(ours, product(hidden, down, 2), 0)
   out = _sorted(out, back, order, 1).reshape(*chosen.shape, -1)
   # Its own sum over k, not a matmul: those of float32 are rounded on some backends.
   return (out.astype(jnp.float32) * weight[..., None]).sum(1).astype(x.dtype)
+
+
+def _product(stored: str | None, dim: int, rows, matrices, sizes):
+  """Each group's rows by its matrix, of which dimension `dim` is kept in parts."""
+  if stored is not None:
+    matrices = jax.lax.all_gather(matrices, stored, axis=dim, tiled=True)
+  return ragged_dot(rows, matrices, sizes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

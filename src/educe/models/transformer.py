@@ -279,9 +279,10 @@ class Transformer(nn.Module):
     block = Block
     if REMAT[a.remat] is not None:
       block = nn.remat(Block, prevent_cse=False, policy=REMAT[a.remat])
-    # Rows of an embedding whose width is split would be those of the whole batch.
-    looked_up = lay(embedding, 'vocab')[tokens]
-    x = by_token(looked_up.astype(a.compute_dtype))
+    # By width, as the embedding lies, and then handed out by row: left to itself the
+    # compiler may sum all of its gradient on every device.
+    looked_up = embedding[tokens].astype(a.compute_dtype)
+    x = by_token(lay(looked_up, 'blocks', 'length', 'embed'))
     x, (_, totals) = nn.scan(
       block,
       length=a.layers,

@@ -162,14 +162,18 @@ def enter(params: Params, slots: Slots, entries: Entries, *, model: Functions) -
   room = slots.tokens.shape[1]
   column = jnp.arange(width, dtype=jnp.int32)[None]
   positions = jnp.where(column < entries.lengths[:, None], column, -1)
-  # As long as a slot's own, so that a row put in brings an empty ring with it.
-  fresh = model.init_cache(many, room + width)
-  _, fresh = model.decode(params, fresh, entries.prompts, positions, 0)
+  _, fresh = model.decode(
+    params, model.init_cache(many, width), entries.prompts, positions, 0
+  )
+  # A row put in brings an empty ring with it: what is there has no position.
+  ring = ((0, 0), (0, room))
+  fresh = fresh._replace(positions=jnp.pad(fresh.positions, ring, constant_values=-1))
 
   def put(index, cache):
     def one(into, read):
       row = jax.lax.dynamic_slice_in_dim(read, entries.prompt[index], 1)
-      return jax.lax.dynamic_update_slice_in_dim(into, row, entries.slot[index], 0)
+      start = (entries.slot[index], *(0,) * (into.ndim - 1))
+      return jax.lax.dynamic_update_slice(into, row, start)
 
     return jax.tree.map(one, cache, fresh)
 
@@ -194,9 +198,13 @@ def enter(params: Params, slots: Slots, entries: Entries, *, model: Functions) -
 
 
 def _filled(source, into, read):
-  """into [B, …], with read[source[b]] at each row b that has a source, 0 or more."""
+  """into [B, …], which begins as read[source[b]] at each row b that has a source ≥ 0."""
   new = source.reshape(-1, *[1] * (into.ndim - 1)) >= 0
-  return jnp.where(new, sharding.by_row(read[jnp.maximum(source, 0)]), into)
+  axes = ('rows', 'kv_heads')[: into.ndim - 1]
+  rows = sharding.lay(read[jnp.maximum(source, 0)], *axes)
+  start = (0,) * into.ndim
+  rows = jnp.where(new, rows, jax.lax.slice(into, start, rows.shape))
+  return jax.lax.dynamic_update_slice(into, rows, start)
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'width'), donate_argnames='slots')

@@ -68,6 +68,7 @@ def one_pass(
     return op.of_no_tokens(), hidden, jnp.zeros_like(head)
 
   def here(hidden, head, targets, needed, given):
+    head = op.whole(split, head)
     walk = _walk(len(hidden), head.shape[1], needed)
     places = op.own(split, targets, head)
 

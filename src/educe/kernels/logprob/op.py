@@ -8,7 +8,9 @@ An implementation is two functions of the operands that are on this device,
 with known = tile.constants, of each token, and dtypes those of dH and dW. What comes
 after the first and before the second is here: the sums over a vocabulary that is split
 among devices (max and sums of `Moments` merge by one pmax and one psum), those of dW
-over the tokens of all devices, and the rule that makes JAX differentiate it.
+over the tokens of all devices, and the rule that makes JAX differentiate it. A head that
+is kept in parts of its width is read whole, in its own dtype, once forward and once
+backward; of dW each device gets its part of the sum alone.
 """
 
 from __future__ import annotations
@@ -69,7 +71,7 @@ def over(split: Split | None, function, into: str, out: str):
   if split is None:
     return function
   P = jax.sharding.PartitionSpec
-  specs = {'r': P(split.rows or None), 'h': P(None, split.across)}
+  specs = {'r': P(split.rows or None), 'h': P(split.stored, split.across)}
 
   def of(names):
     return tuple(specs[name] for name in names)
@@ -82,6 +84,13 @@ def over(split: Split | None, function, into: str, out: str):
     out_specs=of(out) if len(out) > 1 else specs[out],
     check_vma=False,
   )
+
+
+def whole(split: Split | None, head):
+  """The head's width, of which devices keep parts."""
+  if split is None or split.stored is None:
+    return head
+  return jax.lax.all_gather(head, split.stored, axis=0, tiled=True)
 
 
 def own(split: Split | None, targets, head):
@@ -111,11 +120,17 @@ def parts_of(split: Split | None, hidden, head):
 
 
 def summed(split: Split | None, d_hidden, d_head, hidden, head):
-  """dH and dW of all devices, rounded to the operands' dtypes."""
+  """dH and dW of all devices, rounded to the operands' dtypes; of dW what is kept here."""
   if split and split.across:
     d_hidden = jax.lax.psum(d_hidden, split.across)
   if split and split.rows:
-    d_head = jax.lax.psum(d_head, split.rows)
+    if split.stored:  # first: what remains is less
+      # Part by part: so TPUs' compiler sends parts of sums in more cases than with
+      # tiled=True. Over all of a slice it still sums all everywhere, on more links at once.
+      parts = d_head.reshape(split.mesh.shape[split.stored], -1, d_head.shape[1])
+      d_head = jax.lax.psum_scatter(parts, split.stored)
+    rest = tuple(axis for axis in split.rows if axis != split.stored)
+    d_head = jax.lax.psum(d_head, rest)
   return d_hidden.astype(hidden.dtype), d_head.astype(head.dtype)
 
 
@@ -126,6 +141,7 @@ def _apply(passes, how, split, hidden, head, targets, needed):
 
 def _forward(passes, how, split, hidden, head, targets, needed):
   def here(hidden, head, targets, needed):
+    head = whole(split, head)
     found = passes.moments(how, hidden, head, own(split, targets, head), needed)
     return merged(split, found, head.shape[1])
 
@@ -140,6 +156,7 @@ def _backward(passes, how, split, residuals, cotangents: Scores):
   known = tile.constants(lse, entropy, worth, targets, head.shape[1])
 
   def here(hidden, head, targets, needed, known):
+    head = whole(split, head)
     targets, dtypes = own(split, targets, head), parts_of(split, hidden, head)
     d_hidden, d_head = passes.gradients(
       how, hidden, head, targets, needed, known, dtypes
