@@ -165,17 +165,15 @@ def enter(params: Params, slots: Slots, entries: Entries, *, model: Functions) -
   _, fresh = model.decode(
     params, model.init_cache(many, width), entries.prompts, positions, 0
   )
-  # A row put in brings an empty ring with it: what is there has no position.
-  ring = ((0, 0), (0, room))
-  fresh = fresh._replace(positions=jnp.pad(fresh.positions, ring, constant_values=-1))
+  blank = model.init_cache(1, room + width)  # a row put in brings an empty ring with it
 
   def put(index, cache):
-    def one(into, read):
+    def one(into, blank, read):
       row = jax.lax.dynamic_slice_in_dim(read, entries.prompt[index], 1)
-      start = (entries.slot[index], *(0,) * (into.ndim - 1))
-      return jax.lax.dynamic_update_slice(into, row, start)
+      row = _beginning(blank, row)
+      return jax.lax.dynamic_update_slice_in_dim(into, row, entries.slot[index], 0)
 
-    return jax.tree.map(one, cache, fresh)
+    return jax.tree.map(one, cache, blank, fresh)
 
   def at_slot(into, values):
     return into.at[entries.slot].set(values, mode='drop')
@@ -184,7 +182,8 @@ def enter(params: Params, slots: Slots, entries: Entries, *, model: Functions) -
     cache = jax.lax.fori_loop(0, entries.real, put, slots.cache)
   else:  # a loop over rows would gather those of all devices: each fills its own
     source = at_slot(jnp.full(len(slots.token), -1), entries.prompt)
-    cache = jax.tree.map(functools.partial(_filled, source), slots.cache, fresh)
+    fill = functools.partial(_filled, source)
+    cache = jax.tree.map(fill, slots.cache, blank, fresh)
   return slots._replace(
     cache=cache,
     token=at_slot(slots.token, entries.token),
@@ -197,14 +196,17 @@ def enter(params: Params, slots: Slots, entries: Entries, *, model: Functions) -
   )
 
 
-def _filled(source, into, read):
-  """into [B, …], which begins as read[source[b]] at each row b that has a source ≥ 0."""
+def _filled(source, into, blank, read):
+  """into [B, …], with blank [1, …] that begins as read[source[b]] at each row b that has a
+  source, 0 or more."""
   new = source.reshape(-1, *[1] * (into.ndim - 1)) >= 0
   axes = ('rows', 'kv_heads')[: into.ndim - 1]
   rows = sharding.lay(read[jnp.maximum(source, 0)], *axes)
-  start = (0,) * into.ndim
-  rows = jnp.where(new, rows, jax.lax.slice(into, start, rows.shape))
-  return jax.lax.dynamic_update_slice(into, rows, start)
+  return jnp.where(new, _beginning(jnp.broadcast_to(blank, into.shape), rows), into)
+
+
+def _beginning(rows, start):
+  return jax.lax.dynamic_update_slice(rows, start, (0,) * rows.ndim)
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'width'), donate_argnames='slots')
