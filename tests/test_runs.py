@@ -456,6 +456,7 @@ def test_a_critic_beside_an_adapter_is_one_too_until_it_goes_elsewhere(ppo, tmp_
   assert go(f'--config={where}', tmp_path / 'first', start) == 0
   _, params, _ = policies.open_values(str(tmp_path / 'first'))
   assert set(params['value']['trunk']) == {'adapter'}
+  assert params['embedding'].sharding.shard_shape((16, 64)) == (16, 8)  # of a judge
   policy = policies.open_policy(str(tmp_path / 'first'))[1]
   jax.tree.map(np.testing.assert_array_equal, value_head.without(params), policy)
   b = params['value']['trunk']['adapter']['layers']['mlp']['up']['b']
@@ -685,7 +686,10 @@ class Placed(BaseException):
     ('kept', "init_from='{adapted}/rl', adapter=adapter"),
     ('again', "init_from='{adapted}/rl', adapter=dict(adapter, alpha=2.0, merge=True)"),
     ('nf4', "init_from='{adapted}/base', adapter=dict(base='nf4')"),
-    ('int8', "model=dict(name='safetensors', path='{golden}'), adapter=dict(base='int8')"),
+    (
+      'int8',
+      "model=dict(name='safetensors', path='{golden}'), adapter=dict(base='int8')",
+    ),
     ('peft', "model=dict(name='peft', path='{golden}_dora')"),
     ('run', "model=dict(name='educe.policies', path='{adapted}/rl')"),
     ('critic', "value_from='{ppo}/rl', value=dict(trunk='separate')"),
@@ -698,10 +702,14 @@ def test_a_model_is_put_together_in_the_memory_of_the_host(
   golden = request.config.rootpath / 'tests' / 'golden' / 'tiny_llama'
   sections = sections.format(adapted=adapted[1], ppo=ppo[1], golden=golden)
   text = pathlib.Path((ppo if kind == 'critic' else adapted)[0].partition('=')[2])
-  head, _, _ = text.read_text().partition('return ml_collections.ConfigDict(dict(stages')
+  head, _, _ = text.read_text().partition(
+    'return ml_collections.ConfigDict(dict(stages'
+  )
   stage = 'rl' if kind == 'critic' else 'base'
   path = tmp_path / 'alone.py'
-  path.write_text(f'{head}return ml_collections.ConfigDict(dict({stage}, {sections}))\n')
+  path.write_text(
+    f'{head}return ml_collections.ConfigDict(dict({stage}, {sections}))\n'
+  )
   host = jax.devices()[-1]
   monkeypatch.setattr(sharding, 'host', lambda: host)
   known, made = jax.live_arrays(), []
@@ -709,7 +717,9 @@ def test_a_model_is_put_together_in_the_memory_of_the_host(
 
   def place(params, axes, mesh):
     made.append(params)
-    fresh = [x for x in jax.live_arrays() if id(x) not in seen and host not in x.devices()]
+    fresh = [
+      x for x in jax.live_arrays() if id(x) not in seen and host not in x.devices()
+    ]
     made.append(sum(x.nbytes for x in fresh))
     raise Placed
 

@@ -10,8 +10,10 @@ import json
 import pathlib
 from typing import Any
 
+import jax
+
 from educe import config as config_lib
-from educe import paths
+from educe import paths, sharding
 from educe.data import tokenizer as tokenizers
 from educe.models import gguf, llama2c, lora, peft, policy, quantized, safetensors
 from educe.rollouts.sampler import vocabulary_size
@@ -32,18 +34,21 @@ def load(*, path: str) -> tuple[Model, Params]:
 
 
 def open_values(path: str):
-  """(model, params, tokenizer) of a run that trained a value head, with that head.
+  """(model, params, tokenizer) of a run that trained a value head, with that head; split
+  over the devices of this process, which may ask it what the others do not.
 
   Raises ValueError for what is no run, and CheckpointError for one without a checkpoint or
   without a value head.
   """
   where = _run(path)
   config = read_config(where / 'config.json')
-  model, params = _as_trained(config)
-  model, params = checkpoint.saved_with_value(where / 'checkpoints', model, params)
+  with sharding.on_host():
+    model, params = _as_trained(config)
+    model, params = checkpoint.saved_with_value(where / 'checkpoints', model, params)
   words = tokenizers.load(path=config['tokenizer']['path'])
   check_vocabulary(model, params, words)
-  return model, params, words
+  own = sharding.mesh_over(jax.local_devices(), fsdp=-1)
+  return model, sharding.place(params, model.axes, own), words
 
 
 def _run(path: str) -> pathlib.Path:
