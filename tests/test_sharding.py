@@ -312,7 +312,7 @@ def test_a_jax_that_leaves_out_the_host_is_one_line(monkeypatch):
   assert sharding.host() == jax.devices()[0]
   monkeypatch.setattr(jax, 'local_devices', absent)
   with (
-    pytest.raises(ValueError, match='leaves out the host.*; set JAX_PLATFORMS=.*,cpu'),
+    pytest.raises(ValueError, match=r'leaves out the host.*; set JAX_PLATFORMS=.*,cpu'),
     sharding.on_host(),
   ):
     pass
