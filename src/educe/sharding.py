@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -265,7 +266,7 @@ def host() -> jax.Device:
   try:
     return jax.local_devices(backend='cpu')[0]
   except RuntimeError:
-    platforms = jax.config.jax_platforms
+    platforms = os.environ.get('JAX_PLATFORMS')
     raise ValueError(
       f'JAX_PLATFORMS={platforms} leaves out the host, where a model is put together '
       f'before it is spread over devices; set JAX_PLATFORMS={platforms},cpu'
