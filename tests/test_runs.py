@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from educe import cli, policies, runs
+from educe import cli, policies, runs, sharding
 from educe.models import lora, peft, quantized, safetensors, scratch, value_head
 from educe.rollouts import rounds, transcripts
 from educe.training import checkpoint, metrics
@@ -456,6 +456,7 @@ def test_a_critic_beside_an_adapter_is_one_too_until_it_goes_elsewhere(ppo, tmp_
   assert go(f'--config={where}', tmp_path / 'first', start) == 0
   _, params, _ = policies.open_values(str(tmp_path / 'first'))
   assert set(params['value']['trunk']) == {'adapter'}
+  assert params['embedding'].sharding.shard_shape((16, 64)) == (16, 8)  # of a judge
   policy = policies.open_policy(str(tmp_path / 'first'))[1]
   jax.tree.map(np.testing.assert_array_equal, value_head.without(params), policy)
   b = params['value']['trunk']['adapter']['layers']['mlp']['up']['b']
@@ -670,3 +671,62 @@ def test_the_page_is_of_the_last_round_with_log_ratios_or_else_of_the_last(tmp_p
   assert 'round 1' in shown()
   name = '/'.join(tmp_path.parts[-2:])
   assert f'<h1>{name} · rollouts/000001.jsonl, the first 1</h1>' in shown()
+
+
+class Placed(BaseException):
+  """Ends a run that gets so far."""
+
+
+@pytest.mark.parametrize(
+  ('kind', 'sections'),
+  [
+    ('scratch', ''),
+    ('init_from', "init_from='{adapted}/base'"),
+    ('merged', "init_from='{adapted}/rl'"),
+    ('kept', "init_from='{adapted}/rl', adapter=adapter"),
+    ('again', "init_from='{adapted}/rl', adapter=dict(adapter, alpha=2.0, merge=True)"),
+    ('nf4', "init_from='{adapted}/base', adapter=dict(base='nf4')"),
+    (
+      'int8',
+      "model=dict(name='safetensors', path='{golden}'), adapter=dict(base='int8')",
+    ),
+    ('peft', "model=dict(name='peft', path='{golden}_dora')"),
+    ('run', "model=dict(name='educe.policies', path='{adapted}/rl')"),
+    ('critic', "value_from='{ppo}/rl', value=dict(trunk='separate')"),
+  ],
+)
+def test_a_model_is_put_together_in_the_memory_of_the_host(
+  adapted, ppo, tmp_path, monkeypatch, request, kind, sections
+):
+  """Here another device stands for the host's processor: the others hold nothing."""
+  golden = request.config.rootpath / 'tests' / 'golden' / 'tiny_llama'
+  sections = sections.format(adapted=adapted[1], ppo=ppo[1], golden=golden)
+  text = pathlib.Path((ppo if kind == 'critic' else adapted)[0].partition('=')[2])
+  head, _, _ = text.read_text().partition(
+    'return ml_collections.ConfigDict(dict(stages'
+  )
+  stage = 'rl' if kind == 'critic' else 'base'
+  path = tmp_path / 'alone.py'
+  path.write_text(
+    f'{head}return ml_collections.ConfigDict(dict({stage}, {sections}))\n'
+  )
+  host = jax.devices()[-1]
+  monkeypatch.setattr(sharding, 'host', lambda: host)
+  known, made = jax.live_arrays(), []
+  seen = {id(x) for x in known}
+
+  def place(params, axes, mesh):
+    made.append(params)
+    fresh = [
+      x for x in jax.live_arrays() if id(x) not in seen and host not in x.devices()
+    ]
+    made.append(sum(x.nbytes for x in fresh))
+    raise Placed
+
+  monkeypatch.setattr(sharding, 'place', place)
+  with pytest.raises(Placed):
+    go(f'--config={path}', tmp_path / 'run')
+  params, elsewhere = made
+  for x in jax.tree.leaves(params):
+    assert isinstance(x, np.ndarray) or x.devices() == {host}
+  assert elsewhere < 100

@@ -291,3 +291,28 @@ def test_an_axis_that_splits_no_param_is_refused(mesh_of):
     check((4, 4), expert=2, tensor=2)
   with pytest.raises(ValueError, match=r'config\.mesh\.tensor=2 splits no param'):
     check((4, 3), fsdp=2, tensor=2)
+
+
+def test_what_is_made_on_the_host_goes_nowhere_else(monkeypatch):
+  """Another device stands for the host; what is used elsewhere goes there."""
+  apart = jax.devices()[5]
+  monkeypatch.setattr(sharding, 'host', lambda: apart)
+  with sharding.on_host():
+    made = jax.jit(lambda key: jax.random.normal(key, (4, 8)))(jax.random.key(0))
+  assert made.devices() == {apart}
+  assert (made + 1).devices() == {jax.devices()[0]}
+  assert jnp.zeros(2).devices() == {jax.devices()[0]}
+  np.testing.assert_array_equal(made, jax.random.normal(jax.random.key(0), (4, 8)))
+
+
+def test_a_jax_that_leaves_out_the_host_is_one_line(monkeypatch):
+  def absent(**_):
+    raise RuntimeError("Unknown backend: 'cpu' requested")
+
+  assert sharding.host() == jax.devices()[0]
+  monkeypatch.setattr(jax, 'local_devices', absent)
+  with (
+    pytest.raises(ValueError, match=r'leaves out the host.*; set JAX_PLATFORMS=.*,cpu'),
+    sharding.on_host(),
+  ):
+    pass

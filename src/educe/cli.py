@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from educe import compile as compile_lib
-from educe import hosts, memory, paths
+from educe import hosts, memory, paths, sharding
 from educe.measure import measure
 from educe.models import lora, peft, safetensors, weights
 from educe.policies import loader_of, open_policy, read_config
@@ -74,6 +74,7 @@ def sample(
   return [answer.text for answer in answers]
 
 
+@sharding.on_host()
 def convert(
   path: str,
   to: str | pathlib.Path,

@@ -10,10 +10,12 @@ import json
 import pathlib
 from typing import Any
 
+import jax
+
 from educe import config as config_lib
-from educe import paths
+from educe import paths, sharding
 from educe.data import tokenizer as tokenizers
-from educe.models import gguf, llama2c, lora, peft, quantized, safetensors
+from educe.models import gguf, llama2c, lora, peft, policy, quantized, safetensors
 from educe.rollouts.sampler import vocabulary_size
 from educe.training import checkpoint
 from educe.types import Model, Params
@@ -32,18 +34,21 @@ def load(*, path: str) -> tuple[Model, Params]:
 
 
 def open_values(path: str):
-  """(model, params, tokenizer) of a run that trained a value head, with that head.
+  """(model, params, tokenizer) of a run that trained a value head, with that head; split
+  over the devices of this process, which may ask it what the others do not.
 
   Raises ValueError for what is no run, and CheckpointError for one without a checkpoint or
   without a value head.
   """
   where = _run(path)
   config = read_config(where / 'config.json')
-  model, params = _as_trained(config)
-  model, params = checkpoint.saved_with_value(where / 'checkpoints', model, params)
+  with sharding.on_host():
+    model, params = _as_trained(config)
+    model, params = checkpoint.saved_with_value(where / 'checkpoints', model, params)
   words = tokenizers.load(path=config['tokenizer']['path'])
   check_vocabulary(model, params, words)
-  return model, params, words
+  own = sharding.mesh_over(jax.local_devices(), fsdp=-1)
+  return model, sharding.place(params, model.axes, own), words
 
 
 def _run(path: str) -> pathlib.Path:
@@ -101,17 +106,21 @@ def started_from(
   run: str, model: Model, params: Params, *, values: bool = False
 ) -> tuple[Model, Params]:
   """(model, params) with the newest weights of a run of the same architecture, and with its
-  adapter, if it has one; with `values` also with its value head. Raises CheckpointError.
+  adapter, if it has one; with `values` also with its value head. Of `params` the shapes are
+  enough. Raises CheckpointError.
   """
   file = pathlib.Path(run) / 'config.json'
-  model = model._replace(axes=lora.plain_axes(model.axes))
-  params = quantized.restored(lora.without(params))
-  if file.exists():
-    model, params = with_adapter(read_config(file), model, params)
+  config = read_config(file) if file.exists() else {}
+
+  def as_there(params):
+    plain = model._replace(axes=lora.plain_axes(model.axes))
+    return with_adapter(config, plain, quantized.restored(lora.without(params)))
+
+  there, like = policy.described(as_there, params)
   where = file.parent / 'checkpoints'
   if values:
-    return checkpoint.saved_with_value(where, model, params)
-  return model, checkpoint.saved_params(where, params)
+    return checkpoint.saved_with_value(where, there, like)
+  return there, checkpoint.saved_params(where, like)
 
 
 def loader_of(path: str, flag: str = '--model') -> Any:

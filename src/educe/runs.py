@@ -160,19 +160,21 @@ def train(
       batch = share(batch, shares, sharding.ways(grid) * microbatches)
     return sharding.place_batch(batch, grid, rows)
 
-  net, params = call('model', model)
-  check_vocabulary(net, params, words)
-  if init_from is not None:
-    net, params = started_from(init_from, net, params)
-  if adapter:
-    net, params = call('adapter', adapter, model=net, params=params)
-  else:
-    net, params = net._replace(axes=lora.plain_axes(net.axes)), lora.merged(params)
-  if value:
-    start = None
-    if value_from is not None:
-      start = value_head.taken(started_from(value_from, net, params, values=True)[1])
-    net, params = call('value', value, model=net, params=params, start=start)
+  with sharding.on_host():
+    net, params = call('model', model)
+    check_vocabulary(net, params, words)
+    if init_from is not None:
+      params = jax.eval_shape(lambda x: x, params)  # lets go of what is replaced
+      net, params = started_from(init_from, net, params)
+    if adapter:
+      net, params = call('adapter', adapter, model=net, params=params)
+    else:
+      net, params = net._replace(axes=lora.plain_axes(net.axes)), lora.merged(params)
+    if value:
+      start = None
+      if value_from is not None:
+        start = value_head.taken(started_from(value_from, net, params, values=True)[1])
+      net, params = call('value', value, model=net, params=params, start=start)
   whole = jax.eval_shape(quantized.restored, params)
   size, active = policy.count(whole), policy.count_active(net, whole)
   trained = min(policy.count(tx.split(params)[0]), active)
@@ -180,6 +182,9 @@ def train(
   flops_per_token = 4.0 * active + 2.0 * trained
   params = sharding.place(params, net.axes, grid)
   sharding.check_params(params, grid)
+  if teacher := algorithm.get('teacher'):
+    with sharding.on_host():
+      algorithm = {**algorithm, 'teacher': call('teacher', teacher)}
 
   with contextlib.ExitStack() as closing:  # also when something below is refused
     # Where batches come from.

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -257,6 +258,29 @@ def to_device(tree: Any, layout: Any = None) -> Any:
   if layout is None:
     return jax.tree.map(lambda x: move(x, getattr(x, 'sharding', None)), tree)
   return jax.tree.map(move, tree, layout)
+
+
+def host() -> jax.Device:
+  """The processor of this process's host, as JAX counts it among its devices.
+
+  Raises ValueError where JAX was told to leave it out.
+  """
+  try:
+    return jax.local_devices(backend='cpu')[0]
+  except RuntimeError:
+    platforms = os.environ.get('JAX_PLATFORMS')
+    raise ValueError(
+      f'JAX_PLATFORMS={platforms} leaves out the host, where a model is put together '
+      f'before it is spread over devices; set JAX_PLATFORMS={platforms},cpu'
+    ) from None
+
+
+@contextlib.contextmanager
+def on_host() -> Iterator[None]:
+  """While it lasts, what is made is in the memory of the host: no device may have room
+  for a whole model, which `place` then spreads over all of them."""
+  with jax.default_device(host()):
+    yield
 
 
 def check_host() -> None:

@@ -89,7 +89,7 @@ def test_a_process_reward_model_is_read_at_the_end_of_each_step(completion, ends
     hidden=lambda params, tokens: (None, {}),
     values=lambda params, states, tokens: ((tokens - 90.0) / 20, {}),
   )
-  opened = model, {}, words
+  opened = model, np.zeros(1), words
   prompt = [{'role': 'user', 'content': 'x\ny'}] if chat else 'x\ny'
   judge = functools.partial(judges.reward_model, lambda path: opened, path='rm')
   (last,) = judge()([{'prompt': prompt}], [completion])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -79,6 +79,21 @@ def build(architecture: Architecture) -> Model:
 def shapes(architecture: Architecture) -> Params:
   """The params' tree of `jax.ShapeDtypeStruct`."""
   return jax.eval_shape(build(architecture).init, jax.random.key(0))
+
+
+def described(
+  make: Callable[[Params], tuple[Model, Params]], params: Params
+) -> tuple[Model, Params]:
+  """What `make(params)` returns, its params as `shapes` are: nothing is computed."""
+  built = []
+
+  def made(params):
+    model, params = make(params)
+    built.append(model)
+    return params
+
+  like = jax.eval_shape(made, params)
+  return built[0], like
 
 
 def count(params: Params) -> int:

@@ -21,7 +21,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from educe import hosts
@@ -30,6 +29,7 @@ from educe.data.chat import encode_record, normalize
 from educe.environments import verifiers
 from educe.rollouts import http_client, server
 from educe.rollouts.sampler import bucket
+from educe.sharding import using_that_of
 from educe.types import Batch, Model, Params, Rollouts
 
 Record = Mapping[str, Any]
@@ -131,8 +131,9 @@ def reward_model(
       for place, row in enumerate(rows):
         tokens[place, : len(texts[row])] = texts[row]
         mask[place, : len(texts[row])] = 1
-      batch = Batch(jnp.asarray(tokens), jnp.asarray(mask))
-      values = np.asarray(read(params, batch))
+      arrays: dict[str, Any] = dict(tokens=tokens, mask=mask)
+      with using_that_of(params):
+        values = np.asarray(read(params, Batch(**arrays)))
       for place, row in enumerate(rows):
         value = STEPS[steps](values[place, ends[row]].astype(np.float64))
         scores[row] = value if math.isfinite(value) else None

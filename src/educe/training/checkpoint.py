@@ -17,9 +17,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from educe.models import lora, value_head
+from educe.models import lora, policy, value_head
 from educe.types import Model, Params, StateMismatch, TrainState
 
 VALUE = f'params/{value_head.KEY}/'  # what a critic or reward model adds to a policy
@@ -111,12 +112,13 @@ def restore(manager, like: TrainState, data: Any) -> TrainState | None:
 
 
 def abstract_of(tree: Any) -> Any:
-  """Shapes, dtypes and places of arrays; what comes from the host goes to its
-  first device."""
-  host = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  """Shapes, dtypes and places of arrays; what has no place goes to where arrays are
+  made now (a process's first device, or `sharding.on_host`)."""
+  default = jnp.zeros(()).sharding
 
   def describe(x):
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, 'sharding', host))
+    where = getattr(x, 'sharding', None) or default
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
   return jax.tree.map(describe, tree)
 
@@ -150,12 +152,16 @@ def saved_with_value(
       'value, such as a reward model'
     )
   trunk = 'separate' if 'trunk' in parts else 'shared'
-  # A trunk beside an adapter is another one, unless it came whole from elsewhere.
-  start = None
-  if trunk == 'separate' and f'{VALUE}trunk/{lora.KEY}/scale' not in found:
-    start = value_head.taken(value_head.attach(model, lora.without(params))[1])
-  model, like = value_head.attach(model, params, start, trunk=trunk)
-  return model, saved_params(folder, like)
+
+  def with_head(params):
+    # A trunk beside an adapter is another one, unless it came whole from elsewhere.
+    start = None
+    if trunk == 'separate' and f'{VALUE}trunk/{lora.KEY}/scale' not in found:
+      start = value_head.taken(value_head.attach(model, lora.without(params))[1])
+    return value_head.attach(model, params, start, trunk=trunk)
+
+  whole, like = policy.described(with_head, params)
+  return whole, saved_params(folder, like)
 
 
 def _state_of(folder: pathlib.Path, step: int | None) -> pathlib.Path:
