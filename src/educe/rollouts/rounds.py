@@ -120,11 +120,6 @@ def make(
     )
     if run_dir is None:
       raise ValueError('rollouts.server: needs run_dir, to export the weights to')
-    if hosts.count() > 1:
-      raise ValueError(
-        f'rollouts.server: {hosts.count()} processes would export weights each, and '
-        'ask for the same; train in one, or sample here (rollouts.server=None)'
-      )
     publisher = Publisher(server, model, tokenizer, run_dir)
     generate = functools.partial(server_lib.generate, server)
   every = [{'id': index, **record} for index, record in enumerate(environment.prompts)]
