@@ -269,7 +269,7 @@ def test_an_engine_samples_in_shares_and_what_it_denies_one_is_told_by_all(
   run_dirs = tmp_path / '1', tmp_path / '2'
   flags = [
     '--config.algorithm.minibatches=1', '--config.loss.kl_coef=0.0',
-    '--config.optimizer.learning_rate=0.1',
+    '--config.optimizer.learning_rate=0.1', '--config.rollouts.show_every=0',
   ]  # fmt: skip
   for processes, run_dir in enumerate(run_dirs, 1):
     said = finish(start(config, run_dir, *flags, processes=processes), 1)

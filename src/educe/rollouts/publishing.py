@@ -50,7 +50,7 @@ class Publisher:
     that does not take them; it then still has, and still finds, those of before.
     """
     due = self.step is None or number % self.every == 0
-    if not (due or self._told):  # going on in the middle: is the last export there still?
+    if not (due or self._told):  # going on: is the last export there still?
       due = not hosts.agreed(self._folder(self.step).is_dir())
     if due:
       whole = sharding.fetch(lora.merged(params), keep=hosts.is_first())
