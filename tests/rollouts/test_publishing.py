@@ -1,5 +1,6 @@
 """Weights that an engine is told to read: whole, the right ones, and not too often."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -266,6 +267,13 @@ def test_the_pointer_never_points_at_nothing(listen, tmp_path, monkeypatch):
   for step in range(3):
     publish(params(step), step, step)
   assert set(seen) == {0, 1, 2}
+
+
+def test_a_model_of_no_known_family_is_refused_before_anything_is_sampled(tmp_path):
+  to = server.connect(url='http://localhost:8000/v1', model='policy')
+  odd = dataclasses.replace(presets.chain, qk_norm='whole')
+  with pytest.raises(ValueError, match=r"rollouts\.server: .*qk_norm='whole'.* no fam"):
+    Publisher(to, policy.build(odd), WORDS, tmp_path)
 
 
 def test_names_are_put_in_once():

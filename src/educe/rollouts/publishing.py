@@ -35,6 +35,11 @@ class Publisher:
   def __init__(
     self, server: Server, model: Model, tokenizer: Tokenizer, run_dir: pathlib.Path
   ):
+    """Raises ValueError for a model that no engine could read."""
+    try:
+      safetensors.family_of(model.architecture)
+    except ValueError as error:
+      raise ValueError(f'rollouts.server: {error}') from None
     self.every = server.export_every
     self.step: int | None = None  # of the policy that the engine serves
     self._told = False  # by this process: an engine may have been started since
