@@ -23,6 +23,7 @@ from educe import hosts
 from educe.data.tokenizer import Tokenizer
 from educe.environments import verifiers
 from educe.environments.prompts import only_asks
+from educe.models import value_head
 from educe.progress import say
 from educe.rollouts import judges, statistics, texts, transcripts
 from educe.rollouts import server as server_lib
@@ -220,11 +221,13 @@ class Rounds:
   def next(self, params: Params, step: int, *, greedy: bool = False) -> Round:
     """The next round. With `ahead` it was sampled by the policy of a round ago.
 
+    params: with a value head or without; a sampler or an engine is given none
     greedy: also judge the greedy completion of each prompt (ReMax's baseline).
     """
     if self._back is not None:
       current, self._back = self._back, None
       return current
+    params = value_head.without(params)
     waiting, self._waiting = self._waiting, None
     current = waiting.result() if waiting else self._round(params, step, greedy)
     stale = {'sampling/staleness_steps': step - current.step}
