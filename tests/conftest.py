@@ -139,6 +139,9 @@ def listen():
   """
   running = []
 
+  class Server(http.server.ThreadingHTTPServer):
+    request_queue_size = 64  # several processes may ask a busy machine at once
+
   def start(answer):
     class Handler(http.server.BaseHTTPRequestHandler):
       def do_POST(self):
@@ -159,7 +162,7 @@ def listen():
       def log_message(self, *_):
         pass
 
-    running.append(http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler))
+    running.append(Server(('127.0.0.1', 0), Handler))
     running[-1].daemon_threads = True
     running[-1].block_on_close = False
     threading.Thread(

@@ -147,6 +147,7 @@ def test_what_is_fetched_is_whole(mesh_of):
   found = sharding.fetch({**placed, 'none': None, 'own': np.ones(2)})
   assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(found))
   jax.tree.map(np.testing.assert_array_equal, {n: found[n] for n in tree}, tree)
+  assert not jax.tree.leaves(sharding.fetch(placed, keep=False))
 
 
 def test_operands_are_split_where_they_divide(mesh_of):

@@ -39,8 +39,10 @@ def roll_call(
   if count == 1:
     return
   host, _, port = address.rpartition(':')
-  listen_or_answer = _listen if index == 0 else _answer
-  error = listen_or_answer(host.strip('[]'), int(port), count, index, wait)
+  if index == 0:
+    error = _listen(int(port), count, wait)
+  else:
+    error = _answer(host.strip('[]'), int(port), count, index, wait)
   if isinstance(error, list):
     who = ', '.join(_name(process, names) for process in error)
     error = (
@@ -55,9 +57,8 @@ def _name(process: int, names: Sequence[str]) -> str:
   return f'{process} ({names[process]})' if process < len(names) else str(process)
 
 
-def _listen(host, port, count, index, wait) -> str | list[int] | None:
+def _listen(port, count, wait) -> str | list[int] | None:
   """What is wrong, or who is missing; None once all are here. Tells the others."""
-  del host, index
   both = socket.has_dualstack_ipv6()
   family = socket.AF_INET6 if both else socket.AF_INET
   try:

@@ -354,14 +354,18 @@ def place_batch(batch: Any, mesh: Mesh, rows: int | None = None) -> Any:
   return jax.tree.map(put, batch)
 
 
-def fetch(tree: Any) -> Any:
-  """Arrays as NumPy's, whole, in every process. All processes must ask for them."""
+def fetch(tree: Any, *, keep: bool = True) -> Any:
+  """Arrays as NumPy's, whole, in every process. All processes must ask for them.
+
+  keep: False takes part and gets None for each: who has no use for them has no room either
+  """
 
   def get(x):
     here = not isinstance(x, jax.Array) or x.is_fully_addressable
     if here or x.is_fully_replicated:
-      return jax.device_get(x)
-    return multihost_utils.process_allgather(x, tiled=True)
+      return jax.device_get(x) if keep else None
+    whole = multihost_utils.process_allgather(x, tiled=True)
+    return whole if keep else None
 
   return jax.tree.map(get, tree)
 

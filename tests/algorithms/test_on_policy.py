@@ -97,10 +97,8 @@ def test_a_walk_asks_for_a_round_when_the_last_is_spent():
 
   rounds.next = following
   data = Position(rounds)
-  take = on_policy.walk(
-    data, prepare, 2, 2, greedy=True, policy=lambda params: params['policy']
-  )
-  state = types.SimpleNamespace(params={'policy': 'p', 'value': 'v'}, step=5)
+  take = on_policy.walk(data, prepare, 2, 2, greedy=True)
+  state = types.SimpleNamespace(params='p', step=5)
   seen = [take(state) for _ in range(8)]
   assert asked == [('p', 5, True)] * 2
   assert [info for _, info in seen] == [

@@ -123,7 +123,7 @@ def start_of(name):
 
 
 def written(folder):
-  """Every token, reward and advantage of every round."""
+  """Every prompt, token and reward of every round."""
   rows = [
     json.loads(line)
     for file in sorted((folder / 'rollouts').glob('*.jsonl'))

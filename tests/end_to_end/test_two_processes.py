@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 
+import fake_engine
 import pytest
 
 from educe.training import metrics
@@ -44,12 +45,17 @@ RL = """
 import json
 import os
 import pathlib
+import signal
 import ml_collections
 from educe.environments import reward_functions
 
 def letters(prompt, completion, record):
-  with (pathlib.Path(__file__).parent / f'asked.{{os.environ["WHO"]}}').open('a') as file:
+  who = os.environ['WHO']
+  asked = pathlib.Path(__file__).parent / f'asked.{{who}}'
+  with asked.open('a') as file:
     file.write(prompt + '\\n')
+  if who == '2.1' and len(asked.read_text().split()) == {stop_at}:
+    os.kill(os.getpid(), signal.SIGTERM)
   return float(len(completion)) if prompt < '3' else float('a' in completion)
 
 def world():
@@ -58,13 +64,13 @@ def world():
 
 def get_config():
   return ml_collections.ConfigDict(dict(
-    steps=3, seed=3, save_every=100,
+    steps={steps}, seed=3, save_every=100,
     model=dict(name='scratch', preset='chain'),
     tokenizer=dict(path='characters:012345abcdefgh='),
     environment=dict(name='world:world'),
-    rollouts=dict(prompts=4, group=4, max_new_tokens=3, workers=0),
+    rollouts=dict(prompts=4, group=4, max_new_tokens=3, workers=0, server={server}),
     advantage=dict(name='rloo'),
-    algorithm=dict(name='grpo', minibatches=2, reference_every=0),
+    algorithm=dict(name='grpo', minibatches=2, reference_every={reference}),
     loss=dict(name='grpo', kl_coef=0.1),
     optimizer=dict(name='adamw', learning_rate=1e-2, warmup_steps=2),
     mesh=dict(data=1, fsdp=-1),
@@ -204,26 +210,87 @@ def test_they_stop_as_one_and_others_go_on(tmp_path):
   assert history(once)[7] != whole[3]
 
 
-def test_rounds_are_the_same_and_judged_in_shares(tmp_path):
+def rollouts(run_dir):
+  files = sorted((run_dir / 'rollouts').iterdir())
+  rows = [json.loads(x) for file in files for x in file.read_text().splitlines()]
+  return [(r['id'], r['completion'], r['reward'], r['outcome']) for r in rows]
+
+
+def test_rounds_are_the_same_judged_in_shares_and_stopped_in_the_middle(tmp_path):
   config = tmp_path / 'world.py'
-  config.write_text(RL.format())
-  for processes in (1, 2):
-    finish(start(config, tmp_path / str(processes), processes=processes))
-  one, two = (history(tmp_path / name) for name in '12')
-  assert list(two) == [1, 2, 3]
-  same(one, two, [1, 2, 3])
+  # Of 8 verdicts a round: SIGTERM comes while the second is judged, for steps 3 and 4.
+  config.write_text(RL.format(steps=6, stop_at=12, server=None, reference=0))
+  run_dirs = tmp_path / '1', tmp_path / '2'
 
-  def rollouts(name):
-    files = sorted((tmp_path / name / 'rollouts').iterdir())
-    rows = [json.loads(x) for file in files for x in file.read_text().splitlines()]
-    return [(r['id'], r['completion'], r['reward'], r['outcome']) for r in rows]
+  def asked(*who):
+    return [(tmp_path / f'asked.{w}').read_text().split() for w in who]
 
-  assert rollouts('1') == rollouts('2')
-  asked = {
-    w: (tmp_path / f'asked.{w}').read_text().split() for w in ('1.0', '2.0', '2.1')
-  }
-  assert len(asked['2.0']) == len(asked['2.1']) == len(asked['1.0']) / 2
-  assert sorted(asked['2.0'] + asked['2.1']) == sorted(asked['1.0'])
+  finish(start(config, run_dirs[0], processes=1))
+  (whole,) = asked('1.0')
+  said = finish(start(config, run_dirs[1]))
+  (last,) = checkpoints(run_dirs[1])
+  assert 3 <= last < 6
+  assert f'stopped at step {last}, saved' in said[0]
+  assert 'stopped' not in said[1]
+  assert list(history(run_dirs[1])) == list(range(1, last + 1))
+  said = finish(start(config, run_dirs[1], processes=1))
+  assert f'resuming from step {last} of 6' in said[0]
+
+  one, two = map(history, run_dirs)
+  assert list(two) == list(range(1, 7))
+  same(one, two, two)
+  assert rollouts(run_dirs[0]) == rollouts(run_dirs[1])
+  first, second, then = asked('2.0', '2.1', '1.0')
+  assert len(first) == len(second) == (last + 1) // 2 * 8
+  assert sorted(first + second + then[len(whole) :]) == sorted(whole)
+
+
+def test_an_engine_samples_in_shares_and_what_it_denies_one_is_told_by_all(
+  listen, tmp_path
+):
+  engine, asked = fake_engine.Engine(), []
+
+  def answer(path, body, headers):
+    who = headers['Authorization'].removeprefix('Bearer ')
+    if path != '/v1/completions':
+      asked.append((who, path))
+      return engine(path, body, headers)
+    step = int(pathlib.Path(engine.folder).name)
+    if step == 2 and who in ('1.0', '2.1'):
+      return 503, {}, b'tired'
+    if step < 2:
+      asked.append((who, step, body['prompt'], body['seed']))
+    return engine(path, body, headers)
+
+  url = f'{listen(answer)}/v1'
+  server = dict(url=url, model='policy', api_key_env='WHO', retries=0, timeout=100.0)
+  config = tmp_path / 'world.py'
+  config.write_text(RL.format(steps=3, stop_at=None, server=server, reference=None))
+  run_dirs = tmp_path / '1', tmp_path / '2'
+  flags = [
+    '--config.algorithm.minibatches=1', '--config.loss.kl_coef=0.0',
+    '--config.optimizer.learning_rate=0.1', '--config.rollouts.show_every=0',
+  ]  # fmt: skip
+  for processes, run_dir in enumerate(run_dirs, 1):
+    said = finish(start(config, run_dir, *flags, processes=processes), 1)
+  why = f'rollouts.server policy at {url}: 1 of 8 questions without an answer'
+  first, second = (text.strip().splitlines()[-1] for text in said)
+  assert first.startswith(f'educe: process 0: process 1: {why}')
+  assert second.startswith(f'educe: process 1: {why}')
+  assert 'HTTP 503 tired' in first
+  assert 'HTTP 503 tired' in second
+
+  one, two = map(history, run_dirs)
+  assert list(two) == [1, 2]
+  same(one, two, two)
+  assert rollouts(run_dirs[0]) == rollouts(run_dirs[1])
+  assert checkpoints(run_dirs[1]) == [2]
+  told = {who: [x[1:] for x in asked if x[0] == who] for who in ('1.0', '2.0', '2.1')}
+  posts = [('/collective_rpc',), ('/reset_prefix_cache',)]
+  assert [x for x in told['2.0'] if len(x) == 1] == posts * 3  # by the first alone
+  assert len(told['2.1']) == 2 * 8
+  both = told['2.0'] + told['2.1']
+  assert sorted(both, key=str) == sorted(told['1.0'], key=str)
 
 
 def test_a_host_that_never_arrives_is_named(tmp_path):

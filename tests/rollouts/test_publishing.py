@@ -1,5 +1,6 @@
 """Weights that an engine is told to read: whole, the right ones, and not too often."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -268,6 +269,51 @@ def test_the_pointer_never_points_at_nothing(listen, tmp_path, monkeypatch):
   assert set(seen) == {0, 1, 2}
 
 
+def test_a_model_of_no_known_family_is_refused_before_anything_is_sampled(tmp_path):
+  to = server.connect(url='http://localhost:8000/v1', model='policy')
+  odd = dataclasses.replace(presets.chain, qk_norm='whole')
+  with pytest.raises(ValueError, match=r"rollouts\.server: .*qk_norm='whole'.* no fam"):
+    Publisher(to, policy.build(odd), WORDS, tmp_path)
+
+
 def test_names_are_put_in_once():
   names = {'{folder}': '/runs/{step}/server/00000002', '{step}': '00000002'}
   assert publishing._filled('{folder}', names) == '/runs/{step}/server/00000002'
+
+
+def test_of_several_processes_the_first_writes_and_tells(
+  listen, tmp_path, as_processes
+):
+  engine = Engine()
+
+  def run(index, step, rounds):
+    publish = publisher(engine, listen, tmp_path, export_every=2)
+    publish.step = step
+    return [publish(params(step + index), step, number) for step, number in rounds]
+
+  rounds = [(0, 0), (5, 1), (10, 2)]
+  assert as_processes(3, lambda i: run(i, None, rounds)) == [[0, 0, 10]] * 3
+  assert [int(folder[-8:]) for _, folder in engine.told] == [0, 10]
+  assert engine.number == 10  # the weights of the first
+  # Going on: the first looks whether the last export is there.
+  assert as_processes(2, lambda i: run(i, 10, [(15, 3)])) == [[10], [10]]
+  shutil.rmtree(tmp_path / 'server')
+  assert as_processes(2, lambda i: run(i, 10, [(15, 3)])) == [[15], [15]]
+  assert [int(folder[-8:]) for _, folder in engine.told] == [0, 10, 10, 15]
+
+
+def test_what_the_first_cannot_hand_over_all_hear_of(listen, tmp_path, as_processes):
+  steps = []
+
+  def run(index):
+    publish = publisher(lambda *_: (404, {}, b'Not Found'), listen, tmp_path)
+    try:
+      publish(params(2), 2, 0)
+    finally:
+      steps.append(publish.step)
+
+  first, second = as_processes(2, run)
+  assert isinstance(first, EndpointError)
+  assert 'HTTP 404 Not Found' in str(first)
+  assert str(second) == f'process 0: {first}'
+  assert steps == [None, None]

@@ -139,6 +139,17 @@ def test_every_call_of_the_sampler_has_randomness_of_its_own():
   assert len(set(keys)) == len(keys)
 
 
+@pytest.mark.parametrize('ahead', [False, True])
+def test_who_samples_is_given_no_value_head(ahead):
+  oracle = Oracle(mixed)
+  r = fake(oracle, ahead=ahead)
+  for step in range(2):
+    r.next({'table': np.ones(2), 'value': np.zeros(2)}, step)
+  r.close()
+  assert len(oracle.calls) >= 2
+  assert all(list(params) == ['table'] for params, *_ in oracle.calls)
+
+
 @pytest.mark.parametrize('refills', [0, 1, 3])
 def test_refills_are_bounded_and_what_stays_silent_stays(refills):
   oracle = Oracle(lambda i, row, call: 0.0)

@@ -3,6 +3,7 @@
 import copy
 import json
 import socket
+import threading
 import time
 
 import fake_engine
@@ -310,3 +311,77 @@ def test_as_many_seeds_as_prompts(tools):
   to = server.connect(url='http://localhost:8000/v1', model='m')
   with pytest.raises(ValueError, match='1 seeds for 4 prompts'):
     run(tools, to, seeds=[1])
+
+
+@pytest.mark.parametrize('processes', [2, 3])
+def test_processes_ask_for_shares_and_hear_of_all(
+  tools, listen, as_processes, processes
+):
+  engine, now, most, lock = fake_engine.Engine(tools[2]), [0], [0], threading.Lock()
+
+  def answer(*asked):
+    with lock:
+      now[0] += 1
+      most[0] = max(most[0], now[0])
+    try:
+      time.sleep(0.02)
+      return engine(*asked)
+    finally:
+      with lock:
+        now[0] -= 1
+
+  to, ids = connected(listen(answer)), IDS * 2
+  alone = run(tools, to, ids)
+  before, most[0] = list(engine.asked), 0
+  engine.asked.clear()
+  found = as_processes(processes, lambda i: run(tools, to, ids, batch_size=4))
+  assert found == [alone] * processes
+  assert sorted(map(str, engine.asked)) == sorted(map(str, before))  # once each
+  assert most[0] <= 4  # of all of them together
+
+
+def test_one_that_waits_in_vain_is_heard_by_all(tools, listen, as_processes):
+  engine, over = fake_engine.Engine(tools[2]), threading.Event()
+
+  def answer(path, body, headers):
+    return over.wait(20) if '1' in headers['Authorization'] else engine(path, body, {})
+
+  url = listen(answer)
+
+  def one(index):
+    to = connected(url, retries=0)
+    key = f'process {index}'
+    patient = to.client._replace(key=key, timeout=0.3 if index else 20.0)
+    return run(tools, to._replace(client=patient))
+
+  found = as_processes(2, one)
+  over.set()
+  first, second = map(str, found)
+  assert 'no answer in 0.3 s (asked 1 times)' in second
+  assert first == f'process 1: {second}'
+  assert isinstance(found[0], ValueError)
+
+
+@pytest.mark.parametrize(
+  ('url', 'machines', 'refused'),
+  [
+    ('http://localhost:8000/v1', 'ab', True),
+    ('http://127.0.0.1:8000/v1', 'ab', True),
+    ('http://[::1]:8000/v1', 'ab', True),
+    ('http://localhost:8000/v1', 'aa', False),
+    ('http://localhost.cluster:8000/v1', 'ab', False),
+    ('http://engine:8000/v1', 'ab', False),
+  ],
+)
+def test_an_engine_that_is_another_one_on_each_machine_is_refused(
+  as_processes, monkeypatch, url, machines, refused
+):
+  to = server.connect(url=url, model='m')
+  neutral = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
+  monkeypatch.setattr(
+    server.socket, 'gethostname', lambda: machines[server.hosts.index()]
+  )
+  for error in as_processes(2, lambda i: server.check(to, **neutral)):
+    assert (error is not None) == refused
+    if refused:
+      assert f'rollouts.server.url={url!r} is another engine on each of 2' in str(error)

@@ -117,21 +117,19 @@ def walk(
   minibatches: int,
   *,
   greedy: bool = False,
-  policy: Callable[[Params], Params] = lambda params: params,
 ) -> Callable[[TrainState], Made]:
   """next_batch(state) -> (batch, info): a minibatch; info is a round's, at its first.
 
   Args:
     prepare: (state, Round) -> the whole round as one batch, and its numbers
     greedy: rounds also judge the greedy completion of each prompt
-    policy: what of the params the sampler needs
   """
   rollouts = data.rollouts
 
   def next_batch(state: TrainState) -> Made:
     info: dict[str, Any] = {}
     if data.spent:
-      current = rollouts.next(policy(state.params), int(state.step), greedy=greedy)
+      current = rollouts.next(state.params, int(state.step), greedy=greedy)
       with rollouts.holding(current):  # the disk may be full
         whole, info = prepare(state, current)
       data.begin(whole, current.number, epochs * minibatches)

@@ -30,7 +30,6 @@ from educe.data.tokenizer import Tokenizer
 from educe.kernels import advantage
 from educe.losses import advantages as adv
 from educe.losses.dry_run import dry_run
-from educe.models import value_head
 from educe.models.parts import over
 from educe.rollouts.position import Position
 from educe.rollouts.rounds import Round, Rounds
@@ -191,7 +190,7 @@ def make(
       data.extra['kl_coef'] = float(coef * (1 + error * scored.sum() / kl_horizon))
     return batch, dict(current.info)
 
-  walk = on_policy.walk(data, prepare, epochs, minibatches, policy=value_head.without)
+  walk = on_policy.walk(data, prepare, epochs, minibatches)
 
   def next_batch(state: TrainState) -> tuple[Batch, dict[str, Any]]:
     batch, info = walk(state)

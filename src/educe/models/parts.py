@@ -28,10 +28,14 @@ WEIGHTS = {
 def paths(params: Params, function: Callable[[str], Any]) -> Any:
   """`function(path)` for every leaf; a path reads layers/attention/q."""
 
-  def name(path, _):
-    return function('/'.join(str(getattr(k, 'key', k)) for k in path))
+  return jax.tree_util.tree_map_with_path(
+    lambda keys, _: function(path_text(keys)), params
+  )
 
-  return jax.tree_util.tree_map_with_path(name, params)
+
+def path_text(keys: Any) -> str:
+  """The path to a leaf, as JAX has it: layers/attention/q, whatever the containers are."""
+  return jax.tree_util.keystr(keys, simple=True, separator='/')
 
 
 def hit(patterns: tuple[str, ...], path: str) -> bool:

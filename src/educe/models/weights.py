@@ -21,6 +21,7 @@ import numpy as np
 
 from educe.models import policy
 from educe.models.architecture import Architecture
+from educe.models.parts import path_text
 from educe.types import Params
 
 # ours · Hugging Face · GGUF · llama2.c ({} is the layer)
@@ -154,7 +155,7 @@ class Mapped(NamedTuple):
 def leaves(tree: Params) -> dict[str, Any]:
   """A tree of dicts as {'layers/mlp/up': leaf, …}."""
   paths, _ = jax.tree.flatten_with_path(tree)
-  return {'/'.join(entry.key for entry in path): leaf for path, leaf in paths}
+  return {path_text(path): leaf for path, leaf in paths}
 
 
 def expected(architecture: Architecture, form: str) -> Iterator[Mapped]:

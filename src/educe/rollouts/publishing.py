@@ -5,7 +5,8 @@ run_dir/server/current   a link to the newest whole one, for an engine that is s
 
 The engine is told to read a folder whose name it has not seen before, and the folder of
 before is deleted once it has said that it did. Folders lie where the engine can read them:
-on the same machine, or on a disk that both see.
+on the same machine, or on a disk that both see. Of several processes the first writes and
+tells; if it cannot, all of them hear of it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
-from educe import sharding
+from educe import hosts, sharding
 from educe.data.tokenizer import Tokenizer
 from educe.models import lora, safetensors
 from educe.rollouts import http_client
@@ -34,6 +35,11 @@ class Publisher:
   def __init__(
     self, server: Server, model: Model, tokenizer: Tokenizer, run_dir: pathlib.Path
   ):
+    """Raises ValueError for a model that no engine could read."""
+    try:
+      safetensors.family_of(model.architecture)
+    except ValueError as error:
+      raise ValueError(f'rollouts.server: {error}') from None
     self.every = server.export_every
     self.step: int | None = None  # of the policy that the engine serves
     self._told = False  # by this process: an engine may have been started since
@@ -43,34 +49,41 @@ class Publisher:
   def __call__(self, params: Params, step: int, number: int) -> int:
     """Sees to it that the engine serves what round `number` is sampled by: these params,
     of `step`, or in the rounds between two exports those of the last. Their step.
+    All processes must call it.
 
     Raises OSError for weights that cannot be written, and EndpointError for an engine
     that does not take them; it then still has, and still finds, those of before.
     """
     due = self.step is None or number % self.every == 0
-    if due or not (self._told or self._whole(self.step)):
-      self._export(params, step)
-      tell(self._server, self._root / f'{step:08}')
+    if not (due or self._told):  # going on: is the last export there still?
+      due = not hosts.agreed(self._folder(self.step).is_dir())
+    if due:
+      whole = sharding.fetch(lora.merged(params), keep=hosts.is_first())
+      hosts.by_first(lambda: self._hand_over(whole, step))
       self.step = step
-      self._delete_others()
-    elif not self._told:  # going on in the middle: the last export is there still
-      tell(self._server, self._root / f'{self.step:08}')
+      hosts.by_first(self._delete_others)
+    elif not self._told:
+      hosts.by_first(lambda: tell(self._server, self._folder(self.step)))
     self._told = True
     assert self.step is not None
     return self.step
 
-  def _whole(self, step: int | None) -> bool:
-    return (self._root / f'{step:08}').is_dir()
+  def _folder(self, step: int | None) -> pathlib.Path:
+    return self._root / f'{step:08}'
 
-  def _export(self, params: Params, step: int) -> None:
-    target = self._root / f'{step:08}'
+  def _hand_over(self, whole: Params, step: int) -> None:
+    self._export(whole, step)
+    tell(self._server, self._folder(step))
+
+  def _export(self, whole: Params, step: int) -> None:
+    target = self._folder(step)
     partial = self._root / f'.{step:08}.partial'
     _remove(partial)
     try:
       safetensors.export(
         partial,
         self._model.architecture,
-        sharding.fetch(lora.merged(params)),
+        whole,
         bos_token_id=self._tokenizer.bos_id,
         eos_token_id=self._tokenizer.eos_ids,
       )

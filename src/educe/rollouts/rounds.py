@@ -23,6 +23,7 @@ from educe import hosts
 from educe.data.tokenizer import Tokenizer
 from educe.environments import verifiers
 from educe.environments.prompts import only_asks
+from educe.models import value_head
 from educe.progress import say
 from educe.rollouts import judges, statistics, texts, transcripts
 from educe.rollouts import server as server_lib
@@ -120,11 +121,6 @@ def make(
     )
     if run_dir is None:
       raise ValueError('rollouts.server: needs run_dir, to export the weights to')
-    if hosts.count() > 1:
-      raise ValueError(
-        f'rollouts.server: {hosts.count()} processes would export weights each, and '
-        'ask for the same; train in one, or sample here (rollouts.server=None)'
-      )
     publisher = Publisher(server, model, tokenizer, run_dir)
     generate = functools.partial(server_lib.generate, server)
   every = [{'id': index, **record} for index, record in enumerate(environment.prompts)]
@@ -225,11 +221,13 @@ class Rounds:
   def next(self, params: Params, step: int, *, greedy: bool = False) -> Round:
     """The next round. With `ahead` it was sampled by the policy of a round ago.
 
+    params: with a value head or without; a sampler or an engine is given none
     greedy: also judge the greedy completion of each prompt (ReMax's baseline).
     """
     if self._back is not None:
       current, self._back = self._back, None
       return current
+    params = value_head.without(params)
     waiting, self._waiting = self._waiting, None
     current = waiting.result() if waiting else self._round(params, step, greedy)
     stale = {'sampling/staleness_steps': step - current.step}

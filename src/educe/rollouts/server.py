@@ -14,10 +14,16 @@ temperature needs `tempered`. Truncation is refused: no engine says how much mas
 Engine and trainer round differently even with the same weights: loss.sampler_correction
 weighs that, and `sampling/logp_difference` shows it. How the engine comes by the policy's
 weights is rollouts/publishing.py.
+
+Several processes ask the one engine for a share of the rows each, and tell each other what
+they heard; a seed belongs to its row, so that it matters to nobody who asked.
 """
 
 from __future__ import annotations
 
+import re
+import socket
+import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -25,6 +31,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Key
 
+from educe import hosts
 from educe.data.tokenizer import Tokenizer
 from educe.rollouts import http_client, stop_strings
 from educe.rollouts.http_client import Body, Client, EndpointError, Unread
@@ -117,7 +124,8 @@ def connect(
 
 
 def check(server: Server, *, temperature, top_k, top_p, min_p) -> None:
-  """Raises ValueError for sampling whose log-probs the engine would not tell."""
+  """Raises ValueError for sampling whose log-probs the engine would not tell, and for a
+  url that is another engine on another host. All processes must call it."""
   if top_k or top_p < 1 or min_p:
     raise ValueError(
       f'rollouts: {top_k=}, {top_p=}, {min_p=} with rollouts.server: no engine says how '
@@ -129,6 +137,14 @@ def check(server: Server, *, temperature, top_k, top_p, min_p) -> None:
       'temperature 1; if these are at the sampling temperature (SGLang, or vLLM with '
       '--logprobs-mode=processed_logprobs) set rollouts.server.tempered=True'
     )
+  host = urllib.parse.urlsplit(server.client.url).hostname or ''
+  if re.fullmatch(r'localhost|127\.[\d.]+|::1|0\.0\.0\.0', host):
+    machines = set(hosts.exchange(socket.gethostname()))
+    if len(machines) > 1:  # and the weights are told to one engine alone
+      raise ValueError(
+        f'rollouts.server.url={server.client.url!r} is another engine on each of '
+        f'{len(machines)} machines; write the name that all of them know it by'
+      )
 
 
 def chat(
@@ -190,13 +206,15 @@ def generate(
 
   One request a row, batch_size of them under way at once, each with a seed of its own
   made from (key, the row's seed); whether the engine keeps to it is the engine's affair.
-  What it draws behind an EOS of the tokenizer or a stop string is left out.
+  What it draws behind an EOS of the tokenizer or a stop string is left out. All processes
+  must call it with the same rows; each asks for its share of them, with its share of
+  batch_size, and all return the same.
 
   params: only their shapes are read; the engine has weights of its own
   off: truncations, which `check` has refused
 
   Raises EndpointError for an engine that does not answer, or not with tokens and finite
-  log-probs.
+  log-probs; where it is another process that hears so, ValueError with its words.
   """
   seeds = range(len(ids)) if seeds is None else seeds
   if len(seeds) != len(ids):
@@ -232,7 +250,8 @@ def generate(
     for prompt, seed in zip(ids, seeds, strict=True)
   ]
   client = server.client._replace(
-    concurrency=batch_size, largest=http_client.LARGEST + TOKEN_BYTES * max_new_tokens
+    concurrency=max(1, batch_size // hosts.count()),
+    largest=http_client.LARGEST + TOKEN_BYTES * max_new_tokens,
   )
 
   def read(row, answer) -> Completion:
@@ -259,8 +278,14 @@ def generate(
     text = tokenizer.decode(tokens, skip_special=True, continuation=True)
     return Completion(text, tokens, logp, end is not None, [1.0] * len(tokens))
 
-  found = http_client.ask(client, '/completions', bodies, read)
-  return [done for done in found if done is not None]  # error_limit is 0: all of them
+  def ask(rows: list[int]) -> list[Completion | None]:
+    mine = [bodies[row] for row in rows]
+    return http_client.ask(
+      client, '/completions', mine, lambda index, answer: read(rows[index], answer)
+    )
+
+  # error_limit is 0: there is one for every row.
+  return [Completion(*done) for done in hosts.shared(len(ids), 1, ask)]
 
 
 def _drawn(client: Client, answer: Any, prompt) -> tuple[list[int], list[float], str]:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from educe.models import lora, policy, value_head
+from educe.models.parts import path_text
 from educe.types import Model, Params, StateMismatch, TrainState
 
 VALUE = f'params/{value_head.KEY}/'  # what a critic or reward model adds to a policy
@@ -206,13 +207,9 @@ def _is_param(path: str) -> bool:
 def _shapes(tree: Any) -> dict[str, tuple]:
   """path → shape of every array of KINDS, whatever the containers are."""
   leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-
-  def name(path):
-    return '/'.join(
-      str(getattr(k, 'name', getattr(k, 'key', getattr(k, 'idx', k)))) for k in path
-    )
-
-  shapes = {name(path): tuple(x.shape) for path, x in leaves if hasattr(x, 'shape')}
+  shapes = {
+    path_text(path): tuple(x.shape) for path, x in leaves if hasattr(x, 'shape')
+  }
   return {n: shape for n, shape in shapes.items() if n.split('/')[0] in KINDS}
 
 
