@@ -1,4 +1,5 @@
 """FLOPs beside those that XLA counts, and the floors of a program that was made up."""
+# ruff: noqa: E501 (HLO has long lines)
 
 import dataclasses
 import types
@@ -35,7 +36,7 @@ ENTRY %main (x: bf16[500000]) -> bf16[500000] {
   %zero = s32[] constant(0)
   %t = (s32[], bf16[500000]{0}) tuple(%zero, %x)
   %w = (s32[], bf16[500000]{0}) while(%t), condition=%less, body=%body
-  %k = bf16[500000]{0} custom-call(%x), metadata={op_name="logprob_moments"}
+  %k = bf16[500000]{0} custom-call(%x), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/logprob_moments/pallas_call"}
   ROOT %out = bf16[500000]{0} get-tuple-element(%w), index=1
 }
 """
@@ -148,6 +149,43 @@ def test_a_program_that_cannot_be_printed_says_so():
   assert said['sent_gb'] is None
   assert said['kernels'] is None
   assert set(said['floors_seconds']) == {'matmul', 'memory'}
+
+
+# Lines of programs for TPUs, as libtpu prints them; of the kernels' bodies the beginning.
+MOMENTS = """  %logprob_moments.1 = (f32[64,1]{1,0:T(8,128)}, f32[64,1]{1,0:T(8,128)}) custom-call(%param.11, %param.12, %copy.24), custom_call_target="tpu_custom_call", operand_layout_constraints={bf16[64,128]{1,0}, bf16[128,1024]{1,0}, s32[64,1]{1,0}}, frontend_attributes={kernel_metadata={}}, metadata={op_name="jit(f)/jvp()/shard_map/logprob_moments/pallas_call" stack_frame_id=27}, backend_config={"flag_configs":[],"custom_call_config":{"body":"TUzvUgFNTElS"}}
+"""
+SPLASH = r"""  %splash_mha_fwd_residuals.1 = (bf16[2,256,128]{2,1,0:T(8,128)(2,1)S(1)}, f32[2,4,256,128]{3,2,1,0:T(8,128)S(1)}) custom-call(%constant.3.clone.data_next_ref, %bitcast.9, /*index=5*/%iota.7.q_sequence_ref), custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,1,1]{2,1,0}, bf16[2,4,256,128]{3,2,1,0}}, frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\"block_q\": 256, \"use_fused_bwd_kernel\": false}"
+}}, metadata={op_name="jit(f)/jvp()/shard_map/vmap(static_sparsity_splash)/jit(_splash_attention)/splash_mha_fwd_residuals/splash_mha_fwd_residuals/pallas_call" stack_frame_id=6}, backend_config={"flag_configs":[],"custom_call_config":{"body":"TUzvUgFNTElS"}}
+"""
+PART = """  %get-tuple-element.10 = f32[64,1]{1,0:T(8,128)} get-tuple-element(%other.1), index=2, frontend_attributes={kernel_metadata={}}, metadata={op_name="jit(f)/jvp()/shard_map/logprob_moments/pallas_call" stack_frame_id=27}
+"""
+OTHER = MOMENTS.replace('logprob_moments', 'another')
+
+
+@pytest.mark.parametrize(
+  ('lines', 'found'),
+  [
+    (MOMENTS, ['logprob']),
+    (SPLASH, ['attention']),
+    (SPLASH + MOMENTS, ['logprob', 'attention']),
+    # Without what JAX says of it, an instruction has its own name.
+    (MOMENTS.replace('metadata={op_name', 'metadata={name'), ['logprob']),
+    # What is called alike, and is none of them.
+    (PART, []),
+    (MOMENTS.replace('tpu_custom_call', 'Sharding'), []),
+    (OTHER.replace('jit(f)', 'jit(f)/logprob_moments'), []),
+    (OTHER.replace('"TUzvUgFNTElS"', '"splash_mha"'), []),
+    (OTHER.replace('kernel_metadata={}', 'kernel_metadata={splash_mha}'), []),
+  ],
+)
+def test_a_kernel_is_what_is_called_and_no_comment(lines, found):
+  text = (
+    'HloModule m, num_partitions=8\n\nFileNames\n1 "splash_mha.py"\n\n'
+    'FunctionNames\n1 "logprob_moments"\n\nENTRY %main (x: f32[4]) -> f32[4] {\n'
+    f'{lines}  ROOT %x = f32[4]{{0}} parameter(0)\n}}\n'
+  )
+  assert roofline.kernels(text) == found
 
 
 def test_of_a_mixture_a_token_multiplies_with_its_own_experts_and_the_router():

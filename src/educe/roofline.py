@@ -24,7 +24,8 @@ from educe.models.architecture import Architecture
 from educe.topology import CHIPS
 from educe.training.metrics import PEAK_FLOPS
 
-# The names that our kernels give their programs, as HLO has them.
+# What the names of our kernels begin with, as HLO has them where it calls a Pallas program.
+CALL = 'tpu_custom_call'
 KERNELS = {
   'logprob': 'logprob_moments',
   'attention': 'splash_mha',
@@ -127,8 +128,14 @@ def report(
     'tokens': work.tokens,
     'tokens_per_second': work.tokens / seconds,
     'mfu': work.flops / (seconds * count * PEAK_FLOPS[kind]),
-    'kernels': None if text is None else [n for n, x in KERNELS.items() if x in text],
+    'kernels': None if text is None else kernels(text),
   }
+
+
+def kernels(text: str) -> list[str]:
+  """Which of KERNELS a compiled program calls, whatever else in it is called alike."""
+  called = collectives.calls(text, CALL)
+  return [n for n, x in KERNELS.items() if any(name.startswith(x) for name in called)]
 
 
 def _text(compiled: Any) -> str | None:
