@@ -230,7 +230,11 @@ def _checked(value: Any, hint: Any, path: str) -> Any:
     ):
       return value
   wanted = getattr(hint, '__name__', None) if not _is_union(hint) else None
-  raise ConfigError(f'{path}={value!r} should be {wanted or hint}')
+  several = {typing.get_origin(option) or option for option in options}
+  mend = ''
+  if several & {tuple, Sequence} and not isinstance(value, Mapping | set | type(None)):
+    mend = f'; write {(value,)!r}'
+  raise ConfigError(f'{path}={value!r} should be {wanted or hint}{mend}')
 
 
 def _is_union(hint: Any) -> bool:
