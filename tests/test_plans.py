@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from educe import config as config_lib
 from educe import plans, recipes, runs
+from educe.data.sharing import share
 from educe.models import policy, presets, safetensors, scratch
 from educe.types import Algorithm, Batch
 
@@ -229,7 +230,7 @@ def test_each_host_reads_rows_of_its_own_and_shares_no_prompt(config_of, mesh_of
   assert plans.hosts_of(hosts) == 2
   method = Algorithm(None, None, None, 16, fields=('old_logp', 'labels'), shares=4)
   alone = plans.batch_of(method, 16, 64, 40, grid)
-  shared = plans.batch_of(method, 16, 64, 40, grid, shares=4, parts=4)
+  shared = plans.batch_of(method, 16, 64, 40, grid, lambda x: share(x, 4, 4))
   assert alone.prefix is None
   assert alone.labels.shape == (16,)
   assert shared.prefix.shape[0] == 4

@@ -124,10 +124,14 @@ def abstract_of(tree: Any) -> Any:
 def saved_params(folder: pathlib.Path, like: Any, step: int | None = None) -> Any:
   """Only the params of a run's newest checkpoint (or of `step`), placed like `like`.
 
-  Of a run with a value head, the policy alone, unless `like` has one too.
+  Of a run with a value head, the policy alone, unless `like` has one too. Where `like` is
+  traced (jax.eval_shape) shapes are compared, and nothing is read.
   """
   where = _state_of(folder, step)
   with _reading(where, 'sample an older step'):
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(like)):
+      _compare(where, _shapes({'params': like}))
+      return like
     return _read_params(where, abstract_of(like))
 
 
@@ -169,8 +173,9 @@ def _state_of(folder: pathlib.Path, step: int | None) -> pathlib.Path:
   return folder / str(step) / 'state'
 
 
-def _read_params(where: pathlib.Path, abstract: Any) -> Any:
-  wanted = _shapes({'params': abstract})
+def _compare(where: pathlib.Path, wanted: dict[str, tuple]) -> None:
+  """The shapes of a checkpoint's params with these; without its value head, if they have
+  none."""
   whole = any(n.startswith(VALUE) for n in wanted)
   found = {
     n: x
@@ -178,6 +183,10 @@ def _read_params(where: pathlib.Path, abstract: Any) -> Any:
     if _is_param(n) and (whole or not n.startswith(VALUE))
   }
   _same_model(where, found, wanted)
+
+
+def _read_params(where: pathlib.Path, abstract: Any) -> Any:
+  _compare(where, _shapes({'params': abstract}))
   with ocp.PyTreeCheckpointer() as reader:
     args = ocp.args.PyTreeRestore(
       {'params': abstract},
