@@ -1,5 +1,6 @@
 """A plan beside the run that it is of: the same state, where it lies; the same batches."""
 
+import functools
 import json
 import math
 import types
@@ -10,9 +11,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from educe import config as config_lib
-from educe import plans, recipes, runs
+from educe import plans, recipes, roofline, runs
 from educe.data.sharing import share
-from educe.models import policy, presets, safetensors, scratch
+from educe.models import peft, policy, presets, safetensors, scratch, weights
+from educe.training import checkpoint
 from educe.types import Algorithm, Batch
 
 # Small runs on eight virtual devices, one of each algorithm.
@@ -64,6 +66,7 @@ def get_config(kind):
     config.algorithm.teacher = dict(name='scratch', preset='chain', seed=1)
   return config
 """
+ADAPTER = dict(rank=2, targets=('query', 'up'))
 KINDS = (
   'sft',
   'sft_packed',
@@ -103,34 +106,43 @@ def stopped(monkeypatch, tmp_path):
   """(state, batch, method) of a run."""
 
   def run(config):
-    def at_first_step(state, step, method, *, place, **_):
+    def at_first_step(state, step, method, *, place, flops, **_):
       batch, _ = method.next_batch(state)
-      raise Seen(state, place(batch, method.shares), method)
+      raise Seen(state, place(batch, method.shares), method, flops)
 
-    monkeypatch.setattr(runs.loop, 'run', at_first_step)
-    with pytest.raises(Seen) as seen:
-      runs.train(tmp_path / 'run', **config)
+    with monkeypatch.context() as patch:
+      patch.setattr(runs.loop, 'run', at_first_step)
+      with pytest.raises(Seen) as seen:
+        runs.train(tmp_path / 'run', **config)
     return seen.value.args
 
   return run
 
 
-@pytest.mark.parametrize('kind', KINDS)
-def test_a_plan_is_of_what_the_run_makes(kind, config_of, stopped):
-  config = config_of(kind)
-  state, batch, method = stopped(config)
-  grid = config_lib.call('mesh', config['mesh'])
-  plan = plans.plan(config, grid)
+def same_state(plan, state):
+  """That the plan's state is the run's, leaf by leaf; how many of them are split."""
+  assert jax.tree.structure(plan.state) == jax.tree.structure(state)
   split = 0
   leaves = zip(jax.tree.leaves(plan.state), jax.tree.leaves(state), strict=True)
   for like, array in leaves:
     assert (like.shape, like.dtype) == (array.shape, array.dtype)
     assert like.sharding.is_equivalent_to(array.sharding, array.ndim)
     split += like.sharding.spec != P()
-  assert split >= 2 * 9  # every matrix and two moments of it, at the least
   assert plans.held(plan.state) == sum(
     x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state)
   )
+  return split
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_plan_is_of_what_the_run_makes(kind, config_of, stopped):
+  config = config_of(kind)
+  state, batch, method, flops = stopped(config)
+  grid = config_lib.call('mesh', config['mesh'])
+  plan = plans.plan(config, grid)
+  # Every matrix and two moments of it, at the least.
+  assert same_state(plan, state) >= 2 * 9
+  assert plan.programs['train'].work.flops == flops(plan.batch) > 0
   there = {name for name, x in batch._asdict().items() if x is not None}
   assert {name for name, x in plan.batch._asdict().items() if x is not None} == there
   assert {'tokens', 'mask', *method.fields} - there == set()
@@ -146,10 +158,123 @@ def test_a_plan_is_of_what_the_run_makes(kind, config_of, stopped):
       assert like.shape == array.shape
 
 
+@pytest.fixture(scope='module')
+def run(config_of, tmp_path_factory):
+  """run(kind, …) is the folder of one that was trained for a step."""
+
+  @functools.cache
+  def of(kind, adapter=False):
+    folder = tmp_path_factory.mktemp('runs') / kind
+    adapters = {'adapter': ADAPTER} if adapter else {}
+    config = through(config_of(kind), **adapters)
+    runs.train(folder, **config)
+    return str(folder)
+
+  return of
+
+
+@pytest.fixture
+def unread(monkeypatch):
+  """After `unread()` whoever reads a weight fails."""
+
+  def refuse(*_, **__):
+    raise AssertionError('a plan reads no weights')
+
+  def start():
+    monkeypatch.setattr(weights, 'read', refuse)
+    monkeypatch.setattr(checkpoint.ocp.args, 'PyTreeRestore', refuse)
+    monkeypatch.setattr(peft.safetensors.numpy, 'load_file', refuse)
+
+  return start
+
+
+def through(config, **sections):
+  """With these sections, expanded."""
+  return config_lib.expand({**config, **sections}, runs.train)
+
+
+def starts(name, config_of, run, root):
+  """The config of a run that starts from others."""
+  if name == 'teacher':
+    config = config_of('distillation')
+    section = dict(name='educe.policies', path=run('sft', True))
+    return through(config, algorithm={**config['algorithm'], 'teacher': section})
+  if name == 'critic':  # beside an adapter the trunk of another run is whole
+    value = dict(trunk='separate')
+    start = dict(value_from=run('reward_model'), value=value, adapter=dict(rank=2))
+    return through(config_of('ppo'), **start)
+  config = config_of('sft')
+  if name == 'peft':  # goes into the weights: no section adapter
+    folder = str(root / 'tests' / 'golden' / 'tiny_llama_dora')
+    section = dict(name='peft', path=folder)
+    return through(config, model=section, mesh=dict(data=4, fsdp=2))
+  adapter = ADAPTER | ({'merge': True} if name == 'merged' else {})
+  return through(config, init_from=run('sft', True), adapter=adapter)
+
+
+@pytest.mark.parametrize('name', ['teacher', 'critic', 'peft', 'goes_on', 'merged'])
+def test_a_run_that_starts_from_others(name, config_of, run, stopped, unread, request):
+  config = starts(name, config_of, run, request.config.rootpath)
+  state, _, _, flops = stopped(config)
+  unread()
+  plan = plans.plan(config, config_lib.call('mesh', config['mesh']))
+  assert same_state(plan, state)
+  assert plan.programs['train'].work.flops == flops(plan.batch)
+
+
+def test_a_stage_to_come_is_of_this_architecture(config_of, run):
+  config = config_of('ppo', '--config.mesh.data=4', '--config.mesh.tensor=1')
+  value, adapter = dict(trunk='separate'), dict(rank=2)
+  grid = config_lib.call('mesh', config['mesh'])
+
+  def params(**sections):
+    plan = plans.plan(through(config, value=value, **sections), grid)
+    return jax.tree.map(lambda x: x.shape, plan.state.params)
+
+  first = dict(init_from='stage://sft')
+  assert params(**first) == params()
+  from_reward = dict(value_from='stage://reward', adapter=adapter)
+  theirs = params(value_from=run('reward_model'), adapter=adapter)
+  assert params(**from_reward) == theirs != params(adapter=adapter)
+
+
+@pytest.mark.parametrize(
+  ('kind', 'sections', 'said'),
+  [
+    ('sft', dict(offload=('reference',)), 'this run keeps no reference; leave it out'),
+    ('sft', dict(offload=('params',)), "'params' is none of"),
+    ('sft', dict(value=dict(trunk='shared')), 'reads no values, and algorithm .sft.'),
+    (
+      'sft',
+      dict(init_from='nowhere'),
+      "init_from='nowhere' is not the folder of a run",
+    ),
+    ('ppo', dict(value_from='nowhere'), "value_from='nowhere' is not the folder of"),
+    ('sft', dict(steps=0), 'config.steps=0 must be at least 1'),
+  ],
+)
+def test_what_a_run_refuses_its_plan_refuses(kind, sections, said, config_of, tmp_path):
+  config = through(config_of(kind), **sections)
+  grid = config_lib.call('mesh', config['mesh'])
+  for start in (
+    lambda: plans.plan(config, grid),
+    lambda: runs.train(tmp_path / 'run', **config),
+  ):
+    with pytest.raises(config_lib.ConfigError, match=said):
+      start()
+
+
+def test_prompts_that_a_run_drops_are_no_plan(config_of):
+  config = config_of('grpo', "--config.rollouts.overlong_prompts='drop'")
+  words = config_lib.call('tokenizer', config['tokenizer'])
+  prompts = [{'prompt': 'a' * n} for n in (3, 9, 14)]
+  assert [plans.longest(words, prompts, most) for most in (14, 13, 4)] == [14, 9, 3]
+
+
 @pytest.mark.parametrize('kind', ['grpo', 'sft'])
 def test_its_programs_are_those_of_the_run(kind, config_of, stopped):
   config = config_of(kind)
-  state, batch, _ = stopped(config)
+  state, batch, *_ = stopped(config)
   plan = plans.plan(config, config_lib.call('mesh', config['mesh']))
   names = ['train', 'score', 'prefill', 'decode'] if kind == 'grpo' else ['train']
   assert list(plan.programs) == names
@@ -236,5 +361,5 @@ def test_each_host_reads_rows_of_its_own_and_shares_no_prompt(config_of, mesh_of
   assert shared.prefix.shape[0] == 4
   assert math.prod(shared.tokens.shape) < math.prod(alone.tokens.shape)
   assert shared.old_logp.shape == shared.tokens.shape
-  read = plans.reading(shared)
-  assert read.tokens < plans.reading(alone).tokens == 16 * 64
+  read = roofline.reading(shared)
+  assert read.tokens < roofline.reading(alone).tokens == 16 * 64

@@ -61,6 +61,11 @@ def compile_config(
   """
   if not -1 <= effort <= 1:
     raise ValueError(f'--effort={effort} must be from −1 to 1')
+  for name in programs:
+    if name not in PROGRAMS:
+      raise ValueError(
+        f'--programs={name} is none of {", ".join(PROGRAMS)}{near(name, PROGRAMS)}'
+      )
   if to is not None and (not to.strip() or pathlib.Path(to).is_dir()):
     raise ValueError(f'--to={to} is no file; name one, such as --to=runs/pod.json')
   config = _config(argv, stage)
@@ -70,10 +75,7 @@ def compile_config(
   planned = plans.plan(config, mesh, preset=preset, prompt=prompt, rows=rows)
   for name in programs:
     if name not in planned.programs:
-      raise ValueError(
-        f'--programs={name}: the run has {", ".join(planned.programs)}'
-        + near(name, planned.programs)
-      )
+      raise ValueError(f'--programs={name}: the run has {", ".join(planned.programs)}')
   sizes = {axis: size for axis, size in mesh.shape.items() if size > 1}
   result: dict[str, Any] = {
     'topology': chips,
