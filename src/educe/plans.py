@@ -25,11 +25,10 @@ from educe.algorithms import on_policy
 from educe.data.chat import encode_prompt
 from educe.data.sharing import bucket
 from educe.data.tokenizer import Tokenizer
-from educe.models import lora, scratch, value_head
-from educe.policies import check_vocabulary, started_from
+from educe.models import scratch, value_head
 from educe.rollouts import sampler, slots, texts
 from educe.roofline import Work
-from educe.types import Algorithm, Batch, Model, Params, TrainState
+from educe.types import Algorithm, Batch, Model, TrainState
 
 # What a model section may say beside where its weights are.
 OPTIONS = inspect.signature(scratch.load).parameters.keys() - {'preset', 'seed'}
@@ -86,7 +85,7 @@ def plan(
       '--config.algorithm.precompute=None: that holds the reference beside'
     )
   given = described(given)
-  later = (x for x in ('init_from', 'value_from') if to_come(given[x]))
+  later = (x for x in ('init_from', 'value_from') if sections.to_come(given[x]))
   sections.check(given | dict.fromkeys(later))
   tx = sections.optimizer_of(given)
   words = sections.tokenizer_of(given)
@@ -101,7 +100,7 @@ def plan(
   built: dict[str, Any] = {}
 
   def start() -> TrainState:
-    net, params = policy_of(given, words)
+    net, params = sections.policy_of(given, words)
     supply = dict(
       model=net,
       params=params,
@@ -183,42 +182,12 @@ def _on(mesh: Mesh, jitted: Any, *operands: Any, **options: Any) -> Any:
     return jitted.lower(*operands, **options)
 
 
-def to_come(folder: str | None) -> bool:
-  """Whether that is of a stage of a sequence, which may not have run yet."""
-  return folder is not None and folder.startswith('stage://')
-
-
 def described(config: Any, section: str = '') -> Any:
   """A config whose models are described, where whoever reads their weights can do that."""
   if not isinstance(config, Mapping):
     return config
   values = {key: described(x, key) for key, x in config.items()}
   return config_lib.describing(section, values) if section in MODELS else values
-
-
-def policy_of(config: Mapping[str, Any], words: Tokenizer) -> tuple[Model, Params]:
-  """As `runs.train` makes it, of a model that is only described; to be traced.
-
-  What a stage that is to come trains has the architecture of this one, and no adapter.
-  """
-  call = config_lib.call
-  net, params = call('model', config['model'])
-  check_vocabulary(net, params, words)
-  if config['init_from'] is not None and not to_come(config['init_from']):
-    net, params = started_from(config['init_from'], net, params)
-  if config['adapter']:
-    net, params = call('adapter', config['adapter'], model=net, params=params)
-  else:
-    net, params = net._replace(axes=lora.plain_axes(net.axes)), lora.merged(params)
-  if config['value']:
-    start = None
-    if to_come(config['value_from']):
-      start = value_head.taken(value_head.attach(net, params)[1])
-    elif config['value_from'] is not None:
-      _, theirs = started_from(config['value_from'], net, params, values=True)
-      start = value_head.taken(theirs)
-    net, params = call('value', config['value'], model=net, params=params, start=start)
-  return net, params
 
 
 def _silent(records: Sequence[Any], completions: Sequence[str]) -> list[None]:

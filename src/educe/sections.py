@@ -14,7 +14,8 @@ from educe.data.shards import Shards
 from educe.data.sharing import GRAIN, share
 from educe.data.tokenizer import Tokenizer
 from educe.losses.dry_run import reads
-from educe.models import lora
+from educe.models import lora, value_head
+from educe.policies import check_vocabulary, started_from
 from educe.training.optimizer import Optimizer
 from educe.training.step import Step, init_state, make_step
 from educe.types import Algorithm, Batch, LossFn, Model, Params, TrainState
@@ -101,6 +102,36 @@ def tokenizer_of(config: Mapping[str, Any]) -> Tokenizer:
     same = section.get('path') == config['model'].get('path')
     hint = ' (it is config.model.path, which config.tokenizer.path follows)'
     raise config_lib.ConfigError(f'{error}{hint if same else ""}') from error
+
+
+def to_come(folder: str | None) -> bool:
+  """Whether that is of a stage of a sequence, which may not have run yet."""
+  return folder is not None and folder.startswith('stage://')
+
+
+def policy_of(config: Mapping[str, Any], words: Tokenizer) -> tuple[Model, Params]:
+  """The sections `model`, `adapter` and `value`, and the runs that they start from.
+
+  What a stage that is to come trains has the architecture of this one, and no adapter.
+  """
+  call = config_lib.call
+  net, params = call('model', config['model'])
+  check_vocabulary(net, params, words)
+  if config['init_from'] is not None and not to_come(config['init_from']):
+    net, params = started_from(config['init_from'], net, params)
+  if config['adapter']:
+    net, params = call('adapter', config['adapter'], model=net, params=params)
+  else:
+    net, params = net._replace(axes=lora.plain_axes(net.axes)), lora.merged(params)
+  if config['value']:
+    start = None
+    if to_come(config['value_from']):
+      start = value_head.taken(value_head.attach(net, params)[1])
+    elif config['value_from'] is not None:
+      _, theirs = started_from(config['value_from'], net, params, values=True)
+      start = value_head.taken(theirs)
+    net, params = call('value', config['value'], model=net, params=params, start=start)
+  return net, params
 
 
 def loss_of(config: Mapping[str, Any]) -> LossFn:

@@ -131,7 +131,9 @@ def attach(
     return adapted, new(params, jax.random.key(seed))
   fresh = jax.eval_shape(lambda x: new(x, jax.random.key(0)), params)
   there, ours = _described(params), _described(fresh)
-  there['scale'], ours['scale'] = float(params[KEY]['scale']), float(np.float32(scale))
+  own = params[KEY]['scale']
+  if not isinstance(own, jax.core.Tracer):  # of what is traced the shapes are known
+    there['scale'], ours['scale'] = float(own), float(np.float32(scale))
   there['base'], ours['base'] = quantized.kind_of(params), base
   for name in sorted(there.keys() | ours.keys()):
     if there.get(name) != ours.get(name):

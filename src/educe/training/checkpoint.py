@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from educe.models import lora, value_head
@@ -124,14 +125,14 @@ def abstract_of(tree: Any) -> Any:
 def saved_params(folder: pathlib.Path, like: Any, step: int | None = None) -> Any:
   """Only the params of a run's newest checkpoint (or of `step`), placed like `like`.
 
-  Of a run with a value head, the policy alone, unless `like` has one too. Where `like` is
-  traced (jax.eval_shape) shapes are compared, and nothing is read.
+  Of a run with a value head, the policy alone, unless `like` has one too. Under
+  jax.eval_shape shapes are compared, and nothing is read.
   """
   where = _state_of(folder, step)
   with _reading(where, 'sample an older step'):
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(like)):
+    if isinstance(jnp.zeros(()), jax.core.Tracer):
       _compare(where, _shapes({'params': like}))
-      return like
+      return jax.tree.map(_made, like)
     return _read_params(where, abstract_of(like))
 
 
@@ -171,6 +172,11 @@ def _state_of(folder: pathlib.Path, step: int | None) -> pathlib.Path:
         + ('' if step is None else f' of step {step}')
       )
   return folder / str(step) / 'state'
+
+
+def _made(x: Any) -> Any:
+  """An array that is only described, as one that is traced."""
+  return jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x
 
 
 def _compare(where: pathlib.Path, wanted: dict[str, tuple]) -> None:
