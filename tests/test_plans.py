@@ -143,6 +143,10 @@ def test_a_plan_is_of_what_the_run_makes(kind, config_of, stopped):
   # Every matrix and two moments of it, at the least.
   assert same_state(plan, state) >= 2 * 9
   assert plan.programs['train'].work.flops == flops(plan.batch) > 0
+  if kind == 'ppo':  # what it scores shares no prompt, and has a column more
+    read = roofline.full(plan.rows, plan.length + 1)
+    work = plan.programs['score'].work
+    assert work.flops == roofline.forward(plan.model, plan.state.params, read)
   there = {name for name, x in batch._asdict().items() if x is not None}
   assert {name for name, x in plan.batch._asdict().items() if x is not None} == there
   assert {'tokens', 'mask', *method.fields} - there == set()

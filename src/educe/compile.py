@@ -143,11 +143,8 @@ def measured(program: plans.Program, mesh: Any, effort: float) -> dict[str, Any]
   """Compiles it; `roofline.report` of what came out, and the seconds that it took. Of what
   does not fit into a chip's memory {'fits': False, 'reason'}."""
   start, worked = time.perf_counter(), time.process_time()
-  options: dict[str, Any] = {}
-  if effort:
-    options = {'exec_time_optimization_effort': effort}
   try:
-    compiled = program.lower().compile(compiler_options=options)
+    compiled = program.lower().compile(compiler_options=_options(effort))
   except jax.errors.JaxRuntimeError as error:
     text = ' '.join(str(error).split())
     if 'RESOURCE_EXHAUSTED' not in text or 'hbm' not in text:
@@ -166,6 +163,15 @@ def measured(program: plans.Program, mesh: Any, effort: float) -> dict[str, Any]
     'compile_seconds': round(time.perf_counter() - start, 1),
     'compile_cpu_seconds': round(time.process_time() - worked, 1),
   }
+
+
+def _options(effort: float) -> dict[str, Any]:
+  """XLA's for an effort; since jax 0.12 it has levels: 19 is O1, 39 is O3."""
+  if not effort:
+    return {}
+  if hasattr(jax.config, 'jax_exec_time_optimization_effort'):
+    return {'exec_time_optimization_effort': effort}
+  return {'optimization_level': 19 if effort < 0 else 39}
 
 
 def most_rows(

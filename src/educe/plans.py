@@ -167,7 +167,10 @@ def plan(
     )
   }
   if world:
-    programs['score'] = _scoring(net, method, mesh, state, batch, rows * length)
+    scored = batch
+    if net.values is not None:  # a value is read behind the last token too (`reader`)
+      scored = batch_of(method, rows, length + 1, start_of_rows, mesh)
+    programs['score'] = _scoring(net, method, mesh, state, scored, rows * length)
     if given['rollouts']['server'] is None:  # or an engine samples
       programs |= _sampler(net, mesh, state, words, given['rollouts'], start_of_rows)
   return Plan(net, method, mesh, state, batch, rows, length, programs)
