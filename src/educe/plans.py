@@ -112,7 +112,8 @@ def plan(
     section = given['rollouts'] and {**given['rollouts'], 'workers': 0, 'server': None}
     judge = _silent if given['judge'] else None
     method = sections.algorithm_of(
-      given,
+      given['algorithm'],
+      given['advantage'],
       **supply,
       data=batches,
       rollouts=section and call('rollouts', section, **supply, judge=judge),

@@ -150,7 +150,8 @@ def train(
     if rounds:
       closing.callback(rounds.close)
     method = sections.algorithm_of(
-      config,
+      algorithm,
+      advantage,
       **supply,
       data=batches,
       rollouts=rounds,

@@ -145,15 +145,16 @@ def loss_of(config: Mapping[str, Any]) -> LossFn:
   return loss
 
 
-def algorithm_of(config: Mapping[str, Any], **supply: Any) -> Algorithm:
-  """The section `algorithm`.
+def algorithm_of(
+  section: Mapping[str, Any], advantage: Mapping[str, Any] | None, **supply: Any
+) -> Algorithm:
+  """The section `algorithm`, with the section `advantage`.
 
-  supply: what it takes from the run, but for the advantage
+  supply: what else it takes from the run
   """
-  advantage = config['advantage']
   return config_lib.call(
     'algorithm',
-    config['algorithm'],
+    section,
     **supply,
     advantage=advantage and config_lib.bound('advantage', advantage),
   )
