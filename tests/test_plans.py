@@ -11,9 +11,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from educe import config as config_lib
-from educe import plans, recipes, roofline, runs
+from educe import plans, recipes, roofline, runs, sharding
 from educe.data.sharing import share
 from educe.models import peft, policy, presets, safetensors, scratch, weights
+from educe.rollouts import sampler, slots, texts
 from educe.training import checkpoint
 from educe.types import Algorithm, Batch
 
@@ -275,6 +276,54 @@ def test_prompts_that_a_run_drops_are_no_plan(config_of):
   assert [plans.longest(words, prompts, most) for most in (14, 13, 4)] == [14, 9, 3]
 
 
+def shapes_of(tree):
+  return jax.tree.map(lambda x: tuple(getattr(x, 'shape', ())), tree)
+
+
+@pytest.mark.parametrize('size', [8, 16])
+def test_it_samples_in_arrays_of_the_sampler_s_sizes(size, config_of, monkeypatch):
+  """Beside those that a round is really sampled in: 16 completions of 100 tokens, in rings
+  of 64 and then 100, `size` of them at a time."""
+  config = config_of('grpo')
+  section = {**config['rollouts'], 'max_new_tokens': 100, 'batch_size': size}
+  config = through(
+    config,
+    model=dict(name='scratch', preset='debug'),
+    rollouts={**section, 'stop': ('=',)},
+  )
+  grid = config_lib.call('mesh', config['mesh'])
+  plan = plans.plan(config, grid, prompt=20)
+  seen = {'prefill': [], 'decode': []}
+
+  def watched(name, program):
+    def call(*args, **options):
+      seen[name].append(shapes_of(args))
+      return program(*args, **options)
+
+    return call
+
+  monkeypatch.setattr(slots, 'enter', watched('prefill', slots.enter))
+  monkeypatch.setattr(slots, 'advance', watched('decode', slots.advance))
+  model, params = config_lib.call('model', config['model'])
+  words = config_lib.call('tokenizer', config['tokenizer'])
+  sampler.sample(
+    model,
+    sharding.place(params, model.axes, grid),
+    [[row, *range(19)] for row in range(4) for _ in range(4)],
+    jax.random.key(0),
+    max_new_tokens=100,
+    temperature=1.3,
+    stop=texts.stop_table(words, ('=',), 264),
+    eos_ids=words.eos_ids,
+    batch_size=size,
+  )
+  monkeypatch.undo()
+  for name, calls in seen.items():
+    planned = shapes_of(plan.programs[name].lower().args_info[0])
+    assert jax.tree.leaves(planned) == jax.tree.leaves(calls[-1]), name
+  assert seen['decode'][0] != seen['decode'][-1]
+
+
 @pytest.mark.parametrize('kind', ['grpo', 'sft'])
 def test_its_programs_are_those_of_the_run(kind, config_of, stopped):
   config = config_of(kind)
@@ -294,7 +343,7 @@ def test_its_programs_are_those_of_the_run(kind, config_of, stopped):
     logp, _ = score.lower().compile()(new.params, Batch(batch.tokens, batch.mask))
     assert logp.shape == batch.tokens.shape
     assert score.beside == plans.held(plan.state) - plans.held(plan.state.params)
-    for name, tokens in (('prefill', 16 * 16), ('decode', 16)):
+    for name, tokens in (('prefill', 8 * 16), ('decode', 16)):
       sampling = plan.programs[name]
       assert sampling.work.tokens == tokens
       assert sampling.beside == plans.held(plan.state)

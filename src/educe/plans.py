@@ -304,6 +304,7 @@ def _sampler(
   size = sampler.sizes(count, prompt, new, rollouts['batch_size'], sharding.ways(mesh))
   params = value_head.without(state.params)
   first = size.rings[0 if count <= size.rows else -1]
+  prompts = size.read(-(-min(count, size.rows) // rollouts['group']))
 
   @functools.cache
   def weights():
@@ -316,7 +317,7 @@ def _sampler(
     return _out(mesh, slots.empty, **how)
 
   def prefill():
-    entries = slots.nobody(size.reads[-1], size.width, size.rows)
+    entries = slots.nobody(prompts, size.width, size.rows)
     return _on(
       mesh, slots.enter, weights().params, free(first), entries, model=functions
     )
@@ -340,7 +341,7 @@ def _sampler(
       width=size.width,
     )
 
-  read, beside = size.reads[-1] * size.width, held(state)
+  read, beside = prompts * size.width, held(state)
   entered = roofline.Reading(read, read * (size.width + first), 0)
   seen = size.width + size.rings[-1]
   alone = net._replace(values=None)

@@ -41,6 +41,11 @@ class Sizes(NamedTuple):
   ]  # … and for what is decoded: one after another as rows get long
   reads: tuple[int, int]  # prompts that a prefill reads: where few wait, where many do
 
+  def read(self, waits: int) -> int:
+    """Prompts that the next prefill reads, of so many that wait."""
+    few, many = self.reads
+    return many if 2 * waits > many else few  # or most of what is read would be padding
+
 
 def sizes(
   prompts: int, longest: int, max_new_tokens: int, batch_size: int | None, ways: int
@@ -191,8 +196,7 @@ def _blank(rows: int, room: int) -> Samples:
 def _next_entries(prompts, seeds, waiting, free, size: Sizes):
   """(Entries, their rows): those who wait, as far as slots and one prefill reach."""
   waits = len({tuple(prompts[row][:-1]) for row in waiting[-len(free) :]})
-  few, many = size.reads
-  many = many if 2 * waits > many else few  # or most of what is read would be padding
+  many = size.read(waits)
   known: dict[tuple[int, ...], int] = {}  # a prompt -> its place in the prefill
   entered: list[int] = []
   entries = slots_lib.nobody(many, size.width, size.rows)
