@@ -281,7 +281,7 @@ def train_part(size: Size, name: str) -> dict[str, Any]:
   model = policy.build(a)
   batch = train_batch(a, size.rows, size.length)
   read = roofline.full(size.rows, size.length)
-  tokens, flops = read.tokens, roofline.update(a, read).flops
+  tokens, flops = read.tokens, roofline.update(model, policy.shapes(a), read).flops
   peak = metrics.peak_flops()
   tx = optimizer.make(1000, name='adamw', learning_rate=1e-5)
   rows = {}

@@ -403,3 +403,17 @@ def test_flags_of_several_hosts_come_before_the_config_is_read(tmp_path, capsys)
   assert '--process=0 belong together' in capsys.readouterr().err
   assert cli.main(['measure', '--policy=x', '--multihost', '--process=1']) == 1
   assert '--multihost finds the other processes by itself' in capsys.readouterr().err
+
+
+def test_an_unknown_program_is_refused_before_any_file_is_read(capfd):
+  argv = [
+    'compile',
+    '--config=nowhere.py',
+    '--topology=v5e:2x4',
+    '--programs=tran,decode',
+  ]
+  assert cli.main(argv) == 1
+  assert capfd.readouterr().err.splitlines() == [
+    'educe: --programs=tran is none of train, score, prefill, decode; did you mean '
+    "'train'?"
+  ]

@@ -196,6 +196,82 @@ def test_a_text_that_is_no_program_is_refused():
     collectives.read('module @jit_f { }')
 
 
+@pytest.mark.parametrize(
+  ('operand', 'sent'),
+  [
+    ('%x', 64),
+    ('x', 64),  # names without a sign
+    ('f32[16]{0:T(8,128)} %x', 64),  # the long form
+    ('f32[2,4]{1,0} %elsewhere', 32),  # described beside it alone
+    ('/*index=5*/%x', 64),
+  ],
+)
+def test_operands_however_they_are_written(operand, sent):
+  line = (
+    f'ROOT %r = f32[16] collective-permute({operand}), source_target_pairs={{{{0,1}}}}'
+  )
+  (found,) = collectives.read(entry(line))
+  assert found.bytes == sent
+
+
+@pytest.mark.parametrize(
+  'line',
+  [
+    'ROOT %r = f32[16] all-reduce(%gone), replica_groups={}',
+    'ROOT %r = f32[16] all-reduce(%x, %gone), replica_groups={}',
+    'ROOT %r = f32[16] while(%x), condition=%gone, body=%gone',
+  ],
+)
+def test_what_a_text_does_not_describe_is_one_line(line):
+  with pytest.raises(ValueError, match=r"'gone'.* give the whole text") as caught:
+    collectives.read(entry(line))
+  assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  ('old', 'new'),
+  [
+    ('compare(%i, %five)', 'compare(%elsewhere, %five)'),
+    ('compare(%i, %five)', 'compare(%i, %elsewhere)'),
+    ('%five = s32[] constant(5)', '%five = s32[] copy(%elsewhere)'),
+    ('ROOT %less = pred[] compare', '%less = pred[] compare'),
+  ],
+)
+def test_of_a_loop_whose_end_is_elsewhere_one_trip_is_counted(old, new):
+  assert old in NESTED
+  gather, *_ = collectives.read(NESTED.replace(old, new))
+  assert (gather.times, gather.open) == (3 + 7, True)
+
+
+def test_a_start_that_is_elsewhere_is_zero():
+  text = NESTED.replace('while(%t), condition=%outer', 'while(%gone), condition=%outer')
+  gather, *_ = collectives.read(text)
+  assert gather.times == 5 * (4 + 7)
+
+
+def test_of_a_bounded_dimension_the_most_is_sent():
+  """As HLO prints a dimension whose size is known when the program runs."""
+  lines = (
+    '%y = f32[<=4,2]{1,0} parameter(1)',
+    'ROOT %r = f32[<=4,2]{1,0} all-reduce(%y), replica_groups={}, to_apply=%add',
+  )
+  (found,) = collectives.read(entry(*lines))
+  assert found.ins == (Array('f32', (4, 2)),)
+  assert found.bytes == 2 * 7 / 8 * 32
+
+
+def test_an_attribute_may_have_line_breaks():
+  """As kernels' metadata do, and what follows is still of the instruction."""
+  broken = (
+    '%y = f32[16]{0} collective-permute(%x), frontend_attributes={kernel_metadata={\n'
+    '"xprof_metadata":"{\\"block_q\\": 256}"\n}}, source_target_pairs={{0,1}}, '
+    'metadata={op_name="jit(f)/turn" stack_frame_id=10}',
+    'ROOT %r = f32[16]{0} add(%y, %x)',
+  )
+  (found,) = collectives.read(entry(*broken))
+  assert (found.group, found.where) == (1, 'jit(f)/turn')
+
+
 def test_sizes_of_what_is_not_a_float():
   assert Array('pred', (3,)).bytes == 3
   assert Array('s4', (3, 2)).bytes == 3

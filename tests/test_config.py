@@ -56,6 +56,12 @@ def test_a_module_of_ones_own_is_told_how_to_be_named(tmp_path, monkeypatch):
     ('--config.loss.name=no.such.module', 'no such.module|no no/such/module.py'),
     ('--config.evaluation.every=3', "accuracy.evaluate takes no 'every'"),
     ('--config.optimizer.learning_rate=None', 'learning_rate'),
+    (
+      '--config.offload=opt_state',
+      r"config.offload='opt_state' should be tuple; write \('opt_state',\)$",
+    ),
+    ('--config.offload=None', 'config.offload=None should be tuple$'),
+    ('--config.optimizer.freeze=norm', r"freeze='norm' should be .*\('norm',\)$"),
   ],
 )
 def test_a_mistake_is_one_line_that_names_key_value_and_mend(override, message):

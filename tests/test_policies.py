@@ -44,6 +44,24 @@ def test_a_run_is_a_section_model_with_its_trained_params(run):
   assert model.architecture.vocab_size == words.vocab_size == 16
 
 
+def test_a_description_of_a_run_is_of_what_is_loaded(run):
+  section = dict(path=str(run))
+  known = {}
+
+  def start():
+    known['model'], params = policies.describe(**section)
+    return params
+
+  def told(tree):
+    return jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree)
+
+  like = jax.eval_shape(start)
+  model, params = policies.load(**section)
+  assert known['model'].architecture == model.architecture
+  assert known['model'].axes == model.axes
+  assert told(like) == told(params)
+
+
 def test_what_is_no_run_says_so(run, tmp_path):
   (tmp_path / 'model.bin').write_bytes(b'x')
   for name in ('model.bin', 'absent'):
@@ -57,3 +75,12 @@ def test_what_is_no_run_says_so(run, tmp_path):
   (empty / 'config.json').write_text((run / 'config.json').read_text())
   with pytest.raises(CheckpointError, match='no finished checkpoint'):
     policies.load(path=str(empty))
+  with pytest.raises(CheckpointError, match='no finished checkpoint'):
+    jax.eval_shape(lambda: policies.describe(path=str(empty))[1])
+  text = (run / 'config.json').read_text()
+  other = tmp_path / 'other'
+  other.mkdir()
+  (other / 'checkpoints').symlink_to(run / 'checkpoints')
+  (other / 'config.json').write_text(text.replace('"chain"', '"debug"'))
+  with pytest.raises(CheckpointError, match='belongs to another model'):
+    jax.eval_shape(lambda: policies.describe(path=str(other))[1])

@@ -63,6 +63,19 @@ def test_an_overridden_reference_carries_its_followers():
       r"and 'tabular' takes no '\w+'; write the whole section",
     ),
     ('--config.model.name=scratch', "model.path=.* still there from model.name='gguf'"),
+    (
+      '--config.adapter.rank=4',
+      r"adapter.rank=4: the config has no section 'adapter', which flags do not add; "
+      r'write it in the file: config\.adapter = dict\(rank=4\)$',
+    ),
+    (
+      '--config.judge.batch_size=4',
+      r"no section 'judge', .*config\.judge = dict\(name=…, batch_size=4\)$",
+    ),
+    (
+      '--config.judge.name=length',
+      r"no section 'judge', .*config\.judge = dict\(name='length'\)$",
+    ),
   ],
 )
 def test_a_flag_that_the_file_has_no_place_for_is_named(override, message):

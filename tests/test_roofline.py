@@ -1,4 +1,5 @@
 """FLOPs beside those that XLA counts, and the floors of a program that was made up."""
+# ruff: noqa: E501 (HLO has long lines)
 
 import dataclasses
 import types
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from educe import roofline
-from educe.models import policy, presets
+from educe.models import lora, parts, policy, presets, value_head
 from educe.roofline import Reading, Work
 
 SMALL = dataclasses.replace(presets.debug, dim=64, ffn=256, vocab_size=1024)
@@ -35,7 +36,7 @@ ENTRY %main (x: bf16[500000]) -> bf16[500000] {
   %zero = s32[] constant(0)
   %t = (s32[], bf16[500000]{0}) tuple(%zero, %x)
   %w = (s32[], bf16[500000]{0}) while(%t), condition=%less, body=%body
-  %k = bf16[500000]{0} custom-call(%x), metadata={op_name="logprob_moments"}
+  %k = bf16[500000]{0} custom-call(%x), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/logprob_moments/pallas_call"}
   ROOT %out = bf16[500000]{0} get-tuple-element(%w), index=1
 }
 """
@@ -55,15 +56,108 @@ def test_flops_are_those_that_xla_counts(tied):
   def logits(params, tokens):
     return model.hidden(params, tokens)[0] @ model.head(params).matrix
 
-  tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+  params, tokens = policy.shapes(a), jax.ShapeDtypeStruct((rows, length), jnp.int32)
   # XLA multiplies all pairs of tokens, where half of them count.
   pairs = rows * length**2
-  ours = roofline.forward(a, Reading(rows * length, pairs, rows * length))
+  ours = roofline.forward(model, params, Reading(rows * length, pairs, rows * length))
   # The rest of what it counts: norms, rotations, softmax.
-  assert ours < counted(logits, policy.shapes(a), tokens) < 1.2 * ours
+  assert ours < counted(logits, params, tokens) < 1.2 * ours
   full = roofline.full(rows, length)
   assert full == Reading(rows * length, pairs / 2, rows * length)
-  assert roofline.update(a, full) == Work(3 * roofline.forward(a, full), 0, full.tokens)
+  once = roofline.forward(model, params, full)
+  assert roofline.update(model, params, full) == Work(3 * once, 0, full.tokens)
+
+
+def built(adapter=None, trunk=None):
+  """(model, params as shapes) of one layer, which no loop hides from XLA."""
+  made = {}
+
+  def start():
+    model = policy.build(dataclasses.replace(SMALL, layers=1))
+    params = model.init(jax.random.key(0))
+    if adapter:
+      model, params = lora.attach(model, params, **adapter)
+    if trunk:
+      model, params = value_head.attach(model, params, trunk=trunk)
+    made['model'] = model
+    return params
+
+  params = jax.eval_shape(start)
+  return made['model'], params
+
+
+# Of one layer: its weights, and those that a token is multiplied with in its attention.
+ATTENTION = 64 * 8 * (2 * 4 + 2 * 2)
+LAYER = ATTENTION + 3 * 64 * 256
+HEAD = 64 * 1024
+# A of [inputs, 8] and B of [8, outputs] of each of its seven matrices.
+ADAPTER = 8 * (2 * (64 + 32) + 2 * (64 + 16) + 3 * (64 + 256))
+
+
+@pytest.mark.parametrize(
+  ('options', 'freeze', 'a_token', 'of_pairs'),
+  [
+    ({}, (), 6 * (LAYER + HEAD), 3),
+    ({}, ('^embedding',), 6 * (LAYER + HEAD), 3),
+    ({}, ('attention/',), 6 * (LAYER + HEAD) - 2 * ATTENTION, 3),
+    ({}, ('^head',), 6 * LAYER + 4 * HEAD, 3),
+    ({}, ('^layers', '^embedding', '^norm'), 2 * LAYER + 4 * HEAD, 1),
+    ({}, ('^layers', '^embedding', '^head'), 2 * LAYER + 4 * HEAD, 1),
+    ({'adapter': {'rank': 8}}, (lora.FROZEN,), 4 * (LAYER + HEAD) + 6 * ADAPTER, 3),
+    ({'trunk': 'shared'}, (), 6 * (LAYER + HEAD + 64), 3),
+    ({'trunk': 'separate'}, (), 6 * (2 * LAYER + HEAD + 64), 6),
+    ({'trunk': 'separate'}, ('^(?!value)',), 8 * LAYER + 2 * HEAD + 6 * 64, 4),
+    (
+      {'adapter': {'rank': 8}, 'trunk': 'separate'},
+      (lora.FROZEN,),
+      4 * (2 * LAYER + HEAD) + 6 * (2 * ADAPTER + 64),
+      6,
+    ),
+  ],
+)
+def test_what_is_frozen_has_no_gradient_of_its_own(options, freeze, a_token, of_pairs):
+  """By hand, and beside what XLA counts of the gradient's program."""
+  model, params = built(**options)
+  rows, length = 2, 64
+  read = Reading(rows * length, rows * length**2, rows * length)
+  trained, frozen = parts.split(params, freeze)
+  work = roofline.update(model, params, read, trained)
+  assert work.flops == a_token * read.tokens + of_pairs * 4 * 4 * 8 * read.pairs
+
+  def loss(trained, frozen, tokens):
+    whole = parts.over(frozen, trained)
+    states, _ = model.hidden(whole, tokens)
+    total = jnp.square(states @ model.head(whole).matrix).sum()
+    if model.values is not None:
+      total += jnp.square(model.values(whole, states, tokens)[0]).sum()
+    return total
+
+  tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+  xla = counted(jax.value_and_grad(loss), trained, frozen, tokens)
+  assert 0.99 * work.flops < xla < 1.25 * work.flops  # norms, rotations, softmax
+
+
+def test_a_quantized_base_is_multiplied_as_if_it_were_whole():
+  plain, shapes = built(adapter={'rank': 8})
+  stored, less = built(adapter={'rank': 8, 'base': 'nf4'})
+  read = roofline.full(2, 64)
+  ours, theirs = (
+    roofline.update(model, params, read, parts.split(params, (lora.FROZEN,))[0])
+    for model, params in ((stored, less), (plain, shapes))
+  )
+  assert ours == theirs
+
+
+def test_without_log_probs_there_is_no_head_and_a_teacher_only_reads():
+  model, params = built(trunk='shared')
+  read = roofline.full(2, 64)
+  head = 2 * HEAD * read.tokens
+  whole = roofline.update(model, params, read).flops
+  assert roofline.update(model, params, read, scored=False).flops == whole - 3 * head
+  a = dataclasses.replace(SMALL, dim=32, layers=3)
+  teacher = policy.build(a), policy.shapes(a)
+  more = roofline.update(model, params, read, teacher=teacher).flops - whole
+  assert more == roofline.forward(*teacher, read)
 
 
 def test_rows_that_share_a_prompt_read_it_once():
@@ -82,12 +176,16 @@ def test_rows_that_share_a_prompt_read_it_once():
 
 def test_what_is_computed_again_is_no_work():
   a = dataclasses.replace(SMALL, remat='full')
-  read = roofline.full(2, 64)
-  once, head = roofline.forward(a, read), 2 * a.dim * a.vocab_size * read.tokens
-  work = roofline.update(a, read, tokens=100)
+  model, params, read = policy.build(a), policy.shapes(a), roofline.full(2, 64)
+  once = roofline.forward(model, params, read)
+  head = 2 * a.dim * a.vocab_size * read.tokens
+  work = roofline.update(model, params, read, tokens=100)
   assert work.flops == 3 * once
   assert work.redone == pytest.approx(once - head)
   assert work.tokens == 100
+  # Where no gradient goes through the layers, they are not needed again.
+  head_alone = parts.split(params, ('^(?!head)',))[0]
+  assert roofline.update(model, params, read, head_alone).redone == 0
 
 
 def compiled_to(text, **sizes):
@@ -150,10 +248,48 @@ def test_a_program_that_cannot_be_printed_says_so():
   assert set(said['floors_seconds']) == {'matmul', 'memory'}
 
 
+# Lines of programs for TPUs, as libtpu prints them; of the kernels' bodies the beginning.
+MOMENTS = """  %logprob_moments.1 = (f32[64,1]{1,0:T(8,128)}, f32[64,1]{1,0:T(8,128)}) custom-call(%param.11, %param.12, %copy.24), custom_call_target="tpu_custom_call", operand_layout_constraints={bf16[64,128]{1,0}, bf16[128,1024]{1,0}, s32[64,1]{1,0}}, frontend_attributes={kernel_metadata={}}, metadata={op_name="jit(f)/jvp()/shard_map/logprob_moments/pallas_call" stack_frame_id=27}, backend_config={"flag_configs":[],"custom_call_config":{"body":"TUzvUgFNTElS"}}
+"""
+SPLASH = r"""  %splash_mha_fwd_residuals.1 = (bf16[2,256,128]{2,1,0:T(8,128)(2,1)S(1)}, f32[2,4,256,128]{3,2,1,0:T(8,128)S(1)}) custom-call(%constant.3.clone.data_next_ref, %bitcast.9, /*index=5*/%iota.7.q_sequence_ref), custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,1,1]{2,1,0}, bf16[2,4,256,128]{3,2,1,0}}, frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\"block_q\": 256, \"use_fused_bwd_kernel\": false}"
+}}, metadata={op_name="jit(f)/jvp()/shard_map/vmap(static_sparsity_splash)/jit(_splash_attention)/splash_mha_fwd_residuals/splash_mha_fwd_residuals/pallas_call" stack_frame_id=6}, backend_config={"flag_configs":[],"custom_call_config":{"body":"TUzvUgFNTElS"}}
+"""
+PART = """  %get-tuple-element.10 = f32[64,1]{1,0:T(8,128)} get-tuple-element(%other.1), index=2, frontend_attributes={kernel_metadata={}}, metadata={op_name="jit(f)/jvp()/shard_map/logprob_moments/pallas_call" stack_frame_id=27}
+"""
+OTHER = MOMENTS.replace('logprob_moments', 'another')
+
+
+@pytest.mark.parametrize(
+  ('lines', 'found'),
+  [
+    (MOMENTS, ['logprob']),
+    (SPLASH, ['attention']),
+    (SPLASH + MOMENTS, ['logprob', 'attention']),
+    # Without what JAX says of it, an instruction has its own name.
+    (MOMENTS.replace('metadata={op_name', 'metadata={name'), ['logprob']),
+    # What is called alike, and is none of them.
+    (PART, []),
+    (MOMENTS.replace('tpu_custom_call', 'Sharding'), []),
+    (OTHER.replace('jit(f)', 'jit(f)/logprob_moments'), []),
+    (OTHER.replace('"TUzvUgFNTElS"', '"splash_mha"'), []),
+    (OTHER.replace('kernel_metadata={}', 'kernel_metadata={splash_mha}'), []),
+  ],
+)
+def test_a_kernel_is_what_is_called_and_no_comment(lines, found):
+  text = (
+    'HloModule m, num_partitions=8\n\nFileNames\n1 "splash_mha.py"\n\n'
+    'FunctionNames\n1 "logprob_moments"\n\nENTRY %main (x: f32[4]) -> f32[4] {\n'
+    f'{lines}  ROOT %x = f32[4]{{0}} parameter(0)\n}}\n'
+  )
+  assert roofline.kernels(text) == found
+
+
 def test_of_a_mixture_a_token_multiplies_with_its_own_experts_and_the_router():
   a = presets.debug_moe
   assert (a.experts_per_token, a.experts) == (2, 8)
   layer = a.dim * a.head_dim * (2 * a.heads + 2 * a.kv_heads)
   layer += 2 * 3 * a.dim * a.ffn + 8 * a.dim
-  found = roofline.forward(a, Reading(tokens=10, pairs=0, scored=0))
+  model, read = policy.build(a), Reading(tokens=10, pairs=0, scored=0)
+  found = roofline.forward(model, policy.shapes(a), read)
   assert found == 2 * a.layers * layer * 10

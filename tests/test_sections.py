@@ -1,15 +1,105 @@
 """What is refused of a config before a model is made, for a run and for a plan of it."""
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from educe import config as config_lib
-from educe import sections
+from educe import roofline, sections
+from educe.losses import reward_model, sft
+from educe.models import policy, presets
+from educe.types import Algorithm, Batch
 
 
-def test_what_may_lie_on_the_host():
-  sections.check_offload(('opt_state', 'reference'))
-  with pytest.raises(config_lib.ConfigError, match="'params' is none of"):
-    sections.check_offload(('opt_state', 'params'))
+def given(**changes):
+  """What is checked of a config before its model is made."""
+  lowest = dict(sections.LOWEST)
+  none = dict.fromkeys(('evaluation', 'adapter', 'value', 'init_from', 'value_from'))
+  return {**lowest, **none, 'offload': (), **changes}
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({}, None),
+    ({'offload': ('opt_state', 'reference')}, None),
+    ({'offload': ('opt_state', 'params')}, "'params' is none of"),
+    ({'steps': 0}, r'config.steps=0 must be at least 1'),
+    ({'evaluate_every': -1}, r'config.evaluate_every=-1 must be at least 0'),
+    (
+      {'adapter': dict(rank=0, alpha=1.0, kind='lora', targets=('up',), base=None)},
+      r'config.adapter.rank=0',
+    ),
+    (
+      {'init_from': 'nowhere'},
+      r"config.init_from='nowhere' is not the folder of a run",
+    ),
+    ({'value_from': 'nowhere', 'value': {}}, r"config.value_from='nowhere' is not"),
+  ],
+)
+def test_what_is_wrong_whatever_the_model_is(changes, message):
+  if message is None:
+    return sections.check(given(**changes))
+  with pytest.raises(config_lib.ConfigError, match=message):
+    sections.check(given(**changes))
+
+
+def test_a_value_head_that_starts_from_a_run_needs_its_section(tmp_path):
+  (tmp_path / 'checkpoints').mkdir()
+  with pytest.raises(config_lib.ConfigError, match='without a section value'):
+    sections.check(given(value_from=str(tmp_path)))
+
+
+def method(**changes):
+  return Algorithm(None, sft.loss, None, 8, **changes)
+
+
+def test_what_is_kept_as_a_reference_and_what_of_it_may_lie_on_the_host():
+  params, tx = {'w': jnp.ones(3)}, optimizer(None)
+  config, key = dict(offload=('reference',)), jax.random.key(0)
+
+  def of(config, **changes):
+    return sections.state_of(config, method(**changes), params, tx, key).reference
+
+  assert of({'offload': ()}) is None
+  np.testing.assert_array_equal(of(config, reference_every=0)['w'], params['w'])
+  teacher = {'v': jnp.zeros(2)}
+  assert of(config, reference=teacher, reference_every=0) is teacher
+  with pytest.raises(config_lib.ConfigError, match='keeps no reference; leave it out'):
+    of(config)
+
+
+def test_rows_share_prompts_where_all_of_them_are_here(mesh_of):
+  tokens = np.repeat(np.arange(2)[:, None], 64, 1).repeat(4, 0)
+  batch = Batch(tokens, np.float32(np.arange(64) > 47) * np.ones((8, 1), np.float32))
+
+  def prompts(mesh, whole=True, microbatches=1):
+    config = dict(microbatches=microbatches)
+    found = sections.shared(config, batch, 4, mesh, whole).prefix
+    return None if found is None else len(found)
+
+  assert prompts(mesh_of(2)) == 2
+  assert prompts(mesh_of(2), whole=False) is None
+  assert prompts(mesh_of(2, context=2)) is None
+  assert prompts(mesh_of(2), microbatches=2) is None  # it would cut a group
+
+
+def test_an_update_is_worth_what_its_loss_reads_and_its_teacher_too():
+  a = presets.debug
+  net, params, tx = policy.build(a), policy.shapes(a), optimizer(None)
+  read = roofline.full(2, 8)
+  head = 2 * a.dim * a.vocab_size * 16
+  once = roofline.forward(net, params, read)
+
+  def flops(**changes):
+    how = method()._replace(**changes)
+    return sections.work_of(net, params, tx, how, read).flops
+
+  assert flops() == 3 * once
+  assert flops(loss=reward_model.loss) == 3 * (once - head)
+  assert flops(reference=params, reference_every=0) == 3 * once  # read elsewhere
+  assert flops(teacher=net, reference=params) == 4 * once
 
 
 @pytest.mark.parametrize(

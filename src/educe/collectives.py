@@ -73,7 +73,8 @@ class _Line(NamedTuple):
 
   shape: str
   op: str
-  operands: tuple[str, ...]
+  operands: tuple[str, ...]  # their names
+  shapes: tuple[str, ...]  # of those, where they are written beside them
   rest: str  # operands and attributes
 
 
@@ -81,10 +82,23 @@ class _Computation(NamedTuple):
   lines: dict[str, _Line]
   root: list[str]  # the name of its result
 
+  def result(self) -> _Line | None:
+    return self.lines.get(self.root[0]) if self.root else None
+
+  def made(self, name: str) -> _Line | None:
+    """The line that computes it, behind those that hand it on."""
+    line = self.lines.get(name)
+    while line and line.op in _PASSED_ON and line.operands:
+      line = self.lines.get(line.operands[0])
+    return line
+
 
 _HEADER = re.compile(r'^(ENTRY )?%?([\w.-]+) \(.*-> .*\{$')
+_END = re.compile(r'^\}(?!\})|^\s*$')
 _LINE = re.compile(r'^\s*(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$')
-_ARRAY = re.compile(r'\b([a-z]\w*)\[([\d,]*)\]')
+# Of a dimension that is bounded, f32[<=4], room is made for the most.
+_ARRAY = re.compile(r'\b([a-z]\w*)\[([<=\d,]*)\]')
+_OPERAND = re.compile(r'(?:/\*.*?\*/)?\s*(?:(.*?)\s+)?%?([\w.-]+)')
 _CALLS = re.compile(
   r'(?:calls|to_apply|true_computation|false_computation)=%?([\w.-]+)'
 )
@@ -99,7 +113,7 @@ def read(text: str) -> list[Collective]:
   """The collectives of a compiled program, in the order of its text.
 
   Of a conditional both branches count, each as if it were taken. Raises ValueError for a
-  text that is no HLO module.
+  text that is no HLO module, and for a collective of operands that it does not describe.
   """
   computations, entry = _computations(text)
   parts = re.search(r'num_partitions=(\d+)', text[: text.find('\n')])
@@ -114,9 +128,7 @@ def read(text: str) -> list[Collective]:
       op = line.op.removesuffix('-start')
       if op not in SENT or not times or _STEP.search(line.rest):
         continue
-      ins = tuple(
-        x for of in line.operands for x in _arrays(computation.lines[of].shape)
-      )
+      ins = _ins(computation, line)
       group = _group(line.rest, everyone)
       if name.startswith('all-reduce-scatter'):  # as a TPU's compiler writes one
         op, outs = (
@@ -139,38 +151,76 @@ def total(found: Iterable[Collective]) -> dict[str, float]:
   return dict(sorted(sums.items(), key=lambda item: -item[1]))
 
 
+def calls(text: str, target: str) -> list[str]:
+  """Of each custom call of this target in a compiled program the name of its Pallas kernel:
+  the scope that JAX lowered it in, or else what the instruction itself is called."""
+  found = []
+  for computation in _computations(text)[0].values():
+    for name, line in computation.lines.items():
+      if line.op == 'custom-call' and f'custom_call_target="{target}"' in line.rest:
+        said = re.search(r'op_name="(?:[^"]*/)?([^"/]+)/pallas_call"', line.rest)
+        found.append(said[1] if said else name)
+  return found
+
+
+def _ins(computation: _Computation, line: _Line) -> tuple[Array, ...]:
+  """What goes in, as it is described where it is made, or else beside the operand."""
+  found: list[Array] = []
+  for name, beside in zip(line.operands, line.shapes, strict=True):
+    made = computation.lines.get(name)
+    arrays = _arrays(made.shape if made else beside)
+    if not arrays:
+      raise ValueError(
+        f'HLO: {line.op} reads {name!r}, which its computation does not describe; give '
+        'the whole text of the compiled program'
+      )
+    found += arrays
+  return tuple(found)
+
+
 def _computations(text: str) -> tuple[dict[str, _Computation], str]:
   """(by name, the entry's name)."""
   out: dict[str, _Computation] = {}
-  entry, current = None, None
+  entry, current, last = None, None, None
   for row in text.splitlines():
     if header := _HEADER.match(row):
-      current = out[header[2]] = _Computation({}, [])
+      current, last = _Computation({}, []), None
+      out[header[2]] = current
       entry = header[2] if header[1] else entry
-    elif current is not None and (match := _LINE.match(row)):
-      root, name, shape, op, rest = match.groups()
-      operands = tuple(re.findall(r'%([\w.-]+)', rest[: _closing(rest)]))
-      current.lines[name] = _Line(shape, op, operands, rest)
+    elif current is None:
+      continue
+    elif match := _LINE.match(row):
+      root, last, shape, op, rest = match.groups()
+      found = [_OPERAND.fullmatch(x.strip()) for x in _operands(rest)]
+      named = [(x[2], x[1] or '') for x in found if x]
+      names, shapes = zip(*named, strict=True) if named else ((), ())
+      current.lines[last] = _Line(shape, op, names, shapes, rest)
       if root:
-        current.root.append(name)
+        current.root.append(last)
+    elif last is not None and not _END.match(row):  # an attribute with a line break
+      line = current.lines[last]
+      current.lines[last] = line._replace(rest=line.rest + row)
   if entry is None:
     raise ValueError(f'this is no HLO module with an entry: {text[:60]!r}')
   return out, entry
 
 
-def _closing(rest: str) -> int:
-  """Where the operands end."""
-  depth = 1
+def _operands(rest: str) -> list[str]:
+  """What stands between the brackets, at the commas that are in no others."""
+  depth, start, found = 1, 0, []
   for at, letter in enumerate(rest):
-    depth += (letter == '(') - (letter == ')')
+    depth += (letter in '([{') - (letter in ')]}')
+    if not depth or (depth == 1 and letter == ','):
+      found.append(rest[start:at])
+      start = at + 1
     if not depth:
-      return at
-  return len(rest)
+      break
+  return found
 
 
 def _arrays(shape: str) -> tuple[Array, ...]:
   return tuple(
-    Array(dtype, tuple(int(x) for x in dims.split(',') if x))
+    Array(dtype, tuple(int(x.strip('<=')) for x in dims.split(',') if x))
     for dtype, dims in _ARRAY.findall(shape)
   )
 
@@ -211,6 +261,11 @@ def _outs(op: str, ins: tuple[Array, ...], group: int, rest: str) -> tuple[Array
 def _count(computations, name, times, unknown, runs) -> None:
   """Into runs: how often a computation, and what it calls, is run, and if that is all
   known; a number for each place that calls it."""
+  if name not in computations:
+    raise ValueError(
+      f'HLO: a loop runs {name!r}, which is not there; give the whole text of the '
+      'compiled program'
+    )
   runs.setdefault(name, []).append((times, unknown))
   for line in computations[name].lines.values():
     if line.op == 'while':
@@ -236,25 +291,28 @@ def _trips(computations: Mapping[str, _Computation], here, line: _Line) -> int |
   if condition is None or condition[1] not in computations:
     return None
   test = computations[condition[1]]
-  last = test.lines[test.root[0]]
+  last = test.result()
+  if last is None:
+    return None
   operands, wrapped = last.operands, _CALLS.search(last.rest)
   if last.op == 'fusion' and wrapped and len(operands) == 2:
     inner = computations[wrapped[1]]
-    last = inner.lines[inner.root[0]]
-    if any(inner.lines[x].op != 'parameter' for x in last.operands):
-      return None
+    last = inner.result()
+    order = [inner.lines.get(x) for x in last.operands] if last else []
     # Its own parameters, in the order of the fusion's operands.
-    order = [int(inner.lines[x].rest.split(')')[0]) for x in last.operands]
-    operands = tuple(operands[i] for i in order)
+    places = [x.rest.split(')')[0] for x in order if x and x.op == 'parameter']
+    if last is None or len(places) < len(order):
+      return None
+    operands = tuple(operands[int(i)] for i in places)
   if last.op != 'compare' or 'direction=LT' not in last.rest:
     return None
-  counter, end = test.lines[operands[0]], _constant(test, operands[1])
-  index = re.search(r'index=(\d+)', counter.rest)
-  if counter.op != 'get-tuple-element' or index is None or end is None:
+  counter, end = test.lines.get(operands[0]), _constant(test, operands[1])
+  index = counter and re.search(r'index=(\d+)', counter.rest)
+  if not counter or counter.op != 'get-tuple-element' or not index or end is None:
     return None
   start, step, place = 0, 1, int(index[1])
-  given = here.lines[line.operands[0]]
-  if given.op == 'tuple':
+  given = here.lines.get(line.operands[0])
+  if given and given.op == 'tuple':
     start = _constant(here, given.operands[place]) or 0
   body = re.search(r'body=%?([\w.-]+)', line.rest)
   if body and body[1] in computations:
@@ -264,20 +322,16 @@ def _trips(computations: Mapping[str, _Computation], here, line: _Line) -> int |
 
 def _step(body: _Computation, place: int) -> int:
   """What is added to the counter: more than one where iterations are done two at a time."""
-  result = body.lines[body.root[0]]
-  if result.op != 'tuple':
+  result = body.result()
+  if result is None or result.op != 'tuple':
     return 1
-  line = body.lines[result.operands[place]]
-  while line.op in _PASSED_ON and line.operands:
-    line = body.lines[line.operands[0]]
-  if line.op not in ('add', 'fusion'):
+  line = body.made(result.operands[place])
+  if line is None or line.op not in ('add', 'fusion'):
     return 1
   return next((n for x in line.operands if (n := _constant(body, x))), 1)
 
 
 def _constant(computation: _Computation, name: str) -> int | None:
-  line = computation.lines[name]
-  while line.op in _PASSED_ON and line.operands:
-    line = computation.lines[line.operands[0]]
-  found = re.match(r'(-?\d+)\)', line.rest) if line.op == 'constant' else None
+  line = computation.made(name)
+  found = re.match(r'(-?\d+)\)', line.rest) if line and line.op == 'constant' else None
   return int(found[1]) if found else None

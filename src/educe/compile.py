@@ -61,6 +61,11 @@ def compile_config(
   """
   if not -1 <= effort <= 1:
     raise ValueError(f'--effort={effort} must be from −1 to 1')
+  for name in programs:
+    if name not in PROGRAMS:
+      raise ValueError(
+        f'--programs={name} is none of {", ".join(PROGRAMS)}{near(name, PROGRAMS)}'
+      )
   if to is not None and (not to.strip() or pathlib.Path(to).is_dir()):
     raise ValueError(f'--to={to} is no file; name one, such as --to=runs/pod.json')
   config = _config(argv, stage)
@@ -70,10 +75,7 @@ def compile_config(
   planned = plans.plan(config, mesh, preset=preset, prompt=prompt, rows=rows)
   for name in programs:
     if name not in planned.programs:
-      raise ValueError(
-        f'--programs={name}: the run has {", ".join(planned.programs)}'
-        + near(name, planned.programs)
-      )
+      raise ValueError(f'--programs={name}: the run has {", ".join(planned.programs)}')
   sizes = {axis: size for axis, size in mesh.shape.items() if size > 1}
   result: dict[str, Any] = {
     'topology': chips,
@@ -141,11 +143,8 @@ def measured(program: plans.Program, mesh: Any, effort: float) -> dict[str, Any]
   """Compiles it; `roofline.report` of what came out, and the seconds that it took. Of what
   does not fit into a chip's memory {'fits': False, 'reason'}."""
   start, worked = time.perf_counter(), time.process_time()
-  options: dict[str, Any] = {}
-  if effort:
-    options = {'exec_time_optimization_effort': effort}
   try:
-    compiled = program.lower().compile(compiler_options=options)
+    compiled = program.lower().compile(compiler_options=_options(effort))
   except jax.errors.JaxRuntimeError as error:
     text = ' '.join(str(error).split())
     if 'RESOURCE_EXHAUSTED' not in text or 'hbm' not in text:
@@ -164,6 +163,15 @@ def measured(program: plans.Program, mesh: Any, effort: float) -> dict[str, Any]
     'compile_seconds': round(time.perf_counter() - start, 1),
     'compile_cpu_seconds': round(time.process_time() - worked, 1),
   }
+
+
+def _options(effort: float) -> dict[str, Any]:
+  """XLA's for an effort; since jax 0.12 it has levels: 19 is O1, 39 is O3."""
+  if not effort:
+    return {}
+  if hasattr(jax.config, 'jax_exec_time_optimization_effort'):
+    return {'exec_time_optimization_effort': effort}
+  return {'optimization_level': 19 if effort < 0 else 39}
 
 
 def most_rows(

@@ -149,6 +149,16 @@ def call(section: str, values: Mapping[str, Any], **supply: Any) -> Any:
     raise ConfigError(text) from error
 
 
+def describing(section: str, values: Mapping[str, Any]) -> Mapping[str, Any]:
+  """The section that names `describe` of the same module, where it has one: a model without
+  its weights, for whom its shapes are enough."""
+  module = inspect.getmodule(resolve(section, values.get('name')))
+  if not hasattr(module, 'describe'):
+    return values
+  assert module is not None
+  return {**values, 'name': f'{module.__name__}:describe'}
+
+
 def check(section: str, values: Mapping[str, Any]) -> None:
   """Calls `check` of the section's module, where it has one, with the section's numbers and
   texts: what is refused without a model should not wait for one. Raises ConfigError."""
@@ -230,7 +240,11 @@ def _checked(value: Any, hint: Any, path: str) -> Any:
     ):
       return value
   wanted = getattr(hint, '__name__', None) if not _is_union(hint) else None
-  raise ConfigError(f'{path}={value!r} should be {wanted or hint}')
+  several = {typing.get_origin(option) or option for option in options}
+  mend = ''
+  if several & {tuple, Sequence} and not isinstance(value, Mapping | set | type(None)):
+    mend = f'; write {(value,)!r}'
+  raise ConfigError(f'{path}={value!r} should be {wanted or hint}{mend}')
 
 
 def _is_union(hint: Any) -> bool:

@@ -20,22 +20,19 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from educe import config as config_lib
-from educe import roofline, sharding
+from educe import roofline, sections, sharding
 from educe.algorithms import on_policy
 from educe.data.chat import encode_prompt
-from educe.data.sharing import bucket, share
+from educe.data.sharing import bucket
 from educe.data.tokenizer import Tokenizer
-from educe.models import policy, scratch, value_head
-from educe.policies import check_vocabulary
-from educe.rollouts import sampler, slots
-from educe.rollouts.sampler import MANY
+from educe.models import scratch, value_head
+from educe.rollouts import sampler, slots, texts
 from educe.roofline import Work
-from educe.sections import check_context, check_offload, optimizer_of, step_of
-from educe.training.step import init_state
 from educe.types import Algorithm, Batch, Model, TrainState
 
 # What a model section may say beside where its weights are.
 OPTIONS = inspect.signature(scratch.load).parameters.keys() - {'preset', 'seed'}
+MODELS = ('model', 'teacher')  # sections whose weights are files
 
 
 class Program(NamedTuple):
@@ -81,30 +78,29 @@ def plan(
   if preset is not None:
     options = {k: x for k, x in given['model'].items() if k in OPTIONS}
     given['model'] = {'name': 'scratch', 'preset': preset, **options}
+    given['init_from'] = given['value_from'] = None
   if given['algorithm'].get('precompute') is not None:
     raise config_lib.ConfigError(
       'config.algorithm.precompute would score all data, which takes the chips; plan with '
       '--config.algorithm.precompute=None: that holds the reference beside'
     )
-  check_offload(given['offload'])
-  tx = optimizer_of(given)
-  words = call('tokenizer', given['tokenizer'])
-  batches = given['data'] and call(
-    'data',
+  given = described(given)
+  later = (x for x in ('init_from', 'value_from') if sections.to_come(given[x]))
+  sections.check(given | dict.fromkeys(later))
+  tx = sections.optimizer_of(given)
+  words = sections.tokenizer_of(given)
+  batches = given['data'] and sections.opened(
     given['data'],
+    mesh,
     source=given['source'] and call('source', given['source']),
     tokenizer=words,
   )
   world = given['environment'] and call('environment', given['environment'])
+  criterion = sections.loss_of(given)
   built: dict[str, Any] = {}
 
   def start() -> TrainState:
-    net, params = _model(given['model'])
-    check_vocabulary(net, params, words)
-    if given['adapter']:
-      net, params = call('adapter', given['adapter'], model=net, params=params)
-    if given['value']:
-      net, params = call('value', given['value'], model=net, params=params)
+    net, params = sections.policy_of(given, words)
     supply = dict(
       model=net,
       params=params,
@@ -115,40 +111,33 @@ def plan(
     # Nobody is asked here: neither processes that verify, nor a judge.
     section = given['rollouts'] and {**given['rollouts'], 'workers': 0, 'server': None}
     judge = _silent if given['judge'] else None
-    rounds = section and call('rollouts', section, **supply, judge=judge)
-    method = call(
-      'algorithm',
+    method = sections.algorithm_of(
       given['algorithm'],
+      given['advantage'],
       **supply,
       data=batches,
-      rollouts=rounds,
-      advantage=given['advantage']
-      and config_lib.bound('advantage', given['advantage']),
-      loss=config_lib.bound('loss', given['loss']),
+      rollouts=section and call('rollouts', section, **supply, judge=judge),
+      loss=criterion,
       place=_refuse,
       mesh=mesh,
       run_dir=pathlib.Path(os.devnull),
     )
     built.update(net=net, method=method)
-    copied = method.reference_every is not None and method.reference is None
-    state = init_state(params, tx, jax.random.key(0), reference=copied)
-    return state if copied else state._replace(reference=method.reference)
+    key = jax.random.key(given['seed'])
+    return sections.state_of(given, method, params, tx, key)
 
   shapes = jax.eval_shape(start)
   net, method = built['net'], built['method']
   state = placed(shapes, net.axes, mesh)
   sharding.check_params(state.params, mesh)
-  away = {name: sharding.to_host(getattr(state, name)) for name in given['offload']}
-  state, rows = state._replace(**away), rows or method.rows
-  # Of rows that several processes share, none shares a prompt (`runs.train`).
-  together = (not batches or hosts_of(mesh) == 1) and sharding.in_parts(mesh) == 1
+  state, rows = sections.offloaded(given, state), rows or method.rows
+  sections.check_rows(given, method, mesh, rows)
   parts = given['microbatches']
-  check_context(mesh, given['data'], method.longer)
-  sharding.check_batch(rows, parts, mesh, method.group, method.couples)
   start_of_rows, new = 1, 0
   if world:
-    start_of_rows = prompt or longest(words, world.prompts)
     new = given['rollouts']['max_new_tokens']
+    most = net.architecture.max_length - new
+    start_of_rows = prompt or longest(words, world.prompts, most)
   length = bucket(start_of_rows + new) if world else given['data']['max_length']
   length += method.longer
   if start_of_rows + new > net.architecture.max_length:
@@ -162,18 +151,27 @@ def plan(
     length,
     start_of_rows,
     mesh,
-    shares=method.shares if together else 1,
-    parts=sharding.ways(mesh) * parts,
+    # Of rows that several processes share, none shares a prompt.
+    lambda batch: sections.shared(
+      given, batch, method.shares, mesh, not batches or hosts_of(mesh) == 1
+    ),
   )
-  step = step_of(net, method, tx, parts, jax.tree.map(lambda x: x.sharding, state))
+  step = sections.step_of(
+    net, method, tx, parts, jax.tree.map(lambda x: x.sharding, state)
+  )
   programs = {
     'train': Program(
       lambda: _on(mesh, step, state, batch),
-      roofline.update(net.architecture, reading(batch), rows * length),
+      sections.work_of(
+        net, state.params, tx, method, roofline.reading(batch), rows * length
+      ),
     )
   }
   if world:
-    programs['score'] = _scoring(net, method, mesh, state, batch, rows * length)
+    scored = batch
+    if net.values is not None:  # a value is read behind the last token too (`reader`)
+      scored = batch_of(method, rows, length + 1, start_of_rows, mesh)
+    programs['score'] = _scoring(net, method, mesh, state, scored, rows * length)
     if given['rollouts']['server'] is None:  # or an engine samples
       programs |= _sampler(net, mesh, state, words, given['rollouts'], start_of_rows)
   return Plan(net, method, mesh, state, batch, rows, length, programs)
@@ -188,15 +186,12 @@ def _on(mesh: Mesh, jitted: Any, *operands: Any, **options: Any) -> Any:
     return jitted.lower(*operands, **options)
 
 
-def _model(section: Mapping[str, Any]) -> tuple[Model, Any]:
-  """A section's model, and params as shapes where only they are traced; a folder of
-  weights is asked for its description alone."""
-  loader = inspect.getmodule(config_lib.resolve('model', section['name']))
-  describe = getattr(loader, 'describe', None)
-  if describe is None:
-    return config_lib.call('model', section)
-  net = policy.build(describe(**{k: x for k, x in section.items() if k != 'name'}))
-  return net, net.init(jax.random.key(0))
+def described(config: Any, section: str = '') -> Any:
+  """A config whose models are described, where whoever reads their weights can do that."""
+  if not isinstance(config, Mapping):
+    return config
+  values = {key: described(x, key) for key, x in config.items()}
+  return config_lib.describing(section, values) if section in MODELS else values
 
 
 def _silent(records: Sequence[Any], completions: Sequence[str]) -> list[None]:
@@ -208,12 +203,13 @@ def _refuse(*_: Any) -> Any:
   raise AssertionError('nothing is placed in a plan')
 
 
-def longest(words: Tokenizer, prompts: Sequence[Mapping[str, Any]]) -> int:
-  """Tokens of the longest prompt."""
-  return max(
+def longest(words: Tokenizer, prompts: Sequence[Mapping[str, Any]], most: int) -> int:
+  """Tokens of the longest prompt of up to `most`: longer ones a run drops, or refuses."""
+  lengths = (
     len(encode_prompt(words, record['prompt'], tools=record.get('tools')))
     for record in prompts
   )
+  return max(length for length in lengths if length <= most)
 
 
 def placed(tree: Any, axes: Any, mesh: Mesh) -> Any:
@@ -256,15 +252,12 @@ def batch_of(
   length: int,
   start: int,
   mesh: Mesh,
-  *,
-  shares: int = 1,
-  parts: int = 1,
+  shared: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> Batch:
   """Shapes of a batch that is as full as it can be: rows of `length` tokens, of which all
   from `start` on are trained on.
 
-  shares: rows next to each other that begin with one prompt, of `start` tokens
-  parts: that the rows are cut into
+  shared: what a run does with rows that begin with the same prompt, of `start` tokens
   """
   mask = np.zeros((rows, length), np.float32)
   mask[:, start:] = 1
@@ -273,19 +266,11 @@ def batch_of(
     shape = (rows,) if name == 'labels' else (rows, length)
     kind = np.int32 if name in ('positions', 'segments') else np.float32
     arrays[name] = np.zeros(shape, kind)
-  batch = share(Batch(**arrays), shares, parts)
+  batch = shared(Batch(**arrays))
   over = NamedSharding(mesh, sharding.BATCH)
   return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=over), batch
   )
-
-
-def reading(batch: Batch) -> roofline.Reading:
-  rows, length = batch.tokens.shape
-  if batch.prefix is None:
-    return roofline.full(rows, length)
-  prompts, start = batch.prefix.shape
-  return roofline.forked(prompts, start, rows, length - 1)
 
 
 def _scoring(
@@ -296,7 +281,7 @@ def _scoring(
   told = ('tokens', 'mask', 'positions', 'segments', 'prefix')
   known = {name: x for name, x in batch._asdict().items() if name in told}
   batch = Batch(**known)
-  flops = roofline.forward(net.architecture, reading(batch))
+  flops = roofline.forward(net, state.params, roofline.reading(batch))
   return Program(
     lambda: _on(mesh, parts, state.params, batch),
     Work(flops, 0.0, tokens),
@@ -305,86 +290,84 @@ def _scoring(
 
 
 def _sampler(
-  net: Model, mesh: Mesh, state, words: Tokenizer, rollouts, prompt: int
+  net: Model,
+  mesh: Mesh,
+  state: TrainState,
+  words: Tokenizer,
+  rollouts: Mapping[str, Any],
+  prompt: int,
 ) -> dict[str, Program]:
-  """prefill: prompts read into their slots · decode: one token more of every slot."""
+  """prefill: prompts read into their slots · decode: one token more of every slot, with
+  the longest ring. Where all rows have a slot at once, they enter with the first ring."""
   functions = slots.Functions(net.head, net.init_cache, net.decode)
-  ways = sharding.ways(mesh)
-  rows = min(rollouts['batch_size'], rollouts['prompts'] * rollouts['group'])
-  rows = -(-rows // ways) * ways
-  width, room = bucket(max(prompt - 1, 1)), rollouts['max_new_tokens']
+  count, new = rollouts['prompts'] * rollouts['group'], rollouts['max_new_tokens']
+  size = sampler.sizes(count, prompt, new, rollouts['batch_size'], sharding.ways(mesh))
   params = value_head.without(state.params)
+  first = size.rings[0 if count <= size.rows else -1]
+  prompts = size.read(-(-min(count, size.rows) // rollouts['group']))
 
   @functools.cache
   def weights():
     with sharding.using(mesh):
-      how: Any = dict(model=functions, specs=slots.layout(params))
-      prepare = functools.partial(slots.prepare, **how)
-      return _out(_on(mesh, slots.prepare, params, **how), prepare, params)
+      specs = slots.layout(params)
+    return _out(mesh, slots.prepare, params, model=functions, specs=specs)
 
-  def cached():
-    options: Any = dict(model=functions, rows=rows, width=width, room=room)
-    found = jax.eval_shape(functools.partial(slots.empty, **options))
-
-    def put(x):  # as `slots.empty` and `init_cache` lay them
-      axes = (None,) if x.ndim < 2 else ('rows', 'kv_heads')[: x.ndim - 1]
-      axes += (None,) * (x.ndim - len(axes))
-      where = NamedSharding(mesh, sharding.spec(axes[: x.ndim], x.shape, mesh))
-      return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-
-    return jax.tree.map(put, found)
-
-  many = min(max(1, MANY // width // ways) * ways, rows)
-  each: Any = jax.ShapeDtypeStruct((rows,), np.int32)
-  entries = slots.Entries(
-    prompts=jax.ShapeDtypeStruct((many, width), np.int32),  # type: ignore[arg-type]
-    lengths=jax.ShapeDtypeStruct((many,), np.int32),  # type: ignore[arg-type]
-    real=np.int32(many),
-    slot=each,
-    prompt=each,
-    token=each,
-    seed=jax.ShapeDtypeStruct((rows,), np.uint32),  # type: ignore[arg-type]
-  )
+  def free(room: int):
+    how: Any = dict(model=functions, rows=size.rows, width=size.width, room=room)
+    return _out(mesh, slots.empty, **how)
 
   def prefill():
-    return _on(mesh, slots.enter, weights().params, cached(), entries, model=functions)
+    entries = slots.nobody(prompts, size.width, size.rows)
+    return _on(
+      mesh, slots.enter, weights().params, free(first), entries, model=functions
+    )
 
   def decode():
+    vocabulary = sampler.vocabulary_size(net, params)
     return _on(
       mesh,
       slots.advance,
       weights(),
-      cached(),
+      free(size.rings[-1]),
       jax.eval_shape(lambda: jax.random.key(0)),
       sampler.drawing(
         *(rollouts[k] for k in ('temperature', 'top_k', 'top_p', 'min_p'))
       ),
       jax.ShapeDtypeStruct((len(words.eos_ids),), np.int32),
-      None,
+      texts.stop_table(words, rollouts['stop'], vocabulary),
       np.int32(0),
-      np.int32(room),
+      np.int32(new),
       model=functions,
-      width=width,
+      width=size.width,
     )
 
-  a, seen = net.architecture, width + room
-  entered = roofline.Reading(many * width, many * width * seen, 0)
-  drawn = roofline.Reading(rows, rows * seen, rows)
-  beside = held(state)
+  read, beside = prompts * size.width, held(state)
+  entered = roofline.Reading(read, read * (size.width + first), 0)
+  seen = size.width + size.rings[-1]
+  alone = net._replace(values=None)
+  drawn = roofline.Reading(size.rows, size.rows * seen, size.rows)
   return {
     'prefill': Program(
-      prefill, Work(roofline.forward(a, entered), 0.0, many * width), beside, kept=True
+      prefill,
+      Work(roofline.forward(alone, params, entered), 0.0, read),
+      beside,
+      kept=True,
     ),
     'decode': Program(
-      decode, Work(roofline.forward(a, drawn), 0.0, rows), beside, kept=True
+      decode,
+      Work(roofline.forward(alone, params, drawn), 0.0, size.rows),
+      beside,
+      kept=True,
     ),
   }
 
 
-def _out(lowered: Any, function: Any, *operands: Any) -> Any:
+def _out(mesh: Mesh, jitted: Any, *operands: Any, **options: Any) -> Any:
   """The shapes of what comes out, where the compiler puts it."""
+  with jax.set_mesh(mesh):  # of what has no operands, nothing else says where
+    lowered = jitted.lower(*operands, **options)
   return jax.tree.map(
     lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-    jax.eval_shape(function, *operands),
+    lowered.out_info,
     lowered.compile().output_shardings,
   )

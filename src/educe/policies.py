@@ -33,6 +33,21 @@ def load(*, path: str) -> tuple[Model, Params]:
   return model._replace(axes=lora.plain_axes(model.axes)), lora.merged(params)
 
 
+def describe(*, path: str) -> tuple[Model, Params]:
+  """What `load` would give, from the run's config and what its checkpoint says of itself;
+  its params are random ones, and meant to be traced (jax.eval_shape), where none is made.
+
+  Raises as `load` does.
+  """
+  where = _run(path)
+  config = read_config(where / 'config.json')
+  model, params = _as_trained(
+    {**config, 'model': config_lib.describing('model', config['model'])}
+  )
+  params = checkpoint.saved_params(where / 'checkpoints', params)
+  return model._replace(axes=lora.plain_axes(model.axes)), lora.merged(params)
+
+
 def open_values(path: str):
   """(model, params, tokenizer) of a run that trained a value head, with that head; split
   over the devices of this process, which may ask it what the others do not.

@@ -9,6 +9,7 @@ is config.py's.
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import inspect
 import pathlib
@@ -151,15 +152,29 @@ def _takes(parents: Sequence[str], section: Mapping, key: str) -> bool:
 def _check_sections(config: Any, overrides: Sequence[str]) -> None:
   """Raises ConfigError for --config.section.key=value of a section that is not there."""
   for override in overrides:
-    *parents, _ = override.partition('=')[0].removeprefix('--config.').split('.')
+    flag, _, value = override.partition('=')
+    *parents, leaf = flag.removeprefix('--config.').split('.')
     section: Any = config
-    for parent in parents:
+    for depth, parent in enumerate(parents, 1):
       there = [k for k, v in section.items() if isinstance(v, ConfigDict)]
       if parent not in there:
-        raise ConfigError(
-          f'{override}: the config has no section {parent!r}' + near(parent, there)
-        )
+        mend = near(parent, there)
+        if parent in PLACES and depth == len(parents):  # one that it could have
+          name = 'name=…, ' if '{name}' in PLACES[parent] and leaf != 'name' else ''
+          mend = (
+            f', which flags do not add; write it in the file: '
+            f'config.{".".join(parents)} = dict({name}{leaf}={_literal(value)})'
+          )
+        raise ConfigError(f'{override}: the config has no section {parent!r}{mend}')
       section = section[parent]
+
+
+def _literal(text: str) -> str:
+  """A flag's value as a config file would write it."""
+  try:
+    return repr(ast.literal_eval(text))
+  except (ValueError, SyntaxError):
+    return repr(text)
 
 
 def _check_renamed(before: Any, after: Any, overrides: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ to bottom as the story of a run.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import inspect
 import json
@@ -16,24 +17,14 @@ from typing import Any
 import jax
 
 from educe import config as config_lib
-from educe import hosts, paths, sharding
-from educe.data.sharing import share
-from educe.losses.dry_run import reads_values
+from educe import hosts, paths, roofline, sections, sharding
 from educe.measurement import curves, reliability, transcript_page
 from educe.models import lora, policy, quantized, value_head
 from educe.models.parts import over
 from educe.policies import check_vocabulary, open_values, read_config, started_from
 from educe.progress import say
 from educe.rollouts import transcripts
-from educe.sections import (
-  check_context,
-  check_offload,
-  opened,
-  optimizer_of,
-  step_of,
-)
 from educe.training import checkpoint, loop, metrics
-from educe.training.step import init_state
 from educe.types import Batch
 
 # The sections that `train` itself reads; the others must be read by one another.
@@ -105,36 +96,13 @@ def train(
 
   # Whatever can be wrong without the model comes first.
   run_dir = paths.output(run_dir, '--run_dir')
-  lowest = dict(steps=1, microbatches=1, save_every=1, keep=1, abort_after=1)
-  for name, low in (lowest | dict(evaluate_every=0)).items():
-    if config[name] < low:
-      raise config_lib.ConfigError(
-        f'config.{name}={config[name]} must be at least {low}'
-      )
-  check_offload(offload)
-  tx = optimizer_of(config)
-  for section in ('evaluation', 'adapter', 'value'):
-    if config[section]:
-      config_lib.check(section, config[section])
-  for name, folder in (('init_from', init_from), ('value_from', value_from)):
-    if folder is not None and not (pathlib.Path(folder) / 'checkpoints').is_dir():
-      raise config_lib.ConfigError(
-        f'config.{name}={folder!r} is not the folder of a run'
-      )
-  if value_from is not None and not value:
-    raise ValueError(
-      f"value_from={value_from!r} without a section value: add value=dict(trunk='shared')"
-    )
-  try:
-    words = call('tokenizer', tokenizer)
-  except config_lib.ConfigError as error:
-    same = tokenizer.get('path') == model.get('path')
-    hint = ' (it is config.model.path, which config.tokenizer.path follows)'
-    raise config_lib.ConfigError(f'{error}{hint if same else ""}') from error
+  sections.check(config)
+  tx = sections.optimizer_of(config)
+  words = sections.tokenizer_of(config)
   grid = call('mesh', mesh)
   if offload:
     sharding.check_host()
-  batches = data and opened(
+  batches = data and sections.opened(
     data, grid, source=source and call('source', source), tokenizer=words
   )
   world: Any = environment and call('environment', environment)
@@ -142,22 +110,15 @@ def train(
     'evaluation', evaluation, open_values=open_values
   )
   opinion: Any = judge and call('judge', judge, open_values=open_values)
-  criterion = config_lib.bound('loss', loss)
-  if value and not reads_values(criterion):
-    raise config_lib.ConfigError(
-      f'config.value={value}: config.loss reads no values, and algorithm '
-      f'{algorithm["name"]!r} trains none; delete it'
-    )
+  criterion = sections.loss_of(config)
 
   # The policy, on the mesh.
   say(headline(run_dir, config))
   rows = batches.batch_size if batches else None  # of a batch that processes share
 
   def place(batch: Batch, shares: int = 1) -> Batch:
-    # Of a part each process would choose widths of its own; and who goes on from a shared
-    # prompt reads it on the same device.
-    if (rows is None or len(batch.tokens) == rows) and sharding.in_parts(grid) == 1:
-      batch = share(batch, shares, sharding.ways(grid) * microbatches)
+    whole = rows is None or len(batch.tokens) == rows
+    batch = sections.shared(config, batch, shares, grid, whole)
     return sharding.place_batch(batch, grid, rows)
 
   with sharding.on_host():
@@ -176,10 +137,7 @@ def train(
         start = value_head.taken(started_from(value_from, net, params, values=True)[1])
       net, params = call('value', value, model=net, params=params, start=start)
   whole = jax.eval_shape(quantized.restored, params)
-  size, active = policy.count(whole), policy.count_active(net, whole)
-  trained = min(policy.count(tx.split(params)[0]), active)
-  # 2 forwards, 2 for the gradient of what comes in, 2 for that of the weight.
-  flops_per_token = 4.0 * active + 2.0 * trained
+  size = policy.count(whole)
   params = sharding.place(params, net.axes, grid)
   sharding.check_params(params, grid)
   if teacher := algorithm.get('teacher'):
@@ -196,40 +154,31 @@ def train(
     )
     if rounds:
       closing.callback(rounds.close)
-    method = call(
-      'algorithm',
+    method = sections.algorithm_of(
       algorithm,
+      advantage,
       **supply,
       data=batches,
       rollouts=rounds,
-      advantage=advantage and config_lib.bound('advantage', advantage),
       loss=criterion,
       place=place,
       mesh=grid,
       run_dir=run_dir,
     )
     closing.callback(method.data.close)
-    check_context(grid, data, method.longer)
-    sharding.check_batch(method.rows, microbatches, grid, method.group, method.couples)
-    copied = method.reference_every is not None and method.reference is None
+    sections.check_rows(config, method, grid)
     # What an evaluation compares with: the policy that the run starts from, or the
     # reference, which is that one unless it follows the policy.
     asks = inspect.signature(exam.func).parameters if exam else ()
     implicit = exam and exam.keywords.get('reward', 'implicit') == 'implicit'
     compares = 'start' in asks or ('reference' in asks and implicit)
-    kept = copied and ('reference' in asks or not method.reference_every)
+    kept = sections.copies(method) and (
+      'reference' in asks or not method.reference_every
+    )
     # On the host, where it is in nobody's way.
     began = sharding.fetch(tx.split(params)[0]) if compares and not kept else None
-    state = init_state(params, tx, jax.random.key(seed), reference=copied)
-    if method.reference is not None:
-      state = state._replace(reference=method.reference)
-    if 'reference' in offload and state.reference is None:
-      raise config_lib.ConfigError(
-        f'config.offload={offload}: this run keeps no reference; leave it out'
-      )
-    state = sharding.replicate_rest(state, grid)
-    moved = {name: sharding.to_host(getattr(state, name)) for name in offload}
-    state = state._replace(**moved)
+    state = sections.state_of(config, method, params, tx, jax.random.key(seed))
+    state = sections.offloaded(config, sharding.replicate_rest(state, grid))
     del params, supply  # the state owns them now
 
     # Where it stood, if it ran before.
@@ -267,8 +216,9 @@ def train(
       say(f'\nstep {step}: {score.verb} {score}')
       return score.metrics()
 
+    work = functools.cache(functools.partial(sections.work_of, net, whole, tx, method))
     layout = jax.tree.map(lambda x: x.sharding, state)
-    step = step_of(net, method, tx, microbatches, layout)
+    step = sections.step_of(net, method, tx, microbatches, layout)
     state, finished = loop.run(
       state,
       step,
@@ -283,7 +233,7 @@ def train(
       evaluate_every=evaluate_every,
       save_every=save_every,
       abort_after=abort_after,
-      flops_per_token=flops_per_token,
+      flops=lambda batch: work(roofline.reading(batch)).flops,
     )
     checkpoint.wait(manager)
   if finished and hosts.is_first():

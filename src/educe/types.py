@@ -226,6 +226,7 @@ class Algorithm(NamedTuple):
       of the policy's, where one is kept
   score: (params, the state's reference, batch) -> Scores, where it is more than
       losses/logprobs.score of the policy
+  teacher: the model whose params that reference is, where `score` reads them
   fields: what a batch has beside tokens and mask, as `Batch` names it
   longer: tokens that its rows have more than those that they are made of
   """
@@ -243,5 +244,6 @@ class Algorithm(NamedTuple):
   shares: int = 1
   reference: Params | None = None
   score: ScoreFn | None = None
+  teacher: Model | None = None
   fields: tuple[str, ...] = ()
   longer: int = 0

@@ -5,7 +5,7 @@ import functools
 import pytest
 
 from educe.losses import distillation, dpo, grpo, ppo, reward_model, sft
-from educe.losses.dry_run import dry_run, reads_values
+from educe.losses.dry_run import dry_run, reads
 
 
 def test_a_loss_that_takes_the_batch_passes():
@@ -50,13 +50,13 @@ def test_labels_are_one_a_row():
   dry_run(loss, 'labels')
 
 
-def test_who_reads_values():
+def test_who_reads_values_and_who_log_probs():
   objective = functools.partial
   for loss in (
     ppo.loss,
     *(objective(reward_model.loss, objective=x) for x in reward_model.OBJECTIVES),
   ):
-    assert reads_values(loss)
+    assert reads(loss, 'values')
   for loss in (
     sft.loss,
     grpo.loss,
@@ -64,4 +64,7 @@ def test_who_reads_values():
     objective(dpo.loss, variant='kto'),
     *(objective(distillation.loss, objective=x) for x in distillation.OBJECTIVES),
   ):
-    assert not reads_values(loss)
+    assert not reads(loss, 'values')
+    assert reads(loss, 'logp', 'entropy', 'mean_logp', 'divergence')
+  assert reads(ppo.loss, 'logp')
+  assert not reads(reward_model.loss, 'logp', 'entropy', 'mean_logp', 'divergence')

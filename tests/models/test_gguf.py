@@ -158,6 +158,25 @@ def test_dtype_of_params(tmp_path, folder):
   assert model.architecture.remat == 'dots'
 
 
+def test_a_description_is_of_what_is_loaded(tmp_path, folder):
+  file = write(tmp_path / 'm.gguf', folder)
+  section = dict(path=str(file), param_dtype='bfloat16', remat='dots')
+  known = {}
+
+  def start():
+    known['model'], params = gguf.describe(**section)
+    return params
+
+  def told(tree):
+    return jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree)
+
+  like = jax.eval_shape(start)
+  model, params = gguf.load(**section)
+  assert known['model'].architecture == model.architecture
+  assert known['model'].axes == model.axes
+  assert told(like) == told(params)
+
+
 def test_a_truncated_file_is_refused_wherever_it_was_cut(tmp_path, folder):
   file = write(tmp_path / 'm.gguf', folder)
   whole = file.read_bytes()

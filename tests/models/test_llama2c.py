@@ -77,6 +77,25 @@ def test_a_negative_vocabulary_means_a_separate_head_at_the_end(tmp_path):
   )
 
 
+def test_a_description_is_of_what_is_loaded(tmp_path):
+  file = write(tmp_path / 'm.bin', vocab=-11)
+  section = dict(path=file, param_dtype='bfloat16', remat='dots')
+  known = {}
+
+  def start():
+    known['model'], params = llama2c.describe(**section)
+    return params
+
+  def told(tree):
+    return jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree)
+
+  like = jax.eval_shape(start)
+  model, params = llama2c.load(**section)
+  assert known['model'].architecture == model.architecture
+  assert known['model'].axes == model.axes
+  assert told(like) == told(params)
+
+
 def test_rows_of_neighbouring_pairs_become_halves(tmp_path):
   _, params = llama2c.load(path=write(tmp_path / 'm.bin'))
   start = 11 * 8 + 2 * 8

@@ -42,6 +42,43 @@ def test_an_adapter_of_peft_gives_the_logits_that_it_has_there(golden, kind):
 
 
 @pytest.mark.parametrize('kind', KINDS)
+def test_a_description_is_of_what_is_loaded(golden, kind):
+  section = dict(path=str(golden / f'tiny_llama_{kind}'), remat='dots')
+  known = {}
+
+  def start():
+    known['model'], params = peft.describe(**section)
+    return params
+
+  def told(tree):
+    return jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree)
+
+  like = jax.eval_shape(start)
+  model, params = peft.load(**section)
+  assert known['model'].architecture == model.architecture
+  assert known['model'].axes == model.axes
+  assert told(like) == told(params)
+
+
+def test_a_description_compares_its_adapter_with_another(golden):
+  path = str(golden / 'tiny_llama_lora')
+  own = json.loads((golden / 'tiny_llama_lora' / peft.CONFIG).read_text())
+  rank = own['r']
+  targets = peft.load(path=path)[1]['adapter']['layers']
+  targets = tuple(name for module in targets.values() for name in module)
+
+  def start(alpha):
+    return lora.attach(
+      *peft.describe(path=path), rank=rank, alpha=alpha, targets=targets
+    )[1]
+
+  alpha = float(own['lora_alpha'])
+  assert 'adapter' in jax.eval_shape(lambda: start(alpha))
+  with pytest.raises(ValueError, match='scale is'):
+    jax.eval_shape(lambda: start(2 * alpha))
+
+
+@pytest.mark.parametrize('kind', KINDS)
 def test_what_was_read_is_written_as_it_was(golden, kind, tmp_path):
   folder = golden / f'tiny_llama_{kind}'
   _, params = peft.load(path=str(folder))

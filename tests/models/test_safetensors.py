@@ -33,6 +33,25 @@ def form_of(architecture):
 
 
 @pytest.mark.parametrize('name', NAMES)
+def test_a_description_is_of_what_is_loaded(golden, name):
+  section = dict(path=str(golden / name), param_dtype='bfloat16', remat='dots')
+  known = {}
+
+  def start():
+    known['model'], params = ours.describe(**section)
+    return params
+
+  def told(tree):
+    return jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree)
+
+  like = jax.eval_shape(start)
+  model, params = ours.load(**section)
+  assert known['model'].architecture == model.architecture
+  assert known['model'].axes == model.axes
+  assert told(like) == told(params)
+
+
+@pytest.mark.parametrize('name', NAMES)
 def test_logits_and_every_gradient_are_those_of_transformers(golden, name):
   model, params = ours.load(path=str(golden / name))
   want = np.load(golden / f'{name}.npz')

@@ -624,8 +624,25 @@ def test_what_is_read_at_once_is_not_mostly_padding(waiting, ways, read):
   """Slots that ended let in a few prompts of 32 tokens; at the start there are many. Over
   several devices each reads as many as the others."""
   prompts = [[row, *range(31)] for row in range(waiting)]
+  size = sampler.sizes(200, 33, 8, 64, ways)
   entries, entered = sampler._next_entries(
-    prompts, range(waiting), list(range(waiting)), np.arange(64), 32, 64, ways
+    prompts, range(waiting), list(range(waiting)), np.arange(64), size
   )
   assert entries.prompts.shape == (read, 32)
   assert len(entered) == min(waiting, read)
+
+
+@pytest.mark.parametrize(
+  ('asked', 'rows', 'width', 'rings'),
+  [
+    ((10, 20, 5, None, 1), 10, 32, (5,)),
+    ((10, 20, 5, 4, 1), 4, 32, (5,)),
+    ((10, 17, 64, 64, 8), 16, 16, (64,)),  # as many slots on each device
+    ((10, 1, 65, 3, 2), 4, 16, (64, 65)),
+    ((9, 100, 1000, None, 1), 9, 112, (64, 256, 1000)),
+  ],
+)
+def test_the_sizes_of_what_is_sampled_in(asked, rows, width, rings):
+  found = sampler.sizes(*asked)
+  assert found[:3] == (rows, width, rings)
+  assert all(0 < x <= rows and x % asked[-1] == 0 for x in found.reads)

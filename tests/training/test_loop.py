@@ -91,6 +91,14 @@ def test_every_step_is_written_once_and_the_last_is_saved(tmp_path):
   assert saved(tmp_path) == [2, 4, 5]
 
 
+def test_mfu_is_of_the_flops_of_each_batch(tmp_path, monkeypatch):
+  monkeypatch.setattr(metrics, 'peak_flops', lambda: 50.0)
+  run(tmp_path, 2, flops=lambda batch: 100.0 * int(batch.tokens[0, 0]))
+  for number, line in enumerate(metrics.read(tmp_path / 'metrics.jsonl'), 1):
+    seconds = line['timing/step_seconds']
+    assert line['perf/mfu'] == pytest.approx(100 * number / seconds / 50)
+
+
 def test_evaluation_runs_before_during_and_after(tmp_path):
   def evaluate(state):
     return {'accuracy': float(state.params)}

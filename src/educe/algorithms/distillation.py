@@ -100,7 +100,7 @@ def make(
   given = (*extra, *(name for name, there in fields.items() if there))
   dry_run(loss, *given)
 
-  scorer = frozen = None
+  other = scorer = frozen = None
   if teacher is not None:
     other, params = teacher
     _same_vocabulary(model, other, params)
@@ -155,6 +155,7 @@ def make(
     asks_policy=on_policy > 0,
     reference=frozen,
     score=scorer,
+    teacher=None if scorer is None else other,
     fields=tuple(name for name in given if name != 'divergence'),
   )
 

@@ -10,13 +10,15 @@ import numpy as np
 from educe.types import Batch, LossFn, Scores
 
 
-def reads_values(loss: LossFn) -> bool:
-  """Whether it is refused without the values of a value head."""
+def reads(loss: LossFn, *names: str) -> bool:
+  """Whether it is refused without these of the scores, as `Scores` names them."""
   shape: Any = jax.ShapeDtypeStruct((2, 2), np.float32)
   row: Any = jax.ShapeDtypeStruct((2,), np.float32)
   every = {name: shape for name in Batch._fields} | {'labels': row, 'segments': None}
+  none: dict[str, Any] = dict.fromkeys(names)
+  scores = Scores(shape, shape, shape, shape, shape)._replace(**none)
   try:
-    jax.eval_shape(loss, Scores(shape, shape, None, shape, shape), Batch(**every))
+    jax.eval_shape(loss, scores, Batch(**every))
   except Exception:  # of a loss of one's own, any
     return True
   return False

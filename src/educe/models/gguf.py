@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from typing import Any
 
+import jax
 import numpy as np
 
 from educe import paths
@@ -50,6 +52,13 @@ def load(
 
   params = weights.read(architecture, 'gguf', rows, dequantised)
   return policy.build(architecture), params
+
+
+def describe(*, path: str, **options: Any) -> tuple[Model, Params]:
+  """What `load` would give, from the header alone; see `safetensors.describe`."""
+  reader, file = _open(path)
+  model = policy.build(dataclasses.replace(_architecture(reader, file), **options))
+  return model, model.init(jax.random.key(0))
 
 
 def report(*, path: str) -> list[weights.Mapped]:

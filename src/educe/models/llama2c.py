@@ -11,7 +11,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
+from typing import Any
 
+import jax
 import numpy as np
 
 from educe import paths
@@ -46,6 +48,12 @@ def load(
   rows = weights.plan(architecture, 'llama2c', _found(tensors), file=file)
   params = weights.read(architecture, 'llama2c', rows, tensors.__getitem__)
   return policy.build(architecture), params
+
+
+def describe(*, path: str, **options: Any) -> tuple[Model, Params]:
+  """What `load` would give, from the header alone; see `safetensors.describe`."""
+  model = policy.build(_open(path, **options)[0])
+  return model, model.init(jax.random.key(0))
 
 
 def report(*, path: str) -> list[weights.Mapped]:

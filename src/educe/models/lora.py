@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.lax import stop_gradient as sg
 
 from educe.models import parts, quantized
@@ -110,7 +111,8 @@ def attach(
       if kind == 'dora':
         leaves['magnitude'] = jnp.zeros((shape[0], *out), jnp.float32)
       layers.setdefault(module, {})[name] = leaves
-    return {**params, KEY: {'scale': jnp.float32(scale), 'layers': layers}}
+    # A number also where all else is traced: another adapter is compared with it.
+    return {**params, KEY: {'scale': np.float32(scale), 'layers': layers}}
 
   def init(key) -> Params:
     start = quantized.restored(without(model.init(key)))
@@ -129,7 +131,9 @@ def attach(
     return adapted, new(params, jax.random.key(seed))
   fresh = jax.eval_shape(lambda x: new(x, jax.random.key(0)), params)
   there, ours = _described(params), _described(fresh)
-  there['scale'], ours['scale'] = float(params[KEY]['scale']), float(jnp.float32(scale))
+  own = params[KEY]['scale']
+  if not isinstance(own, jax.core.Tracer):  # of what is traced the shapes are known
+    there['scale'], ours['scale'] = float(own), float(np.float32(scale))
   there['base'], ours['base'] = quantized.kind_of(params), base
   for name in sorted(there.keys() | ours.keys()):
     if there.get(name) != ours.get(name):

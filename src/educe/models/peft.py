@@ -12,6 +12,7 @@ import json
 import math
 import os
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 import jax.numpy as jnp
@@ -83,24 +84,9 @@ def load(
   try:
     found = safetensors.numpy.load_file(folder / FILE)
   except (OSError, safetensors.SafetensorError) as error:
-    raise ValueError(
-      f'{folder / FILE}: truncated or no safetensors file ({error}); fetch it again'
-    ) from error
-  present = [
-    name for name in NAMES
-    if PREFIX + f'{NAMES[name].format(0)}.{LEAVES["a"]}' in found
-  ]  # fmt: skip
-  if not present:
-    raise ValueError(f'{folder / FILE}: no tensor of an adapter of this model')
-  model, params = lora.attach(
-    model,
-    params,
-    rank=config['r'],
-    alpha=float(config['lora_alpha']),
-    kind='dora' if config.get('use_dora') else 'lora',
-    targets=tuple(name.split('/')[1] for name in present),
-    stabilised=bool(config.get('use_rslora')),
-  )
+    raise _damaged(folder, error) from error
+  present = _present(folder, found)
+  model, params = _attached(model, params, config, present)
   layers = params[lora.KEY]['layers']
   for place in present:
     module, name = place.split('/')
@@ -124,6 +110,54 @@ def load(
       for name, norm in norms.items():
         layers[module][name]['magnitude'] -= norm
   return model, params
+
+
+def describe(
+  *, path: str, base: str | None = None, **options: Any
+) -> tuple[Model, Params]:
+  """What `load` would give, from the configs and the names of the adapter's tensors; see
+  `safetensors.describe`."""
+  folder, config = _open(path)
+  model, params = huggingface.describe(path=_base(folder, config, base), **options)
+  try:
+    with safetensors.safe_open(folder / FILE, framework='np') as file:
+      present = _present(folder, file.keys())
+  except (OSError, safetensors.SafetensorError) as error:
+    raise _damaged(folder, error) from error
+  return _attached(model, params, config, present)
+
+
+def _damaged(folder: pathlib.Path, error: Exception) -> ValueError:
+  return ValueError(
+    f'{folder / FILE}: truncated or no safetensors file ({error}); fetch it again'
+  )
+
+
+def _present(folder: pathlib.Path, found: Iterable[str]) -> list[str]:
+  """Which of NAMES have an adapter among these tensors."""
+  names = set(found)
+  present = [
+    name for name in NAMES
+    if PREFIX + f'{NAMES[name].format(0)}.{LEAVES["a"]}' in names
+  ]  # fmt: skip
+  if not present:
+    raise ValueError(f'{folder / FILE}: no tensor of an adapter of this model')
+  return present
+
+
+def _attached(
+  model: Model, params: Params, config: dict[str, Any], present: list[str]
+) -> tuple[Model, Params]:
+  """With a new adapter, as adapter_config.json says."""
+  return lora.attach(
+    model,
+    params,
+    rank=config['r'],
+    alpha=float(config['lora_alpha']),
+    kind='dora' if config.get('use_dora') else 'lora',
+    targets=tuple(name.split('/')[1] for name in present),
+    stabilised=bool(config.get('use_rslora')),
+  )
 
 
 def report(*, path: str) -> list[weights.Mapped]:

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -146,15 +147,17 @@ def load(
   return policy.build(architecture), params
 
 
-def describe(*, path: str, **options: Any) -> Architecture:
-  """What `load` would build, from config.json alone.
+def describe(*, path: str, **options: Any) -> tuple[Model, Params]:
+  """What `load` would give, from config.json alone; its params are random ones, and meant
+  to be traced (jax.eval_shape), where none is made.
 
   options: of `load`
 
   Raises ValueError as `load` does for that file.
   """
   architecture, _ = _architecture(paths.resolve(path) / 'config.json')
-  return dataclasses.replace(architecture, **options)
+  model = policy.build(dataclasses.replace(architecture, **options))
+  return model, model.init(jax.random.key(0))
 
 
 def report(*, path: str) -> list[weights.Mapped]:

@@ -12,7 +12,7 @@ same seed gives the same sample whatever the batch, the slot and the order.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -29,6 +29,37 @@ from educe.types import Model, Params, Samples
 # half of MANY wait, as at the start, those.
 PREFILL, MANY = 128, 1024
 COLDEST = 1e-20  # below it logits / temperature may leave float32, as if they were NaN
+
+
+class Sizes(NamedTuple):
+  """Of the arrays that `sample` works with."""
+
+  rows: int  # slots
+  width: int  # places of a slot for a prompt but for its last token
+  rings: tuple[
+    int, ...
+  ]  # … and for what is decoded: one after another as rows get long
+  reads: tuple[int, int]  # prompts that a prefill reads: where few wait, where many do
+
+  def read(self, waits: int) -> int:
+    """Prompts that the next prefill reads, of so many that wait."""
+    few, many = self.reads
+    return many if 2 * waits > many else few  # or most of what is read would be padding
+
+
+def sizes(
+  prompts: int, longest: int, max_new_tokens: int, batch_size: int | None, ways: int
+) -> Sizes:
+  """Of so many prompts, the longest of `longest` tokens; see `sample`.
+
+  ways: parts of a mesh that have slots of their own, each as many
+  """
+  rows = -(-min(batch_size or prompts, prompts) // ways) * ways
+  width = bucket(max(longest - 1, 1))
+  few, many = (
+    min(max(1, tokens // width // ways) * ways, rows) for tokens in (PREFILL, MANY)
+  )
+  return Sizes(rows, width, slots_lib.rings(max_new_tokens), (few, many))
 
 
 def sample(
@@ -86,24 +117,28 @@ def sample(
   if batch_size is not None and not _whole(batch_size):
     raise ValueError(f'batch_size must be at least 1, got {batch_size}')
   ends = np.asarray(eos_ids, np.int32), None if stop is None else jax.device_put(stop)
-  rows = min(batch_size or len(prompts), len(prompts))
   told = progress or (lambda ended: None)
   with sharding.using_that_of(params):
+    size = sizes(
+      len(prompts),
+      max(map(len, prompts)),
+      max_new_tokens,
+      batch_size,
+      sharding.ways(sharding.in_use()),
+    )
     return _run(
-      model, params, prompts, seeds, key, settings, ends, max_new_tokens, rows, told
+      model, params, prompts, seeds, key, settings, ends, max_new_tokens, size, told
     )
 
 
 def _run(
-  model, params, prompts, seeds, key, settings, ends, max_new_tokens, rows, told
+  model, params, prompts, seeds, key, settings, ends, max_new_tokens, size, told
 ) -> Samples:
   """`sample` of what was checked."""
   functions = slots_lib.Functions(model.head, model.init_cache, model.decode)
   weights = slots_lib.prepare(params, model=functions, specs=slots_lib.layout(params))
-  ways = sharding.ways(sharding.in_use())  # each device has as many slots
-  rows = -(-rows // ways) * ways
-  width = bucket(max(max(map(len, prompts)) - 1, 1))
-  room = slots_lib.ring(max_new_tokens)
+  rows, width = size.rows, size.width
+  room, *rings = size.rings
   slots = slots_lib.empty(model=functions, rows=rows, width=width, room=room)
   out = _blank(len(prompts), max_new_tokens)
   row_of = np.full(rows, -1)  # whose slot it is; −1: free
@@ -113,7 +148,7 @@ def _run(
   while True:
     while waiting and (row_of < 0).any():
       free = np.flatnonzero(row_of < 0)
-      entries, entered = _next_entries(prompts, seeds, waiting, free, width, rows, ways)
+      entries, entered = _next_entries(prompts, seeds, waiting, free, size)
       slots = slots_lib.enter(weights.params, slots, entries, model=functions)
       row_of[free[: len(entered)]] = entered
       began[free[: len(entered)]] = int(slots.step)
@@ -147,8 +182,8 @@ def _run(
     told(len(ended))
     if not waiting and (row_of < 0).all():
       return out
-    if host.step == room < max_new_tokens:
-      room = slots_lib.ring(max_new_tokens, before=room)
+    if rings and host.step == room:
+      room = rings.pop(0)
       slots = slots_lib.grow(slots, model=functions, width=width, room=room)
 
 
@@ -158,24 +193,13 @@ def _blank(rows: int, room: int) -> Samples:
   return Samples(logp.astype(np.int32), logp, logp + 1, length, length.copy())
 
 
-def _next_entries(prompts, seeds, waiting, free, width, rows, ways):
+def _next_entries(prompts, seeds, waiting, free, size: Sizes):
   """(Entries, their rows): those who wait, as far as slots and one prefill reach."""
   waits = len({tuple(prompts[row][:-1]) for row in waiting[-len(free) :]})
-  sizes = [
-    min(max(1, tokens // width // ways) * ways, rows) for tokens in (PREFILL, MANY)
-  ]
-  many = sizes[2 * waits > sizes[1]]  # or most of what is read would be padding
+  many = size.read(waits)
   known: dict[tuple[int, ...], int] = {}  # a prompt -> its place in the prefill
   entered: list[int] = []
-  entries = slots_lib.Entries(
-    prompts=np.zeros((many, width), np.int32),
-    lengths=np.zeros(many, np.int32),
-    real=np.int32(0),
-    slot=np.full(rows, rows, np.int32),
-    prompt=np.zeros(rows, np.int32),
-    token=np.zeros(rows, np.int32),
-    seed=np.zeros(rows, np.uint32),
-  )
+  entries = slots_lib.nobody(many, size.width, size.rows)
   while waiting and len(entered) < len(free):
     *start, last = prompts[waiting[-1]]
     place = known.setdefault(tuple(start), len(known))

@@ -7,7 +7,7 @@ may decode by the time that a ring comes round, so nothing that a living row sti
 is ever written over, and one `dynamic_update_slice` serves all rows.
 
 Every step attends to all W + R places, written or not. So a long ring begins short and
-grows when it is full for the first time (`ring`, `grow`): a few programs more, and the
+grows when it is full for the first time (`rings`, `grow`): a few programs more, and the
 early steps cost what short ones do.
 
 A row enters with its prompt but for the last token in the cache; that one is the first
@@ -126,9 +126,12 @@ def empty(*, model: Functions, rows: int, width: int, room: int) -> Slots:
   )
 
 
-def ring(most: int, before: int = 0) -> int:
-  """The size of a ring for rows of up to `most` tokens, the first or after `before`."""
-  return min(GROWTH * before or FIRST_RING, most)
+def rings(most: int) -> tuple[int, ...]:
+  """The sizes of the rings for rows of up to `most` tokens, one after another."""
+  sizes = [min(FIRST_RING, most)]
+  while sizes[-1] < most:
+    sizes.append(min(GROWTH * sizes[-1], most))
+  return tuple(sizes)
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'width', 'room'))
@@ -153,6 +156,19 @@ class Entries(NamedTuple):
   prompt: Int[np.ndarray, 'B']  # which of the n
   token: Int[np.ndarray, 'B']  # the prompt's last
   seed: Int[np.ndarray, 'B']
+
+
+def nobody(many: int, width: int, rows: int) -> Entries:
+  """Entries for up to `many` prompts and `rows` slots, of which none is meant yet."""
+  return Entries(
+    prompts=np.zeros((many, width), np.int32),
+    lengths=np.zeros(many, np.int32),
+    real=np.int32(0),
+    slot=np.full(rows, rows, np.int32),
+    prompt=np.zeros(rows, np.int32),
+    token=np.zeros(rows, np.int32),
+    seed=np.zeros(rows, np.uint32),
+  )
 
 
 @functools.partial(jax.jit, static_argnames='model', donate_argnames='slots')

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import tqdm
 from jaxtyping import Array, Key
 
@@ -70,11 +71,7 @@ def generate(
   seeds = range(len(ids)) if seeds is None else seeds
   if len(seeds) != len(ids):
     raise ValueError(f'{len(seeds)} seeds for {len(ids)} prompts')
-  table = None
-  if stop:
-    texts = [tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)]
-    texts += [b''] * (vocabulary_size(model, params) - len(texts))
-    table = stop_strings.automaton(stop, texts)
+  table = stop_table(tokenizer, stop, vocabulary_size(model, params))
   if not ids:
     return []
   hidden = show is None or not hosts.is_first()
@@ -105,3 +102,16 @@ def generate(
       )
     )
   return out
+
+
+def stop_table(
+  tokenizer: Tokenizer, stop: Sequence[str], vocabulary: int
+) -> np.ndarray | None:
+  """What `sampler.sample` is told of texts that end a completion; None: of none.
+
+  vocabulary: of the model, which may be larger than the tokenizer's
+  """
+  if not stop:
+    return None
+  texts = [tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)]
+  return stop_strings.automaton(stop, texts + [b''] * (vocabulary - len(texts)))

@@ -127,10 +127,14 @@ def abstract_of(tree: Any) -> Any:
 def saved_params(folder: pathlib.Path, like: Any, step: int | None = None) -> Any:
   """Only the params of a run's newest checkpoint (or of `step`), placed like `like`.
 
-  Of a run with a value head, the policy alone, unless `like` has one too.
+  Of a run with a value head, the policy alone, unless `like` has one too. Under
+  jax.eval_shape shapes are compared, and nothing is read.
   """
   where = _state_of(folder, step)
   with _reading(where, 'sample an older step'):
+    if isinstance(jnp.zeros(()), jax.core.Tracer):
+      _compare(where, _shapes({'params': like}))
+      return jax.tree.map(_made, like)
     return _read_params(where, abstract_of(like))
 
 
@@ -176,8 +180,14 @@ def _state_of(folder: pathlib.Path, step: int | None) -> pathlib.Path:
   return folder / str(step) / 'state'
 
 
-def _read_params(where: pathlib.Path, abstract: Any) -> Any:
-  wanted = _shapes({'params': abstract})
+def _made(x: Any) -> Any:
+  """An array that is only described, as one that is traced."""
+  return jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x
+
+
+def _compare(where: pathlib.Path, wanted: dict[str, tuple]) -> None:
+  """The shapes of a checkpoint's params with these; without its value head, if they have
+  none."""
   whole = any(n.startswith(VALUE) for n in wanted)
   found = {
     n: x
@@ -185,6 +195,10 @@ def _read_params(where: pathlib.Path, abstract: Any) -> Any:
     if _is_param(n) and (whole or not n.startswith(VALUE))
   }
   _same_model(where, found, wanted)
+
+
+def _read_params(where: pathlib.Path, abstract: Any) -> Any:
+  _compare(where, _shapes({'params': abstract}))
   with ocp.PyTreeCheckpointer() as reader:
     args = ocp.args.PyTreeRestore(
       {'params': abstract},

@@ -44,7 +44,7 @@ def run(
   evaluate_every: int = 0,
   save_every: int = 100,
   abort_after: int = 10,
-  flops_per_token: float = 0.0,
+  flops: Callable[[Batch], float] = lambda batch: 0.0,
 ) -> tuple[TrainState, bool]:
   """Trains from `state.step` to `steps`. Returns the state, and whether it got there.
 
@@ -57,7 +57,7 @@ def run(
       step and after the last; 0 means only there.
     abort_after: raise NonFinite after this many skipped updates in a row; at once if the
       very first loss is not finite either, for then no update can be to blame.
-    flops_per_token: of a training step, for MFU (≈ 6 a trained param, 4 a frozen one).
+    flops: of a step on a placed batch, for MFU.
 
   Raises NonFinite too if not a single update of the run was applied.
   """
@@ -66,7 +66,7 @@ def run(
   peak = metrics_lib.peak_flops()
   bar = progress.steps(steps, start)
   clock = time.perf_counter()
-  pending: tuple[int, Batch, int, int, dict, dict] | None = None
+  pending: tuple[int, Batch, int, float, dict, dict] | None = None
   asked = 0.0  # seconds that the batch in flight took to come
 
   def flush():
@@ -74,7 +74,7 @@ def run(
     nonlocal pending, clock
     if pending is None:
       return
-    number, batch, tokens, read, values, info = pending
+    number, batch, tokens, work, values, info = pending
     pending = None
     values = {name: float(x) for name, x in sharding.fetch(values).items()}
     now = time.perf_counter()
@@ -83,7 +83,7 @@ def run(
     values |= {
       'timing/step_seconds': seconds,
       'perf/tokens_per_second': rate,
-      'perf/mfu': read / seconds * flops_per_token / peak,
+      'perf/mfu': work / seconds / peak,
     }
     log.write(number, values | info)
     bar.set_postfix_str(
@@ -149,12 +149,12 @@ def run(
         raise
       waited = time.perf_counter() - began
       placed = place(batch, algorithm.shares)
-      read = sum(x.size for x in (placed.tokens, placed.prefix) if x is not None)
+      work = flops(placed)
       state, values = step(state, placed)
       flush()
       asked = waited if algorithm.asks_policy else 0.0
       tokens = len(placed.tokens) * batch.tokens.shape[1]
-      pending = (number, batch, tokens, read, values, info)
+      pending = (number, batch, tokens, work, values, info)
       stopping = stop()
       if number == steps or stopping or due(number) or number % save_every == 0:
         flush()
