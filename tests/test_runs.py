@@ -220,7 +220,10 @@ def alone(config, tmp_path):
     (['--config.loss.kl_coef=0.1'], 'kl_coef=0.1 needs log-probs of a reference'),
     (['--config.algorithm.minibatches=3'], 'a multiple of minibatches'),
     (['--config.rollouts.max_new_tokens=15'], "in the model's context of 16; lower"),
-    (['--config.microbatches=2'], 'does not divide into 2 microbatches'),
+    (
+      ['--config.microbatches=2'],
+      'minibatches: a batch of 8 rows does not divide into 2 microbatches',
+    ),
     (['--config.init_from=nowhere'], "init_from='nowhere' is not the folder of a run"),
   ],
 )

@@ -105,7 +105,8 @@ def test_a_process_needs_the_rows_of_its_devices(
 
 def test_rows_that_do_not_divide_are_one_line(mesh_of):
   with pytest.raises(
-    ValueError, match='a batch of 12 rows does not divide over 8 data-'
+    ValueError,
+    match=r'config\.data\.batch_size: a batch of 12 rows does not divide over 8 data-',
   ):
     sharding.process_rows(mesh_of(8), 12)
 
@@ -153,10 +154,10 @@ def test_what_is_fetched_is_whole(mesh_of):
 def test_operands_are_split_where_they_divide(mesh_of):
   assert sharding.split(8, 6, 'vocab') is None  # no mesh is in use
   with sharding.using(mesh_of(2, 2, 2)):
-    assert sharding.split(8, 6, 'vocab')[1:] == (sharding.ROWS, 'tensor', None)
-    assert sharding.split(6, 6, 'kv_heads')[1:] == ((), 'tensor', None)
-    assert sharding.split(8, 5, 'vocab')[1:] == (sharding.ROWS, None, None)
-    assert sharding.split(3, 5, 'vocab')[1:] == ((), None, None)
+    assert sharding.split(8, 6, 'vocab')[1:4] == (sharding.ROWS, 'tensor', None)
+    assert sharding.split(6, 6, 'kv_heads')[1:4] == ((), 'tensor', None)
+    assert sharding.split(8, 5, 'vocab')[1:4] == (sharding.ROWS, None, None)
+    assert sharding.split(3, 5, 'vocab')[1:4] == ((), None, None)
 
 
 def test_where_the_axes_are_a_kernel_s_own_nothing_is_split_again(mesh_of):
@@ -180,7 +181,7 @@ def test_the_mesh_of_params_is_found(mesh_of):
   mesh = mesh_of(2, 4)
   placed = sharding.place({'w': np.ones((4, 4))}, {'w': ('embed', None)}, mesh)
   with sharding.using_that_of(placed):
-    assert sharding.split(8, 5, 'vocab')[1:] == (sharding.ROWS, None, None)
+    assert sharding.split(8, 5, 'vocab')[1:4] == (sharding.ROWS, None, None)
   for elsewhere in ({'w': np.ones(3)}, {'w': jnp.ones(3)}):
     with sharding.using_that_of(elsewhere):
       assert sharding.split(8, 5, 'vocab') is None
@@ -197,8 +198,12 @@ def test_the_rest_goes_everywhere_and_the_placed_stays(mesh_of):
 
 def test_a_batch_that_does_not_divide_says_what_would(mesh_of):
   sharding.check_batch(16, 2, mesh_of(2, 4))
-  with pytest.raises(ValueError, match='make it a multiple of 16'):
+  with pytest.raises(
+    ValueError, match=r'^config\.data\.batch_size: a batch of 12 .* a multiple of 16$'
+  ):
     sharding.check_batch(12, 2, mesh_of(2, 4))
+  with pytest.raises(ValueError, match=r'^config\.x: a batch of 12 rows'):
+    sharding.check_batch(12, 2, mesh_of(2, 4), name='config.x')
 
 
 def test_rows_that_belong_together_stay_together(mesh_of):
@@ -264,7 +269,7 @@ def test_processes_with_the_same_rows_are_one_part(mesh_of, monkeypatch):
   )
   devices = [types.SimpleNamespace(process_index=i // 2) for i in range(8)]
   mesh = types.SimpleNamespace(shape=mesh_of(2, 1, 4).shape, devices=np.array(devices))
-  assert sharding.parts_of_rows(mesh) == 2
+  assert sharding.distinct_row_parts(mesh) == 2
 
 
 @pytest.mark.usefixtures('chips')
@@ -292,6 +297,42 @@ def test_an_axis_that_splits_no_param_is_refused(mesh_of):
     check((4, 4), expert=2, tensor=2)
   with pytest.raises(ValueError, match=r'config\.mesh\.tensor=2 splits no param'):
     check((4, 3), fsdp=2, tensor=2)
+
+
+def test_what_an_axis_does_not_divide_is_told_once_for_all_params(mesh_of):
+  axes = {
+    'q': ('embed', 'heads', None),
+    'k': ('embed', 'kv_heads'),
+    'up': ('embed', 'mlp'),
+  }
+  shapes = {'q': (6, 6, 3), 'k': (6, 2), 'up': (6, 8)}
+  params = {name: np.ones(shape) for name, shape in shapes.items()}
+
+  def told(params=params, **sizes):
+    return sharding.left_whole(params, axes, mesh_of(**sizes))
+
+  assert told(data=8) == told(fsdp=2, tensor=2) == ''
+  assert told(tensor=4) == (
+    'config.mesh.tensor=4 does not divide kv_heads (2), heads (6): those stay whole '
+    'along it'
+  )
+  assert told(fsdp=4, tensor=2) == (
+    'config.mesh.fsdp=4 does not divide embed (6): those stay whole along it'
+  )
+  assert told({**params, 'up': np.ones((5, 7))}, fsdp=4, tensor=2) == (
+    'config.mesh.fsdp=4 does not divide embed (5, 6): those stay whole along it; '
+    'config.mesh.tensor=2 does not divide mlp (7): those stay whole along it'
+  )
+
+
+def test_processes_that_have_not_met_make_no_mesh(monkeypatch):
+  monkeypatch.setattr(jax, 'process_count', lambda: 4)
+  with pytest.raises(
+    ValueError, match=r'^4 processes are here, which have not met: add --multihost$'
+  ):
+    sharding.make_mesh()
+  monkeypatch.setattr(sharding.hosts, 'count', lambda: 4)
+  assert sharding.make_mesh().size == 8
 
 
 def test_what_is_made_on_the_host_goes_nowhere_else(monkeypatch):

@@ -108,7 +108,7 @@ def compile_config(
       return measured(more.programs['train'], mesh, effort)
 
     group, parts = planned.method.group, config['microbatches']
-    each = sharding.ways(mesh) * parts * group
+    each = sharding.row_parts(mesh) * parts * group
     most = most_rows(fits, each, topology.CHIPS[kind].memory)
     result['largest'] = most
     say(

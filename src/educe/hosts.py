@@ -6,6 +6,20 @@ and files. What differs between processes (a file that one of them cannot read, 
 that each gives for its share of the rows) is exchanged before anybody acts upon it, for a
 process that leaves the common path keeps the others waiting in a collective.
 
+  name         who calls, and who acts                 where it fails
+  start        all, once: they meet                    ValueError in each that waits
+  exchange     all: each brings a value, gets all      its own error there; the others wait
+  agreed       all: each gets process 0's value        as exchange
+  gathered     all: each runs what(), gets all         ValueError, OSError: raised in all
+  by_first     all: process 0 alone runs what()        as gathered
+  shared       all: each runs what() for its rows      as gathered
+  alone        one, around what the others cannot see  Alone there: do not ask the others
+  stopping     all, once a step: is one to stop?       nobody's: the answer is the same
+  leave        one that failed, at its end             waits FAREWELL_SECONDS, then is gone
+
+Any other error within `gathered` is a bug, and one process's alone: `leave` ends that one,
+which the others notice.
+
 Nothing here touches a device before `start` has been called, or where it is not.
 """
 
@@ -27,7 +41,7 @@ from jax.experimental import multihost_utils
 from educe.roll_call import roll_call
 
 WAIT = 300.0  # seconds for all processes to arrive
-LAST = 10  # seconds that a process that failed waits for the others to fail as well
+FAREWELL_SECONDS = 10  # that a process that failed waits for the others to fail as well
 
 
 class Alone(ValueError):
@@ -287,7 +301,7 @@ def leave(code: int) -> int:
 
   client: Any = distributed.global_state.client
   try:
-    client.wait_at_barrier('educe_failed', LAST * 1000)
+    client.wait_at_barrier('educe_failed', FAREWELL_SECONDS * 1000)
   except Exception:  # time is up, or there is nobody left to wait for
     sys.stdout.flush()
     sys.stderr.flush()

@@ -301,7 +301,9 @@ def _sampler(
   the longest ring. Where all rows have a slot at once, they enter with the first ring."""
   functions = slots.Functions(net.head, net.init_cache, net.decode)
   count, new = rollouts['prompts'] * rollouts['group'], rollouts['max_new_tokens']
-  size = sampler.sizes(count, prompt, new, rollouts['batch_size'], sharding.ways(mesh))
+  size = sampler.sizes(
+    count, prompt, new, rollouts['batch_size'], sharding.row_parts(mesh)
+  )
   params = value_head.without(state.params)
   first = size.rings[0 if count <= size.rows else -1]
   prompts = size.read(-(-min(count, size.rows) // rollouts['group']))

@@ -140,6 +140,8 @@ def train(
   size = policy.count(whole)
   params = sharding.place(params, net.axes, grid)
   sharding.check_params(params, grid)
+  if whole_axes := sharding.left_whole(params, net.axes, grid):
+    say(whole_axes)
   if teacher := algorithm.get('teacher'):
     with sharding.on_host():
       algorithm = {**algorithm, 'teacher': call('teacher', teacher)}

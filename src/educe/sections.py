@@ -62,7 +62,22 @@ def check_rows(
   """
   check_context(mesh, config['data'], method.longer)
   parts = config['microbatches']
-  sharding.check_batch(rows or method.rows, parts, mesh, method.group, method.couples)
+  rows = rows or method.rows
+  sharding.check_batch(
+    rows, parts, mesh, method.group, method.couples, name=_rows_from(config)
+  )
+
+
+def _rows_from(config: Mapping[str, Any]) -> str:
+  """The fields that say how many rows a batch has."""
+  if config['data']:
+    return 'config.data.batch_size'
+  if 'batch_size' in config['algorithm']:
+    return 'config.algorithm.batch_size'
+  parts = (
+    ' / config.algorithm.minibatches' if 'minibatches' in config['algorithm'] else ''
+  )
+  return f'config.rollouts.prompts × group{parts}'
 
 
 def check_context(mesh: Any, data: Mapping[str, Any] | None, longer: int = 0) -> None:
@@ -70,7 +85,7 @@ def check_context(mesh: Any, data: Mapping[str, Any] | None, longer: int = 0) ->
 
   longer: tokens that an algorithm adds to those of the data
   """
-  parts = sharding.in_parts(mesh)
+  parts = sharding.token_parts(mesh)
   if data and (data['max_length'] + longer) % parts:
     and_more = f' and {longer} more' if longer else ''
     raise config_lib.ConfigError(
@@ -195,9 +210,9 @@ def shared(
   """
   # Of a part each process would choose widths of its own; and who goes on from a shared
   # prompt reads it on the same device.
-  if not whole or sharding.in_parts(mesh) > 1:
+  if not whole or sharding.token_parts(mesh) > 1:
     return batch
-  return share(batch, shares, sharding.ways(mesh) * config['microbatches'])
+  return share(batch, shares, sharding.row_parts(mesh) * config['microbatches'])
 
 
 def opened(data: dict[str, Any], grid: Any, **supply: Any) -> Shards:
@@ -212,7 +227,7 @@ def opened(data: dict[str, Any], grid: Any, **supply: Any) -> Shards:
   if hosts.count() == 1:
     return Shards(open_shard)
   mine = functools.partial(sharding.process_rows, grid)
-  return Shards(open_shard, sharding.parts_of_rows(grid), mine)
+  return Shards(open_shard, sharding.distinct_row_parts(grid), mine)
 
 
 def step_of(

@@ -3,6 +3,15 @@
 A param carries logical axis names ('embed', 'mlp', …); RULES says which mesh axis each
 lies on. Changing the mesh in the config is all that it takes to go from a laptop to a
 pod; the model and the losses do not know.
+
+Four functions are about which mesh that is:
+
+  using(mesh)            around what is traced for a mesh: under jit, or for one not here
+  using_that_of(params)  around calls outside of jit, for arrays that lie on one already
+  mesh_of(params)        asks arrays: where do these lie?
+  in_use()               asks the trace: inside of the first two, what are we traced for?
+
+The model and the losses ask `in_use` alone, through `split`, `by_row`, `by_token`, `lay`.
 """
 
 from __future__ import annotations
@@ -56,7 +65,13 @@ def make_mesh(
 
   Axes are Auto: the compiler propagates shardings (explicit mode is jax.make_mesh's
   default and would ask every reshape in the model for its output sharding).
+
+  Raises ValueError for sizes that the devices cannot have, and where other processes are
+  on the mesh with which this one has not met: each would write the same folder.
   """
+  there = jax.process_count()
+  if there > hosts.count():  # a slice of TPUs tells JAX of its hosts, asked or not
+    raise ValueError(f'{there} processes are here, which have not met: add --multihost')
   sizes = dict(data=data, fsdp=fsdp, expert=expert, context=context, tensor=tensor)
   return mesh_over(jax.devices(), **sizes)
 
@@ -116,7 +131,8 @@ def using_that_of(params: Any) -> contextlib.AbstractContextManager[Any]:
 
 
 def whole_over(axis: str, params: Any) -> Any:
-  """What describes these arrays, on a mesh, if they were not split over this axis."""
+  """What would describe these params, which lie on a mesh, if they were not split over this
+  axis of it. Of params alone: a dimension of rows lies over several axes at once."""
 
   def describe(x):
     spec = PartitionSpec(*(None if name == axis else name for name in x.sharding.spec))
@@ -134,29 +150,38 @@ def in_use() -> Any:
 
 
 def split(rows: int, size: int, axis: str, length: int = 1) -> Split | None:
-  """How `rows`, `size` of the logical axis `axis`, and rows' `length` lie on the mesh in
-  use, by RULES where they divide; None where there is none."""
+  """How operands of a kernel lie on the mesh in use; None where none is.
+
+  What does not divide by its parts is left whole.
+
+  Args:
+    rows: of the batch, split over ROWS
+    size: of their other dimension, split as RULES say of `axis`
+    axis: that dimension's logical name: 'vocab', 'heads', …
+    length: tokens of a row, split over 'context'; 1: the operands have none to split
+  """
   mesh = in_use()
   if mesh is None or mesh.size == 1:
     return None
-  across, parts = RULES[axis], ways(mesh)
+  across = RULES[axis]
+  parts = row_parts(mesh)
   by_rows = parts > 1 and rows % parts == 0
   by_size = mesh.shape[across] > 1 and size % mesh.shape[across] == 0
-  along = RULES['length'] if length > 1 and length % in_parts(mesh) == 0 else None
+  along = RULES['length'] if length > 1 and length % token_parts(mesh) == 0 else None
   return Split(
     mesh,
     ROWS if by_rows else (),
     across if by_size else None,
-    along if in_parts(mesh) > 1 else None,
+    along if token_parts(mesh) > 1 else None,
   )
 
 
-def ways(mesh: Any) -> int:
+def row_parts(mesh: Any) -> int:
   """How many parts the rows of a batch are split into; 1 without a mesh."""
   return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
 
 
-def in_parts(mesh: Any) -> int:
+def token_parts(mesh: Any) -> int:
   """How many parts the tokens of a row are split into; 1 without a mesh."""
   return 1 if mesh is None else mesh.shape[RULES['length']]
 
@@ -311,10 +336,11 @@ def process_rows(mesh: Mesh, rows: int, process: int | None = None) -> np.ndarra
   On a torus they need not be next to each other; with a tensor axis that goes across
   hosts several processes have the same. Raises ValueError where rows do not divide.
   """
-  if rows % ways(mesh):
+  each = row_parts(mesh)
+  if rows % each:
     raise ValueError(
-      f'a batch of {rows} rows does not divide over {ways(mesh)} data-parallel devices; '
-      f'make it a multiple of {ways(mesh)}'
+      f'config.data.batch_size: a batch of {rows} rows does not divide over {each} '
+      f'data-parallel devices; make it a multiple of {each}'
     )
   process = hosts.index() if process is None else process
   parts: Any = NamedSharding(mesh, BATCH).devices_indices_map((rows,))
@@ -322,11 +348,12 @@ def process_rows(mesh: Mesh, rows: int, process: int | None = None) -> np.ndarra
   return np.unique(np.concatenate([np.arange(rows)[part] for part in there]))
 
 
-def parts_of_rows(mesh: Mesh) -> int:
+def distinct_row_parts(mesh: Mesh) -> int:
   """How many different parts of a batch the processes have."""
   devices: Any = mesh.devices.flat
   there = {device.process_index for device in devices}
-  return len({process_rows(mesh, ways(mesh), process).tobytes() for process in there})
+  rows = row_parts(mesh)
+  return len({process_rows(mesh, rows, process).tobytes() for process in there})
 
 
 def place_batch(batch: Any, mesh: Mesh, rows: int | None = None) -> Any:
@@ -382,24 +409,51 @@ def check_params(params: Any, mesh: Mesh) -> None:
       )
 
 
+def left_whole(params: Any, axes: Any, mesh: Mesh) -> str:
+  """Which logical axes of these params an axis of the mesh does not divide, in a line that
+  people read; '' where it divides all."""
+  sizes: dict[str, dict[str, set[int]]] = {}
+
+  def note(x, names):
+    for name, size in zip(names, x.shape, strict=True):
+      across = RULES.get(name)
+      if isinstance(across, str) and size % mesh.shape[across]:
+        sizes.setdefault(across, {}).setdefault(name, set()).add(size)
+
+  jax.tree.map(note, params, axes)
+  return '; '.join(
+    f'config.mesh.{across}={mesh.shape[across]} does not divide '
+    + ', '.join(f'{n} ({", ".join(map(str, sorted(x)))})' for n, x in names.items())
+    + ': those stay whole along it'
+    for across, names in sizes.items()
+  )
+
+
 def check_batch(
-  rows: int, microbatches: int, mesh: Mesh, group: int = 1, couples: bool = False
+  rows: int,
+  microbatches: int,
+  mesh: Mesh,
+  group: int = 1,
+  couples: bool = False,
+  *,
+  name: str = 'config.data.batch_size',
 ) -> None:
   """Rows of the global batch must split evenly over microbatches and devices.
 
   group: rows that must stay together
   couples: whether the loss must see all of them at once
+  name: of the fields of the config that rows come from
   """
   if couples and microbatches > 1:
     raise ValueError(
       f'microbatches={microbatches}: the loss compares rows across the whole batch, so '
       'that it cannot be cut; set microbatches=1, or choose another loss'
     )
-  parts = ways(mesh)
+  parts = row_parts(mesh)
   if rows % (parts * microbatches * group):
     whole = f' in groups of {group}' if group > 1 else ''
     raise ValueError(
-      f'batch of {rows} rows{whole} does not divide into {microbatches} microbatches × '
-      f'{parts} data-parallel devices; make it a multiple of '
+      f'{name}: a batch of {rows} rows{whole} does not divide into {microbatches} '
+      f'microbatches × {parts} data-parallel devices; make its rows a multiple of '
       f'{parts * microbatches * group}'
     )

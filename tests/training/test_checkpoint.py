@@ -1,5 +1,6 @@
 """What is saved comes back bitwise; what is broken is named; the last good one stays."""
 
+import dataclasses
 import os
 import pathlib
 import re
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from educe import sharding
-from educe.models import policy, presets, value_head
+from educe.models import lora, policy, presets, value_head
 from educe.training import checkpoint, optimizer
 from educe.training.checkpoint import CheckpointError
 from educe.training.step import init_state
@@ -95,6 +96,67 @@ def test_a_checkpoint_of_another_model_names_the_param(tmp_path):
   other.params['head'] = jnp.ones(2)
   with pytest.raises(CheckpointError, match=r'head is absent there and \(2,\) here'):
     restore(tmp_path, init_state(other.params, TX, other.key))
+
+
+@pytest.mark.parametrize(
+  ('before', 'now', 'told'),
+  [
+    ({}, None, 'it was trained with config.adapter; this config has none'),
+    (None, {}, 'it was trained without config.adapter; this config has one'),
+    ({'rank': 2}, {'rank': 4}, 'with config.adapter.rank=2; this config has rank=4'),
+    (
+      {'kind': 'dora'},
+      {},
+      "with config.adapter.kind='dora'; this config has kind='lora'",
+    ),
+    (
+      {'targets': ('up', 'key')},
+      {'targets': ('up',)},
+      "with config.adapter.targets=('key', 'up'); this config has targets=('up',)",
+    ),
+    ({'base': 'nf4'}, {}, "with config.adapter.base='nf4'; this config has base=None"),
+    (
+      {},
+      {'base': 'int8'},
+      "with config.adapter.base=None; this config has base='int8'",
+    ),
+    (
+      {'base': 'int8'},
+      {'base': 'nf4'},
+      "with config.adapter.base='int8'; this config has base='nf4'",
+    ),
+  ],
+)
+def test_a_checkpoint_of_another_adapter_says_which_before_its_tensors(
+  tmp_path, before, now, told
+):
+  model = policy.build(presets.debug)
+  plain = model.init(jax.random.key(0))
+
+  def state(adapter):
+    params = plain
+    if adapter is not None:
+      params = lora.attach(model, plain, **{'rank': 2, **adapter})[1]
+    return init_state(params, TX, jax.random.key(0))._replace(step=jnp.int32(1))
+
+  save(tmp_path, state(before))
+  with pytest.raises(CheckpointError) as found:
+    restore(tmp_path, state(now))
+  text = str(found.value)
+  assert 'belongs to another model: it was trained with' in text
+  assert f'{told} (params/' in text
+  assert text.endswith('here); use its own config, or another --run_dir')
+
+
+def test_an_adapter_that_is_the_same_says_nothing_of_another_model(tmp_path):
+  def state(width):
+    model = policy.build(dataclasses.replace(presets.debug, dim=width))
+    params = lora.attach(model, model.init(jax.random.key(0)), rank=2)[1]
+    return init_state(params, TX, jax.random.key(0))._replace(step=jnp.int32(1))
+
+  save(tmp_path, state(32))
+  with pytest.raises(CheckpointError, match='another model: params/adapter/layers/'):
+    restore(tmp_path, state(64))
 
 
 def test_a_checkpoint_of_another_optimizer_is_named(tmp_path):

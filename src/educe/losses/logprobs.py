@@ -182,7 +182,7 @@ def _ahead(batch: Batch, x):
 
 def _parts(batch: Batch) -> int:
   """How many devices the tokens of a row lie on."""
-  parts = sharding.in_parts(sharding.in_use())
+  parts = sharding.token_parts(sharding.in_use())
   whole = batch.prefix is not None or batch.tokens.shape[1] % parts
   return 1 if whole else parts
 

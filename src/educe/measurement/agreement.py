@@ -33,7 +33,7 @@ from educe.data import pipeline
 from educe.data.tokenizer import Tokenizer
 from educe.losses.logprobs import score
 from educe.measurement.accuracy import wilson
-from educe.sharding import fetch, mesh_of, place_batch, using_that_of, ways
+from educe.sharding import fetch, mesh_of, place_batch, row_parts, using_that_of
 from educe.types import Batch, Model, Params
 
 RECORDS = ('pairs', 'rated', 'steps')
@@ -288,7 +288,7 @@ def _judged(model, params, rows, pad_id):
 def _spread(batch: Batch, params: Params) -> Batch:
   """Its rows over the mesh of the params, or else every device would read all of them."""
   mesh = mesh_of(params)
-  if mesh is None or len(batch.tokens) % ways(mesh):
+  if mesh is None or len(batch.tokens) % row_parts(mesh):
     return batch
   return place_batch(batch, mesh)
 

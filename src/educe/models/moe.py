@@ -1,5 +1,8 @@
 """A mixture of experts: who goes where, the experts' work, and what balances them.
 
+  y = Σ_{e ∈ top-k of p} w_e · down_e(silu(x·gate_e) ⊙ (x·up_e))      p = softmax(x·router)
+  w_e = p_e, or p_e / Σ_{e ∈ top-k} p_e where `renormalise`
+
 Every token goes to the k experts that its router finds most probable, and the outputs are
 weighted by those probabilities (Shazeer et al. 2017, arXiv:1701.06538), by these or, where
 `renormalise`, by their shares of the k (Mixtral, Jiang et al. 2024, arXiv:2401.04088). No
@@ -58,8 +61,9 @@ def mlp(
 
   There a device holds some experts and a part of their width, and reads the rows of all
   devices with which it shares them, for its own experts: what it gets is a gather of the
-  rows, and what it gives a sum that scatters them. With as many choices as there are parts
-  of the experts, or more, an all-to-all would move no less, and it would need a capacity.
+  rows, and what it gives a sum that scatters them. Of P parts of the experts a token's row
+  goes to the P − 1 others; an all-to-all would send it once for each choice, of which
+  k·(P − 1)/P are elsewhere. Where k ≥ P that is no less, and it would need a capacity.
   Its buffers are for the worst case: all choices of all those rows.
   """
   run = functools.partial(_here, k=k, renormalise=renormalise)
@@ -176,6 +180,7 @@ def experts(
 
   hidden = jax.nn.silu(product(rows, gate, 1)) * product(rows, up, 1)
   out = jnp.where(ours, product(hidden, down, 2), 0)
+  # The way back: `back` is the order now, and `order` its inverse.
   out = _sorted(out, back, order, 1).reshape(*chosen.shape, -1)
   # Its own sum over k, not a matmul: those of float32 are rounded on some backends.
   return (out.astype(jnp.float32) * weight[..., None]).sum(1).astype(x.dtype)

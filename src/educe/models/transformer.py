@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Float, Int
 from educe.models import lora, moe, quantized
 from educe.models.architecture import REMAT, Architecture
 from educe.models.attention import Causal, Fork, attend
-from educe.sharding import by_row, by_token, in_parts, in_use, lay
+from educe.sharding import by_row, by_token, in_use, lay, token_parts
 from educe.types import Mean
 
 # Collections beside the params that a layer may have some of.
@@ -93,7 +93,7 @@ def project(
     # Made again for the gradient: kept, the weights of all layers would be there at once.
     return jax.checkpoint(multiply, prevent_cse=False)(x, weight.leaves)
   inner = x.shape[2:]
-  if in_parts(in_use()) > 1:
+  if token_parts(in_use()) > 1:
     return jnp.tensordot(x, weight, len(inner))
   outer = weight.shape[len(inner) :]
   matrix = weight.reshape(math.prod(inner), math.prod(outer))

@@ -124,7 +124,7 @@ def sample(
       max(map(len, prompts)),
       max_new_tokens,
       batch_size,
-      sharding.ways(sharding.in_use()),
+      sharding.row_parts(sharding.in_use()),
     )
     return _run(
       model, params, prompts, seeds, key, settings, ends, max_new_tokens, size, told

@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from educe.models import lora, policy, value_head
-from educe.models.parts import path_text
+from educe.models import lora, policy, quantized, value_head
+from educe.models.parts import WEIGHTS, path_text
 from educe.types import Model, Params, StateMismatch, TrainState
 
 VALUE = f'params/{value_head.KEY}/'  # what a critic or reward model adds to a policy
@@ -234,10 +234,46 @@ def _same_model(folder, found: dict[str, tuple], wanted: dict[str, tuple]) -> No
     if there != here:
       what = KINDS[name.split('/')[0]]
       a, b = ('absent' if x is None else x for x in (there, here))
+      tensor = f'{name} is {a} there and {b} here'
+      if told := _other_adapter(found, wanted):
+        tensor = f'{told} ({tensor})'
       raise CheckpointError(
-        f'{folder} belongs to another {what}: {name} is {a} there and {b} here; '
-        'use its own config, or another --run_dir'
+        f'{folder} belongs to another {what}: {tensor}; use its own config, or another '
+        '--run_dir'
       )
+
+
+def _other_adapter(found: dict[str, tuple], wanted: dict[str, tuple]) -> str:
+  """What tells the adapters of two sets of params apart, as config.adapter names it; ''
+  where nothing does."""
+  there, here = _adapter(found), _adapter(wanted)
+  if there and not here:
+    return 'it was trained with config.adapter; this config has none'
+  if here and not there:
+    return 'it was trained without config.adapter; this config has one'
+  for key, own in there.items():
+    if own != here[key]:
+      had, has = f'{key}={own!r}', f'{key}={here[key]!r}'
+      return f'it was trained with config.adapter.{had}; this config has {has}'
+  return ''
+
+
+def _adapter(shapes: dict[str, tuple]) -> dict[str, Any]:
+  """The settings of an adapter, as far as shapes tell them; empty where there is none."""
+  start = f'params/{lora.KEY}/layers/'
+  own = {n.removeprefix(start): x for n, x in shapes.items() if n.startswith(start)}
+  if not own:
+    return {}
+  name = min(n for n in own if n.endswith('/a'))
+  codes = shapes.get(f'params/{quantized.KEY}/layers/{name[:-1]}codes')
+  # The inputs of A are those of its weight; nf4 stores two of them in a byte.
+  few = 'int8' if codes and codes[: len(own[name]) - 1] == own[name][:-1] else 'nf4'
+  return {
+    'kind': 'dora' if any(n.endswith('/magnitude') for n in own) else 'lora',
+    'rank': own[name][-1],
+    'targets': tuple(x for x in WEIGHTS if any(n.split('/')[1] == x for n in own)),
+    'base': few if codes else None,
+  }
 
 
 @contextlib.contextmanager
