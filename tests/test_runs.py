@@ -249,6 +249,17 @@ def test_what_a_run_cannot_do_is_one_line_before_anything_is_sampled(
   assert bool(closed) == made
 
 
+def test_what_a_mesh_leaves_whole_is_said_once(alone, tmp_path, capsys):
+  mesh = ['--config.mesh.data=1', '--config.mesh.tensor=8']
+  assert go(alone, tmp_path / 'run', *mesh, '--config.microbatches=3') == 1
+  _, said, refused = capsys.readouterr().err.splitlines()
+  assert said == (
+    'config.mesh.tensor=8 does not divide heads (4), kv_heads (4): those stay whole '
+    'along it'
+  )
+  assert 'does not divide into 3 microbatches' in refused  # before a step is made
+
+
 def test_a_missing_section_is_named(alone, tmp_path, capsys):
   text = pathlib.Path(alone.partition('=')[2]).read_text()
   path = tmp_path / 'without.py'

@@ -313,7 +313,7 @@ def test_what_an_axis_does_not_divide_is_told_once_for_all_params(mesh_of):
 
   assert told(data=8) == told(fsdp=2, tensor=2) == ''
   assert told(tensor=4) == (
-    'config.mesh.tensor=4 does not divide kv_heads (2), heads (6): those stay whole '
+    'config.mesh.tensor=4 does not divide heads (6), kv_heads (2): those stay whole '
     'along it'
   )
   assert told(fsdp=4, tensor=2) == (

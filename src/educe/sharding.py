@@ -423,9 +423,12 @@ def left_whole(params: Any, axes: Any, mesh: Mesh) -> str:
   jax.tree.map(note, params, axes)
   return '; '.join(
     f'config.mesh.{across}={mesh.shape[across]} does not divide '
-    + ', '.join(f'{n} ({", ".join(map(str, sorted(x)))})' for n, x in names.items())
+    + ', '.join(
+      f'{name} ({", ".join(map(str, sorted(of)))})'
+      for name, of in sorted(names.items())
+    )
     + ': those stay whole along it'
-    for across, names in sizes.items()
+    for across, names in sorted(sizes.items())
   )
 
 
