@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from educe.models import lora, transformer
 from educe.models.architecture import Architecture
+from educe.models.transformer import narrowed as narrowed
 from educe.types import Head, Model, Params
 
 
