@@ -1,11 +1,13 @@
 """Eight virtual CPU devices; shape annotations of losses and kernels are checked."""
 
 import contextlib
+import gc
 import http.server
 import importlib
 import json
 import math
 import os
+import pathlib
 import sys
 import threading
 from importlib.metadata import PackageNotFoundError, version
@@ -28,6 +30,26 @@ import pytest
 
 # jaxtyping's annotations are promises; here they are kept.
 jaxtyping.install_import_hook(['educe.kernels', 'educe.losses'], 'beartype.beartype')
+
+# The longest files, longest first: of two workers none goes on alone with one at the end.
+LONGEST = (
+  'end_to_end/test_meshes', 'test_compile', 'test_configs', 'end_to_end/test_two_processes',
+  'test_notebooks', 'end_to_end/test_engine', 'end_to_end/test_resume_rl',
+  'end_to_end/test_resume', 'test_cli', 'training/test_checkpoint', 'models/test_lora',
+  'models/test_gguf', 'test_runs', 'end_to_end/test_judged', 'test_collectives',
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+  here = pathlib.Path(__file__).parent
+  place = {here / f'{name}.py': number for number, name in enumerate(LONGEST)}
+  items.sort(key=lambda item: place.get(item.path, len(place)))
+
+
+def pytest_collection_finish():
+  """What was imported stays: the garbage collector need not look at it again."""
+  gc.collect()
+  gc.freeze()
 
 
 @pytest.fixture
@@ -128,6 +150,25 @@ def forget_programs():
   """A compiled program is some ten memory maps, of which Linux gives a process 65,530."""
   yield
   jax.clear_caches()
+
+
+@pytest.fixture(scope='session')
+def one_device():
+  """The environment of a process that has one device and compiles as tests do."""
+  flags = os.environ['XLA_FLAGS'].split()
+  kept = (flag for flag in flags if 'device_count' not in flag)
+  return {**os.environ, 'XLA_FLAGS': ' '.join(kept)}
+
+
+@pytest.fixture(scope='module')
+def no_pictures():
+  """Runs do not draw themselves, which takes each a second (tests/test_configs.py draws
+  those of every algorithm)."""
+  from educe import runs
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(runs, 'pictures', lambda run_dir: [])
+    yield
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ FLOORS = [
   {'algorithms', 'training'},
   {'measurement'},
   {'config'},
-  {'recipes', 'policies', 'roofline'},
+  {'recipes', 'policies', 'roofline', 'mesh_checks'},
   {'sections'},
   {'runs', 'measure', 'plans'},
   {'stages', 'compile'},

@@ -169,6 +169,19 @@ def test_hosts_have_names_where_the_environment_tells(environment, count, names)
   assert hosts.names(environment, count) == names
 
 
+def test_a_host_whose_name_means_nothing_yet_is_one_line(monkeypatch):
+  from jax._src.clusters import ClusterEnv
+
+  def nobody(*_):
+    raise RuntimeError('Failed to recognize coordinator address a.invalid')
+
+  monkeypatch.setattr(ClusterEnv, 'auto_detect_unset_distributed_params', nobody)
+  with pytest.raises(
+    ValueError, match=r'waited 6 s for the host of process 0 \(Failed'
+  ):
+    hosts.start(multihost=True, wait=6)
+
+
 def test_slurm_tells_who_the_others_are(monkeypatch):
   """What --multihost finds is what JAX would find."""
   environment = {

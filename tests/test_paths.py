@@ -83,6 +83,16 @@ def test_two_processes_may_write_one_file_at_once(tmp_path, monkeypatch):
   assert [x.name for x in tmp_path.iterdir()] == ['a.json']
 
 
+def test_who_may_read_it_is_as_of_any_file(tmp_path):
+  paths.write(tmp_path / 'a', 'x')
+  with paths.whole(tmp_path / 'b') as temporary:
+    temporary.unlink()
+    temporary.touch(0o600)  # as safetensors writes
+  (tmp_path / 'c').touch()
+  modes = {(tmp_path / name).stat().st_mode for name in 'abc'}
+  assert len(modes) == 1
+
+
 def test_its_folder_may_be_new(tmp_path):
   paths.write(tmp_path / 'a' / 'b' / 'c.txt', 'x')
   assert (tmp_path / 'a' / 'b' / 'c.txt').read_text() == 'x'

@@ -61,8 +61,17 @@ def test_who_is_missing_is_named_to_all_who_came():
 
 
 def test_without_the_first_it_is_the_first_that_is_missing():
-  (text,), _ = call((1,), count=2, wait=0.5)
-  assert text.startswith('waited 0.5 s for process 0 of 2: it never arrived')
+  (text,), address = call((1,), count=2, wait=0.5)
+  assert text.startswith(
+    f'waited 0.5 s for process 0 (localhost) of 2: it never arrived ({address}: '
+  )
+
+
+def test_an_address_that_nobody_has_is_told_as_such():
+  with pytest.raises(
+    roll_call.Absent, match=r'process 0 \(nobody.invalid\).*nobody.inv'
+  ):
+    roll_call.roll_call('nobody.invalid:1234', 2, 1, 0.5)
 
 
 def test_two_of_one_number_and_two_counts_are_one_line():

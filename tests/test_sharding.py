@@ -196,31 +196,6 @@ def test_the_rest_goes_everywhere_and_the_placed_stays(mesh_of):
   assert len(tree['step'].sharding.device_set) == 8
 
 
-def test_a_batch_that_does_not_divide_says_what_would(mesh_of):
-  sharding.check_batch(16, 2, mesh_of(2, 4))
-  with pytest.raises(
-    ValueError, match=r'^config\.data\.batch_size: a batch of 12 .* a multiple of 16$'
-  ):
-    sharding.check_batch(12, 2, mesh_of(2, 4))
-  with pytest.raises(ValueError, match=r'^config\.x: a batch of 12 rows'):
-    sharding.check_batch(12, 2, mesh_of(2, 4), name='config.x')
-
-
-def test_rows_that_belong_together_stay_together(mesh_of):
-  mesh = mesh_of(2, 4)
-  sharding.check_batch(16, 1, mesh, group=2)
-  with pytest.raises(ValueError, match=r'8 rows in groups of 2 .* multiple of 16'):
-    sharding.check_batch(8, 1, mesh, group=2)
-  with pytest.raises(ValueError, match='multiple of 32'):
-    sharding.check_batch(16, 2, mesh, group=2)
-
-
-def test_a_loss_that_compares_all_rows_is_not_cut(mesh_of):
-  sharding.check_batch(16, 1, mesh_of(2, 4), couples=True)
-  with pytest.raises(ValueError, match='microbatches=2: the loss compares rows'):
-    sharding.check_batch(16, 2, mesh_of(2, 4), couples=True)
-
-
 def test_a_device_holds_the_activations_of_its_own_rows(mesh_of):
   """The weights' width lies over fsdp; in use they are gathered, not the rows."""
   mesh = mesh_of(1, 8)
@@ -282,47 +257,6 @@ def test_only_copies_lie_on_several_slices():
   assert sorted(map(list, rows)) == [[0], [1]]
   with pytest.raises(ValueError, match=r'2 slices of TPUs .* data a multiple of 2'):
     sharding.mesh_over(described.devices, fsdp=8)
-
-
-def test_an_axis_that_splits_no_param_is_refused(mesh_of):
-  axes = {'w': ('embed', 'mlp')}
-
-  def check(shape, **sizes):
-    mesh = mesh_of(**sizes)
-    sharding.check_params(sharding.place({'w': np.ones(shape)}, axes, mesh), mesh)
-
-  check((4, 4), fsdp=2, tensor=2)
-  check((4, 4), data=2, context=2)
-  with pytest.raises(ValueError, match=r'config\.mesh\.expert=2 splits no param'):
-    check((4, 4), expert=2, tensor=2)
-  with pytest.raises(ValueError, match=r'config\.mesh\.tensor=2 splits no param'):
-    check((4, 3), fsdp=2, tensor=2)
-
-
-def test_what_an_axis_does_not_divide_is_told_once_for_all_params(mesh_of):
-  axes = {
-    'q': ('embed', 'heads', None),
-    'k': ('embed', 'kv_heads'),
-    'up': ('embed', 'mlp'),
-  }
-  shapes = {'q': (6, 6, 3), 'k': (6, 2), 'up': (6, 8)}
-  params = {name: np.ones(shape) for name, shape in shapes.items()}
-
-  def told(params=params, **sizes):
-    return sharding.left_whole(params, axes, mesh_of(**sizes))
-
-  assert told(data=8) == told(fsdp=2, tensor=2) == ''
-  assert told(tensor=4) == (
-    'config.mesh.tensor=4 does not divide heads (6), kv_heads (2): those stay whole '
-    'along it'
-  )
-  assert told(fsdp=4, tensor=2) == (
-    'config.mesh.fsdp=4 does not divide embed (6): those stay whole along it'
-  )
-  assert told({**params, 'up': np.ones((5, 7))}, fsdp=4, tensor=2) == (
-    'config.mesh.fsdp=4 does not divide embed (5, 6): those stay whole along it; '
-    'config.mesh.tensor=2 does not divide mlp (7): those stay whole along it'
-  )
 
 
 def test_processes_that_have_not_met_make_no_mesh(monkeypatch):

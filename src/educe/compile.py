@@ -1,7 +1,7 @@
 """python -m educe compile: what a config's programs would need of TPUs that are not here.
 
-  python -m educe compile --config=configs/grpo.py --preset=llama3_8b \
-    --topology=v5p:4x4x4 --config.mesh.data=4 --config.mesh.fsdp=16
+  python -m educe compile --config=configs/grpo.py --preset=llama3_8b --topology=v5p:4x4x4
+    --config.mesh.data=4 --config.mesh.fsdp=16 --programs=train --effort=-1
 
 The very programs of a run (plans.py) are compiled by libtpu, on any host, in minutes that
 the size of the program decides and the number of chips does not. What is printed was not
@@ -11,6 +11,11 @@ measured: no chip has run it (roofline.py).
   score      the policy's log-probs of a round's tokens, a step's rows at a time
   prefill    prompts read into the sampler's slots
   decode     one token more of every slot; times and bytes are of one
+
+GB are 10⁹ bytes of one device: arguments and temporaries of the program and what lies
+beside it meanwhile are its peak; `sends` goes to other devices. TFLOP and tokens/s are of
+all devices. No run is faster than the floor, the longest of the three that `bound` names:
+matmul, memory, exchange. Last, in brackets, what compiling took.
 """
 
 from __future__ import annotations
@@ -222,12 +227,20 @@ def line(name: str, found: Mapping[str, Any]) -> str:
   took = f'  ({found["compile_seconds"]:.0f} s)'
   if 'reason' in found:
     return f'{name:12}  DOES NOT FIT: {found["reason"]}{took}'
-  sent = '?' if found['sent_gb'] is None else f'{sum(found["sent_gb"].values()):.3f}'
+  sent = None if found['sent_gb'] is None else sum(found['sent_gb'].values())
   kernels = '?' if found['kernels'] is None else ', '.join(found['kernels']) or 'none'
   return (
-    f'{name:12}{found["arguments_gb"]:11.3f}{found["temporaries_gb"]:13.3f}'
-    f'{found["beside_gb"]:9.3f}{found["peak_gb"]:9.3f}{sent:>9}'
-    f'{found["flops"] / 1e12:11.3f}{1e3 * found["seconds"]:11.3f}{found["bound"]:>10}'
-    f'{found["tokens_per_second"]:12.0f}{found["mfu"]:7.2f}  {kernels}{took}'
-    + ('' if found['fits'] else '  DOES NOT FIT')
+    f'{name:12}{_short(found["arguments_gb"]):>11}{_short(found["temporaries_gb"]):>13}'
+    f'{_short(found["beside_gb"]):>9}{_short(found["peak_gb"]):>9}{_short(sent):>9}'
+    f'{_short(found["flops"] / 1e12):>11}{_short(1e3 * found["seconds"]):>11}'
+    f'{found["bound"]:>10}{found["tokens_per_second"]:12.0f}{found["mfu"]:7.2f}  '
+    f'{kernels}{took}' + ('' if found['fits'] else '  DOES NOT FIT')
   )
+
+
+def _short(x: float | None) -> str:
+  """Three digits that count, whatever the size: of pods, and of a model of a thousand
+  params."""
+  if x is None:
+    return '?'
+  return f'{x:,.0f}' if abs(x) >= 100 else f'{x:.3g}'

@@ -64,7 +64,7 @@ def resolve(section: str, name: str | None = None) -> Callable[..., Any]:
     if error.name and not module_name.startswith(error.name):
       raise ConfigError(
         f'config.{section}.name={name!r} needs the Python package {error.name!r}: '
-        "pip install 'educe[demo]' or that package"
+        "pip install -e '.[demo]' in the clone, or that package"
       ) from error
     raise ConfigError(
       f'config.{section}.name={name!r}: there is no {module_name.replace(".", "/")}.py'

@@ -175,11 +175,18 @@ def _found(wait: float) -> tuple[str, int, int, Sequence[int] | None]:
   # Not public: but initialize() would ask it too, and then abort if one is missing.
   from jax._src.clusters import ClusterEnv
 
-  coordinator, processes, process, devices = (
-    ClusterEnv.auto_detect_unset_distributed_params(
-      os.environ.get('JAX_COORDINATOR_ADDRESS'), None, None, None, None, int(wait)
+  known = os.environ.get('JAX_COORDINATOR_ADDRESS')
+  try:
+    coordinator, processes, process, devices = (
+      ClusterEnv.auto_detect_unset_distributed_params(
+        known, None, None, None, None, int(wait)
+      )
     )
-  )
+  except RuntimeError as error:  # its name means nothing yet: a pod that is not up
+    raise ValueError(
+      f'--multihost: waited {wait:g} s for the host of process 0 ({error}); look at its '
+      'log, or give it more time with --wait'
+    ) from error
   if coordinator is None or processes is None or process is None:
     raise ValueError(
       '--multihost: neither TPU metadata, SLURM, GKE nor Open MPI tells of other '

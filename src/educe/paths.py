@@ -72,7 +72,10 @@ def whole(file: pathlib.Path) -> Iterator[pathlib.Path]:
   temporary = file.with_name(f'.{file.name}.{os.getpid()}.partial')
   try:
     file.parent.mkdir(parents=True, exist_ok=True)
+    temporary.touch()
+    mode = temporary.stat().st_mode
     yield temporary
+    temporary.chmod(mode)  # some libraries write for their owner alone
     os.replace(temporary, file)
   except BaseException as error:
     with contextlib.suppress(OSError):

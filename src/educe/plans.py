@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from educe import config as config_lib
-from educe import roofline, sections, sharding
+from educe import mesh_checks, roofline, sections, sharding
 from educe.algorithms import on_policy
 from educe.data.chat import encode_prompt
 from educe.data.sharing import bucket
@@ -129,7 +129,7 @@ def plan(
   shapes = jax.eval_shape(start)
   net, method = built['net'], built['method']
   state = placed(shapes, net.axes, mesh)
-  sharding.check_params(state.params, mesh)
+  mesh_checks.check_params(state.params, mesh)
   state, rows = sections.offloaded(given, state), rows or method.rows
   sections.check_rows(given, method, mesh, rows)
   parts = given['microbatches']

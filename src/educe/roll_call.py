@@ -39,15 +39,16 @@ def roll_call(
   if count == 1:
     return
   host, _, port = address.rpartition(':')
+  why = ''
   if index == 0:
     error = _listen(int(port), count, wait)
   else:
-    error = _answer(host.strip('[]'), int(port), count, index, wait)
+    error, why = _answer(host.strip('[]'), int(port), count, index, wait)
   if isinstance(error, list):
-    who = ', '.join(_name(process, names) for process in error)
+    who = ', '.join(_name(process, names or [host]) for process in error)
     error = (
-      f'waited {wait:g} s for process {who} of {count}: it never arrived; look at its '
-      'log, or give it more time with --wait'
+      f'waited {wait:g} s for process {who} of {count}: it never arrived{why}; look at '
+      'its log, or give it more time with --wait'
     )
   if error:
     raise Absent(error)
@@ -125,7 +126,9 @@ def _waits(connection: socket.socket | None) -> bool:
     return False
 
 
-def _answer(host, port, count, index, wait) -> str | list[int] | None:
+def _answer(host, port, count, index, wait) -> tuple[str | list[int] | None, str]:
+  """(What process 0 says, as `_listen` does, '') or ([0], why it could not be asked)."""
+  why = ''
   deadline = time.monotonic() + wait
   while time.monotonic() < deadline:
     try:
@@ -138,7 +141,8 @@ def _answer(host, port, count, index, wait) -> str | list[int] | None:
           if not part:
             raise ConnectionError('closed')
           heard += part
-        return json.loads(heard) or None
-    except (OSError, ValueError):  # not there yet, or gone again
+        return json.loads(heard) or None, ''
+    except (OSError, ValueError) as error:  # not there yet, or gone again
+      why = f' ({host}:{port}: {error})'
       time.sleep(PAUSE)
-  return [0]
+  return [0], why

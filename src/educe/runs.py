@@ -17,11 +17,11 @@ from typing import Any
 import jax
 
 from educe import config as config_lib
-from educe import hosts, paths, roofline, sections, sharding
+from educe import hosts, mesh_checks, paths, roofline, sections, sharding
 from educe.measurement import curves, reliability, transcript_page
-from educe.models import lora, policy, quantized, value_head
+from educe.models import policy, quantized
 from educe.models.parts import over
-from educe.policies import check_vocabulary, open_values, read_config, started_from
+from educe.policies import open_values, read_config
 from educe.progress import say
 from educe.rollouts import transcripts
 from educe.training import checkpoint, loop, metrics
@@ -101,7 +101,7 @@ def train(
   words = sections.tokenizer_of(config)
   grid = call('mesh', mesh)
   if offload:
-    sharding.check_host()
+    mesh_checks.check_host()
   batches = data and sections.opened(
     data, grid, source=source and call('source', source), tokenizer=words
   )
@@ -122,25 +122,12 @@ def train(
     return sharding.place_batch(batch, grid, rows)
 
   with sharding.on_host():
-    net, params = call('model', model)
-    check_vocabulary(net, params, words)
-    if init_from is not None:
-      params = jax.eval_shape(lambda x: x, params)  # lets go of what is replaced
-      net, params = started_from(init_from, net, params)
-    if adapter:
-      net, params = call('adapter', adapter, model=net, params=params)
-    else:
-      net, params = net._replace(axes=lora.plain_axes(net.axes)), lora.merged(params)
-    if value:
-      start = None
-      if value_from is not None:
-        start = value_head.taken(started_from(value_from, net, params, values=True)[1])
-      net, params = call('value', value, model=net, params=params, start=start)
+    net, params = sections.policy_of(config, words)
   whole = jax.eval_shape(quantized.restored, params)
   size = policy.count(whole)
   params = sharding.place(params, net.axes, grid)
-  sharding.check_params(params, grid)
-  if whole_axes := sharding.left_whole(params, net.axes, grid):
+  mesh_checks.check_params(params, grid)
+  if whole_axes := mesh_checks.left_whole(params, net.axes, grid):
     say(whole_axes)
   if teacher := algorithm.get('teacher'):
     with sharding.on_host():

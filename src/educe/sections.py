@@ -7,8 +7,10 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from educe import config as config_lib
-from educe import hosts, roofline, sharding
+from educe import hosts, mesh_checks, roofline, sharding
 from educe.data import pipeline
 from educe.data.shards import Shards
 from educe.data.sharing import GRAIN, share
@@ -63,7 +65,7 @@ def check_rows(
   check_context(mesh, config['data'], method.longer)
   parts = config['microbatches']
   rows = rows or method.rows
-  sharding.check_batch(
+  mesh_checks.check_batch(
     rows, parts, mesh, method.group, method.couples, name=_rows_from(config)
   )
 
@@ -133,6 +135,7 @@ def policy_of(config: Mapping[str, Any], words: Tokenizer) -> tuple[Model, Param
   net, params = call('model', config['model'])
   check_vocabulary(net, params, words)
   if config['init_from'] is not None and not to_come(config['init_from']):
+    params = jax.eval_shape(lambda x: x, params)  # lets go of what is replaced
     net, params = started_from(config['init_from'], net, params)
   if config['adapter']:
     net, params = call('adapter', config['adapter'], model=net, params=params)

@@ -84,7 +84,7 @@ def check_libtpu() -> None:
   except metadata.PackageNotFoundError:
     raise ValueError(
       f"libtpu, which compiles for TPUs, is not installed: pip install '{needs}' (or "
-      "'educe[tpu]')"
+      "-e '.[tpu]' in the clone)"
     ) from None
   name, _, version = needs.partition('==')
   if name == 'libtpu' and not f'{have}.'.startswith(version.removesuffix('*')):

@@ -12,6 +12,7 @@ from educe import cli
 from educe.rollouts import transcripts
 from educe.training import metrics
 
+pytestmark = pytest.mark.usefixtures('no_pictures')
 CONFIG = """
 import ml_collections
 

@@ -18,6 +18,7 @@ from educe import cli, sharding
 from educe.models import value_head
 from educe.training import checkpoint, metrics
 
+pytestmark = pytest.mark.usefixtures('no_pictures')
 CONFIG = """
 import dataclasses
 import jax

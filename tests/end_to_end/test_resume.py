@@ -42,20 +42,24 @@ def command(folder, name):
   ]  # fmt: skip
 
 
-def start(folder, name):
-  # Five processes compile the same programs: once is enough.
-  cache = {
-    'JAX_COMPILATION_CACHE_DIR': str(folder / 'cache'),
+@pytest.fixture(scope='module')
+def environment(one_device, tmp_path_factory):
+  """Ten processes compile the same programs: once is enough."""
+  return {
+    **one_device,
+    'JAX_COMPILATION_CACHE_DIR': str(tmp_path_factory.mktemp('cache')),
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
   }
-  environment = {**os.environ, **cache, 'XLA_FLAGS': ''}
+
+
+def start(folder, name, environment):
   return subprocess.Popen(
     command(folder, name), env=environment, stderr=subprocess.PIPE, text=True
   )
 
 
-def finish(folder, name):
-  process = start(folder, name)
+def finish(folder, name, environment):
+  process = start(folder, name, environment)
   _, errors = process.communicate(timeout=240)
   assert process.returncode == 0, errors[-3000:]
   return errors
@@ -79,7 +83,7 @@ def wait_for(folder, name, step, process):
 
 
 @pytest.mark.parametrize('packing', [False, True])
-def test_killed_and_resumed_equals_never_killed(tmp_path, packing):
+def test_killed_and_resumed_equals_never_killed(tmp_path, environment, packing):
   rng = random.Random(0)
   words = ['one', 'two', 'three', 'four']
   rows = [
@@ -91,7 +95,7 @@ def test_killed_and_resumed_equals_never_killed(tmp_path, packing):
   config = CONFIG.format(steps=STEPS, data=str(data), packing=packing)
   (tmp_path / 'config.py').write_text(config)
 
-  finish(tmp_path, 'whole')
+  finish(tmp_path, 'whole', environment)
   whole = history(tmp_path, 'whole')
   assert [row[0] for row in whole] == list(range(1, STEPS + 1))
   assert len({row[-1] for row in whole}) > STEPS / 2  # the data do change
@@ -103,7 +107,7 @@ def test_killed_and_resumed_equals_never_killed(tmp_path, packing):
     (signal.SIGKILL, kill.randint(11, 15)),
     (signal.SIGTERM, kill.randint(17, 20)),
   ):
-    process = start(tmp_path, 'killed')
+    process = start(tmp_path, 'killed', environment)
     wait_for(tmp_path, 'killed', step, process)
     process.send_signal(how)
     _, errors = process.communicate(timeout=120)
@@ -114,7 +118,7 @@ def test_killed_and_resumed_equals_never_killed(tmp_path, packing):
       last = history(tmp_path, 'killed')[-1][0]
       assert last == STEPS or f'stopped at step {last}, saved' in errors
       assert (tmp_path / 'killed' / 'checkpoints' / str(last)).is_dir()
-  errors = finish(tmp_path, 'killed')
+  errors = finish(tmp_path, 'killed', environment)
   assert 'resuming' in errors
   assert history(tmp_path, 'killed') == whole
   # … and the weights themselves.

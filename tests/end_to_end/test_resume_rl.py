@@ -51,21 +51,19 @@ def get_config():
 """
 
 
-def start(folder, name):
-  environment = {
-    **os.environ,
-    'XLA_FLAGS': '',
-    'PYTHONPATH': os.pathsep.join([str(folder), os.environ.get('PYTHONPATH', '')]),
-  }
+def start(folder, name, environment):
+  path = os.pathsep.join([str(folder), os.environ.get('PYTHONPATH', '')])
   command = [
     sys.executable, '-m', 'educe', 'train', f'--config={folder / "world.py"}',
     f'--run_dir={folder / name}',
   ]  # fmt: skip
-  return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+  return subprocess.Popen(
+    command, env={**environment, 'PYTHONPATH': path}, stderr=subprocess.PIPE, text=True
+  )
 
 
-def finish(folder, name):
-  process = start(folder, name)
+def finish(folder, name, environment):
+  process = start(folder, name, environment)
   _, errors = process.communicate(timeout=240)
   assert process.returncode == 0, errors[-3000:]
   return errors
@@ -89,20 +87,20 @@ def weights(folder, name):
   return {key: bytes(memoryview(params[key])) for key in ('embedding',)}
 
 
-@pytest.fixture(scope='module', autouse=True)
-def cache(tmp_path_factory):
+@pytest.fixture(scope='module')
+def environment(one_device, tmp_path_factory):
   """Seven processes compile the same programs: once is enough."""
-  with pytest.MonkeyPatch.context() as patch:
-    folder = str(tmp_path_factory.mktemp('cache'))
-    patch.setenv('JAX_COMPILATION_CACHE_DIR', folder)
-    patch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
-    yield
+  return {
+    **one_device,
+    'JAX_COMPILATION_CACHE_DIR': str(tmp_path_factory.mktemp('cache')),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+  }
 
 
 @pytest.mark.parametrize('ahead', [False, True])
-def test_killed_and_resumed_equals_never_killed(tmp_path, ahead):
+def test_killed_and_resumed_equals_never_killed(tmp_path, environment, ahead):
   (tmp_path / 'world.py').write_text(CONFIG.format(steps=STEPS, ahead=ahead))
-  finish(tmp_path, 'whole')
+  finish(tmp_path, 'whole', environment)
   whole = history(tmp_path, 'whole')
   assert [row['step'] for row in whole] == list(range(1, STEPS + 1))
   stale = [row['sampling/staleness_steps'] for row in whole if 'reward' in row]
@@ -116,7 +114,7 @@ def test_killed_and_resumed_equals_never_killed(tmp_path, ahead):
   kill = random.Random(os.getpid())
   hows = [(signal.SIGKILL, kill.randint(4, 6)), (signal.SIGTERM, kill.randint(7, 10))]
   for how, step in hows[: 1 + ahead]:
-    process = start(tmp_path, 'killed')
+    process = start(tmp_path, 'killed', environment)
     deadline = time.time() + 240
     while process.poll() is None and time.time() < deadline:
       done = history(tmp_path, 'killed')
@@ -130,7 +128,7 @@ def test_killed_and_resumed_equals_never_killed(tmp_path, ahead):
     _, errors = process.communicate(timeout=120)
     wanted = -9 if how == signal.SIGKILL else 0
     assert process.returncode == wanted, errors[-3000:]
-  assert 'resuming' in finish(tmp_path, 'killed')
+  assert 'resuming' in finish(tmp_path, 'killed', environment)
   assert history(tmp_path, 'killed') == whole
   assert files(tmp_path, 'killed') == files(tmp_path, 'whole')
   assert weights(tmp_path, 'killed') == weights(tmp_path, 'whole')

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from educe.models import policy, presets, value_head
+from educe.models import policy, presets
 
 
 def test_params_are_plain_and_axes_have_their_shape():
@@ -82,20 +82,3 @@ def test_unstack_leaves_other_params_alone():
   assert policy.unstack(split) is split
   table = jnp.zeros((3, 3))
   assert policy.unstack(table) is table
-
-
-def test_a_token_meets_its_own_experts_alone():
-  """Of 8 experts 2, and all that is no expert's; a critic's trunk likewise."""
-  model = policy.build(presets.debug_moe)
-  params = policy.shapes(presets.debug_moe)
-  experts = 2 * 3 * 8 * 32 * 16  # layers · matrices · experts · D · F
-  total = policy.count(params)
-  assert policy.count_active(model, params) == total - experts * 6 // 8
-  valued, both = value_head.attach(
-    model, model.init(jax.random.key(0)), trunk='separate'
-  )
-  unembedding = 32 * 264
-  active = 2 * (total - experts * 6 // 8) - unembedding + 32 + 1
-  assert policy.count_active(valued, both) == active
-  dense = policy.shapes(presets.debug)
-  assert policy.count_active(policy.build(presets.debug), dense) == policy.count(dense)

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -129,3 +131,32 @@ def test_what_a_slot_draws_after_its_end_ends_nothing():
   slots = the_middle_one(eos_ids=range(16))  # whatever is drawn
   assert slots.drawn.tolist() == [0, 1, 0]
   assert slots.stopped.tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize('name', ['debug', 'debug_moe'])
+def test_weights_are_kept_in_the_dtype_that_is_multiplied_in(name):
+  """All but norms and routers, of which a step reads every digit; what is decoded stays."""
+  wide = presets.get(name)
+  model = policy.build(dataclasses.replace(wide, compute_dtype='bfloat16'))
+  params = model.init(jax.random.key(0))
+  functions = slots_lib.Functions(model.head, model.init_cache, model.decode)
+  weights = slots_lib.prepare(params, model=functions)
+  kept = {
+    path[-1].key
+    for path, x in jax.tree_util.tree_leaves_with_path(weights.params)
+    if x.dtype == np.float32
+  }
+  assert kept == {'scale'} | ({'router'} if wide.experts else set())
+  tokens, positions = np.full((2, 3), 7, np.int32), np.arange(3, dtype=np.int32)[None]
+  given = model.init_cache(2, 4), tokens, np.repeat(positions, 2, 0), 0
+  for a, b in zip(
+    jax.tree.leaves(jax.jit(model.decode)(weights.params, *given)),
+    jax.tree.leaves(jax.jit(model.decode)(policy.unstack(params), *given)),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(a, b)
+  # Nothing is made larger, and stays as exact as it was.
+  narrow = jax.tree.map(lambda x: x.astype('bfloat16'), params)
+  functions = functions._replace(head=policy.build(wide).head)
+  found = slots_lib.prepare(narrow, model=functions)
+  assert {x.dtype for x in jax.tree.leaves(found.params)} == {np.dtype('bfloat16')}

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from educe.models import lora, transformer
 from educe.models.architecture import Architecture
+from educe.models.transformer import narrowed as narrowed
 from educe.types import Head, Model, Params
 
 
@@ -78,6 +79,11 @@ def build(architecture: Architecture) -> Model:
 
 def shapes(architecture: Architecture) -> Params:
   """The params' tree of `jax.ShapeDtypeStruct`."""
+  return jax.tree.map(lambda x: x, _shapes(architecture))  # a tree of the caller's own
+
+
+@functools.cache
+def _shapes(architecture: Architecture) -> Params:
   return jax.eval_shape(build(architecture).init, jax.random.key(0))
 
 
@@ -99,16 +105,3 @@ def described(
 def count(params: Params) -> int:
   """How many numbers a tree holds; works on arrays and on `shapes`."""
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-
-
-def count_active(model: Model, params: Params) -> int:
-  """… and how many of them a token meets: of a mixture's experts those that it goes to."""
-  a = model.architecture
-  if not a.experts:
-    return count(params)
-
-  def active(leaf, axes) -> int:
-    size = math.prod(leaf.shape)
-    return size * a.experts_per_token // a.experts if 'experts' in axes else size
-
-  return sum(jax.tree.leaves(jax.tree.map(active, params, model.axes)))

@@ -335,6 +335,21 @@ def unstack(params, part=lambda x, layer: x[layer]):
   return {**params, 'layers': split(layers), **beside}
 
 
+def narrowed(params, dtype: Any):
+  """Params that `decode` makes the same of, where it multiplies in this dtype: what it
+  would cast at every step is cast, if that makes it smaller. Norms and routers it reads as
+  they are. Other params come back as they are."""
+  if not isinstance(params, Mapping):
+    return params
+
+  def cast(path, x):
+    wide = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize > dtype.itemsize
+    return x.astype(dtype) if wide and path[-1].key not in ('scale', 'router') else x
+
+  own = {key: x for key, x in params.items() if key not in BESIDE}
+  return {**params, **jax.tree_util.tree_map_with_path(cast, own)}
+
+
 def decode(
   architecture: Architecture,
   params,

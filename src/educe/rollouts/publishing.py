@@ -128,7 +128,7 @@ def tell(server: Server, folder: pathlib.Path) -> None:
     except EndpointError as error:
       raise EndpointError(
         f'{error} (POST {path}: the engine does not read the weights in {folder}; is '
-        'that folder on a disk that it sees, and rollouts.server.reload what it '
+        'it up, that folder on a disk that it sees, and rollouts.server.reload what it '
         'understands?)'
       ) from None
 

@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from educe import sharding
 from educe.models import lora
-from educe.models.policy import unstack
+from educe.models.policy import narrowed, unstack
 from educe.rollouts import draw as draw_lib
 from educe.rollouts.draw import Settings, draw
 from educe.types import Cache, Head, Params
@@ -70,14 +70,22 @@ class Slots(NamedTuple):
   kept: Float[Array, 'B R']
 
 
-def layout(params: Params) -> tuple[PartitionSpec, ...] | None:
-  """How `prepare` lays params of the mesh in use: each device gets its part of the heads,
-  of the MLP's width and of the vocabulary whole, for what lies over fsdp would be gathered
-  at every step."""
+Layout = tuple[PartitionSpec, ...]  # of each leaf of unstacked params
+
+
+def layout(params: Params) -> tuple[Layout, ...]:
+  """How `prepare` lays params of the mesh in use: as they lie, and then so that each device
+  gets its part of the heads, of the MLP's width and of the vocabulary whole, for what lies
+  over fsdp would be gathered at every step. () where there is none."""
   if sharding.in_use() is None:
-    return None
-  described = unstack(sharding.whole_over('fsdp', lora.without(params)), part=_layer)
-  return tuple(x.sharding.spec for x in jax.tree.leaves(described))
+    return ()
+  base = lora.without(params)
+  described = (
+    unstack(x, part=_layer) for x in (base, sharding.whole_over('fsdp', base))
+  )
+  return tuple(
+    tuple(x.sharding.spec for x in jax.tree.leaves(each)) for each in described
+  )
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'specs'))
@@ -85,14 +93,18 @@ def prepare(
   params: Params,
   *,
   model: Functions,
-  specs: tuple[PartitionSpec, ...] | None = None,
+  specs: tuple[Layout, ...] = (),
 ) -> Weights:
-  """Once per params, not per step. specs: `layout` of them."""
+  """Once per params, not per step: they come in the dtype that is multiplied in.
+
+  specs: `layout` of them
+  """
   params = unstack(params)
-  if specs is not None:  # adapters are small, and lie as they like
+  params = narrowed(params, jax.eval_shape(model.head, params).matrix.dtype)
+  for each in specs:  # adapters are small, and lie as they like
     base = lora.without(params)
-    specs = jax.tree.unflatten(jax.tree.structure(base), specs)
-    params = {**params, **jax.tree.map(jax.lax.with_sharding_constraint, base, specs)}
+    where = jax.tree.unflatten(jax.tree.structure(base), each)
+    params = {**params, **jax.tree.map(jax.lax.with_sharding_constraint, base, where)}
   head = model.head(params)
   return Weights(params, head._replace(matrix=head.matrix.T))
 
