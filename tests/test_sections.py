@@ -1,5 +1,7 @@
 """What is refused of a config before a model is made, for a run and for a plan of it."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,6 +120,27 @@ def test_rows_divide_into_parts_of_a_context(mesh_of, data, longer, message):
     return sections.check_context(mesh, data, longer)
   with pytest.raises(config_lib.ConfigError, match=message):
     sections.check_context(mesh, data, longer)
+
+
+@pytest.mark.parametrize(
+  ('data', 'algorithm', 'named'),
+  [
+    ({'max_length': 8}, {}, 'config.data.batch_size'),
+    (None, {'batch_size': 8}, 'config.algorithm.batch_size'),
+    (None, {}, 'config.rollouts.prompts × group'),
+    (
+      None,
+      {'minibatches': 2},
+      'config.rollouts.prompts × group / config.algorithm.minibatches',
+    ),
+  ],
+)
+def test_rows_that_do_not_divide_are_named_as_the_config_has_them(
+  mesh_of, data, algorithm, named
+):
+  config = dict(data=data, algorithm=algorithm, microbatches=3)
+  with pytest.raises(ValueError, match=f'^{re.escape(named)}: a batch of 8 rows does'):
+    sections.check_rows(config, method(), mesh_of(2))
 
 
 def test_the_widths_of_rollouts_divide_too(mesh_of):
