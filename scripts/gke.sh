@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Fills gke.yaml in and starts it; the same again goes on, after `kubectl delete jobset`.
-#   NAME=gsm8k IMAGE=… CLAIM=… CONFIG=configs/sft.py:gsm8k scripts/gke.sh
+#   NAME=gsm8k IMAGE=… CLAIM=… CONFIG=configs/sft.py:gsm8k \
+#     FLAGS='--config.data.batch_size=64' scripts/gke.sh
 set -eu
 : "${NAME:?of the JobSet}" "${IMAGE:?with educe in /educe}" "${CLAIM:?a PersistentVolumeClaim}"
 : "${CONFIG:?as configs/sft.py:gsm8k}"

@@ -109,6 +109,8 @@ def compile_config(
   if largest:
 
     def fits(rows: int) -> dict[str, Any]:
+      if rows == planned.rows and 'train' in result['programs']:
+        return result['programs']['train']
       more = plans.plan(config, mesh, preset=preset, prompt=prompt, rows=rows)
       return measured(more.programs['train'], mesh, effort)
 

@@ -83,7 +83,8 @@ def mesh_over(devices: Sequence[Any], **sizes: int) -> Mesh:
   known = math.prod(size for size in sizes.values() if size != -1)
   free = [name for name, size in sizes.items() if size == -1]
   if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-    raise ValueError(f'mesh={sizes}: sizes are positive, and at most one is -1')
+    mend = '; set data=1 as well' if len(free) > 1 and 'data' in free else ''
+    raise ValueError(f'mesh={sizes}: sizes are positive, and at most one is -1{mend}')
   if free:
     if len(devices) % known:
       raise ValueError(
