@@ -18,7 +18,7 @@ import jsonschema
 import pytest
 import yaml
 
-from educe import cli, paths, recipes, sharding
+from educe import cli, mesh_checks, paths, recipes, sharding
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPTS = ROOT / 'scripts'
@@ -140,7 +140,7 @@ def test_the_command_in_the_header_trains_where_it_says(name, count, monkeypatch
     words = [f'--config={said["CONFIG"]}', *said['FLAGS'].split()]
   config = recipes.load([word for word in words if word.startswith('--config')])
   mesh = sharding.mesh_over([Device(i) for i in range(count)], **config['mesh'])
-  sharding.check_batch(
+  mesh_checks.check_batch(
     config['data']['batch_size'], config.get('microbatches', 1), mesh
   )
 
