@@ -125,11 +125,13 @@ def test_llama_3_8b_fits_a_pod_with_our_kernels(compiled, recipe, pod, mesh):
     copies * 4 * found['params'] / fsdp / 1e9, rel=0.01
   )
   # bfloat16 weights are gathered twice, forward and for the gradient, and gradients summed
-  # once: as much as a ring sends. The head's is float32; over all of a slice its sum is whole.
+  # once: as much as a ring sends. The head's is float32, and its sum whole over a slice.
   head = 4096 * 128_256
   ring = 3 * 2 * found['params'] + 2 * 4 * head
   assert sum(train['sent_gb'].values()) < ring / 1e9
-  if data > 1:  # what is summed over data is a part of each gradient, not the whole of any
+  if (
+    data > 1
+  ):  # what is summed over data is a part of each gradient, not the whole of any
     part = 2 * (data - 1) / data * 4 * found['params'] / fsdp
     assert train['sent_gb']['all-reduce'] < part / 1e9
   assert 0.1 < train['mfu'] < 0.8  # remat='full' takes a quarter of what the layers do
