@@ -26,7 +26,7 @@ TOPOLOGIES = ['v4:2x2x1', 'v5e:2x2', 'v5p:2x2x1', 'v6e:2x2', 'tpu7x:2x2x1']
 WHOLE = P()
 
 
-def operands(mesh, rows=WHOLE, head=WHOLE):
+def operands(mesh, rows=WHOLE, head=WHOLE, N=N, D=D):
   def like(shape, dtype, spec):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
@@ -80,6 +80,22 @@ def test_a_vocabulary_in_parallel(chips, topology, data):
   # Where tokens are split as well, dW is added up over them before it is rounded.
   before = D * V // 2 * 4 if rows else 0
   assert compiled.memory_analysis().temp_size_in_bytes < LOGITS / 20 + before
+
+
+@pytest.mark.parametrize('topology', TOPOLOGIES)
+def test_the_width_of_a_large_model_has_room(chips, topology):
+  """Of 70B, where dH and dW are float32: they are summed over devices."""
+  devices = chips(topology)
+  mesh = Mesh(
+    np.array(devices).reshape(2, -1),
+    ('data', 'tensor'),
+    axis_types=(AxisType.Auto,) * 2,
+  )
+  tiles = pallas_tpu.CHIPS[devices[0].device_kind]
+  run = functools.partial(total, tiles=tiles, split=Split(mesh, ('data',), 'tensor'))
+  wide = operands(mesh, P('data'), P(None, 'tensor'), N=4096, D=8192)
+  text = jax.jit(jax.grad(run, (0, 1))).lower(*wide).compile().as_text()
+  assert 'logprob_d_head' in text
 
 
 @pytest.mark.parametrize('given', [3, 5], ids=['no more', 'bootstrap and segments'])

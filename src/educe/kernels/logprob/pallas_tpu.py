@@ -27,6 +27,8 @@ from educe.kernels.logprob import op, tile
 from educe.kernels.logprob.tpu_chips import CHIPS, LANES, SMALLEST, Tiles, divisor
 from educe.types import Scores, Split
 
+ROOM = 0.9  # of the vector memory; the compiler spills registers into the rest
+
 
 class Settings(NamedTuple):
   temperature: float
@@ -165,8 +167,25 @@ def moments(settings, hidden, head, targets, needed) -> tile.Moments:
   return tile.Moments(*(x[:, 0] for x in out))
 
 
+def _roomy(tiles: Tiles, width: int, dtypes, itemsize: int) -> Tiles:
+  """Tiles with room for dH or dW of all of D, a float32 sum and two of what is written (one
+  on its way out), beside two of each operand."""
+  reads = 2 * itemsize * tiles.width * (tiles.rows + tiles.vocab)
+
+  def fit(size: int, least: int, dtype) -> int:
+    each = width * (4 + 2 * jnp.dtype(dtype).itemsize)
+    while size > least and size * each + reads > ROOM * tiles.vmem:
+      size //= 2
+    return size
+
+  rows, vocab = fit(tiles.rows, 16, dtypes[0]), fit(tiles.vocab, LANES, dtypes[1])
+  return tiles._replace(rows=rows, vocab=vocab)
+
+
 def gradients(settings, hidden, head, targets, needed, known, dtypes):
-  tiles, grid = _grid(settings.tiles, hidden, head)
+  width, itemsize = hidden.shape[1], jnp.result_type(hidden, head).itemsize
+  tiles = _roomy(settings.tiles, width, dtypes, itemsize)
+  tiles, grid = _grid(tiles, hidden, head)
   rows, size = len(hidden), head.shape[1]
   known = [x[:, None] for x in (targets, *known)]
   dtype = jnp.result_type(hidden, head)

@@ -23,7 +23,7 @@ class Tiles(NamedTuple):
 CHIPS = {
   'TPU v4': Tiles(256, 256, 512, 15 * MIB),
   'TPU v5 lite': Tiles(512, 1024, 4096, 100 * MIB),
-  'TPU v5': Tiles(512, 512, 4096, 60 * MIB),  # 57.2 of them at a width of 8,192
+  'TPU v5': Tiles(512, 512, 4096, 60 * MIB),
   'TPU v6 lite': Tiles(512, 1024, 4096, 100 * MIB),
   'TPU7x': Tiles(512, 512, 4096, 56 * MIB),
 }
