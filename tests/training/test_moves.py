@@ -23,31 +23,10 @@ from educe.types import Batch
 
 # No two of these sizes are the same, nor any product that a layer holds.
 B, T, V, D, L, F = 16, 200, 2560, 96, 6, 160
-MODEL = policy.build(
-  dataclasses.replace(
-    presets.debug,
-    vocab_size=V,
-    dim=D,
-    layers=L,
-    heads=8,
-    kv_heads=8,
-    head_dim=8,
-    ffn=F,
-  )
-)
+SIZES = dict(vocab_size=V, dim=D, layers=L, heads=8, kv_heads=8, head_dim=8, ffn=F)
+MODEL = policy.build(dataclasses.replace(presets.debug, **SIZES))
+MIXTURE = policy.build(dataclasses.replace(presets.debug_moe, **SIZES))
 PARAMS = 4 * policy.count(policy.shapes(MODEL.architecture))  # bytes
-MIXTURE = policy.build(
-  dataclasses.replace(
-    presets.debug_moe,
-    vocab_size=V,
-    dim=D,
-    layers=L,
-    heads=8,
-    kv_heads=8,
-    head_dim=8,
-    ffn=F,
-  )
-)
 LOSSES = {
   'sft': (sft.loss, ()),
   'grpo': (grpo.loss, ('sampler_logp', 'old_logp', 'advantages')),
