@@ -147,6 +147,20 @@ def test_a_checkpoint_of_another_adapter_says_which_before_its_tensors(
   assert text.endswith('here); use its own config, or another --run_dir')
 
 
+def test_an_adapter_that_weighs_more_is_another(tmp_path):
+  model = policy.build(presets.debug)
+  plain = model.init(jax.random.key(0))
+
+  def state(alpha):
+    params = lora.attach(model, plain, rank=2, alpha=alpha)[1]
+    return init_state(params, TX, jax.random.key(0))._replace(step=jnp.int32(1))
+
+  save(tmp_path, state(8.0))
+  assert restore(tmp_path, state(8.0)) is not None
+  with pytest.raises(CheckpointError, match=r'alpha/rank = 4; this config says 8: '):
+    restore(tmp_path, state(16.0))
+
+
 def test_an_adapter_that_is_the_same_says_nothing_of_another_model(tmp_path):
   def state(width):
     model = policy.build(dataclasses.replace(presets.debug, dim=width))

@@ -13,7 +13,7 @@ import logging
 import pathlib
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -108,6 +108,7 @@ def restore(manager, like: TrainState, data: Any) -> TrainState | None:
       state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
     )
     found = manager.restore(step, args=args)
+    _same_scale(folder, found.state.params, like.params)
     data.set_state(found.data)
     return found.state
 
@@ -256,6 +257,19 @@ def _other_adapter(found: dict[str, tuple], wanted: dict[str, tuple]) -> str:
       had, has = f'{key}={own!r}', f'{key}={here[key]!r}'
       return f'it was trained with config.adapter.{had}; this config has {has}'
   return ''
+
+
+def _same_scale(folder, found: Params, wanted: Params) -> None:
+  """Raises CheckpointError for an adapter that weighs more or less: no shape tells."""
+  there, here = (
+    float(x[lora.KEY]['scale']) if isinstance(x, Mapping) and lora.KEY in x else None
+    for x in (found, wanted)
+  )
+  if there != here:
+    raise CheckpointError(
+      f'{folder}: its adapter weighs alpha/rank = {there:g}; this config says {here:g}: '
+      'restore config.adapter.alpha, or start another run from it (init_from)'
+    )
 
 
 def _adapter(shapes: dict[str, tuple]) -> dict[str, Any]:
