@@ -127,7 +127,7 @@ def test_going_on_with_another_config_says_what_changed(config, tmp_path, capsys
   ('extra', 'message'),
   [
     (['--config.loss.label_smothing=0.1'], "did you mean 'label_smoothing'"),
-    (['--config.data.batch_size=6'], 'make it a multiple of 8'),
+    (['--config.data.batch_size=6'], 'make its rows a multiple of 8'),
     (['--config.tokenizer.path=nowhere.json'], 'nowhere.json: no such file'),
     (['--config.source.path=nowhere.jsonl'], 'nowhere.jsonl: no such file'),
     (['--config.mesh.fsdp=3'], 'mesh'),

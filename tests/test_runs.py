@@ -742,5 +742,5 @@ def test_a_model_is_put_together_in_the_memory_of_the_host(
     go(f'--config={path}', tmp_path / 'run')
   params, elsewhere = made
   for x in jax.tree.leaves(params):
-    assert isinstance(x, np.ndarray) or x.devices() == {host}
+    assert isinstance(x, np.ndarray | np.generic) or x.devices() == {host}
   assert elsewhere < 100

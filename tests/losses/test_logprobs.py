@@ -167,7 +167,7 @@ def test_rows_that_share_a_prompt_are_split_as_the_prompts_are(mesh_of):
   shared = batch._replace(prefix=jnp.zeros((2, 3), jnp.int32))
   with sharding.using(mesh_of(4)):
     head = Head(params['head'])
-    assert logprobs._split(batch, head)[1:] == (sharding.ROWS, None, None)
+    assert logprobs._split(batch, head)[1:] == (sharding.ROWS, None, None, None)
     assert logprobs._split(shared, head) is None
 
 

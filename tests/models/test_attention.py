@@ -122,7 +122,11 @@ def test_many_chips_without_a_mesh(monkeypatch, heard):
 
 @pytest.mark.parametrize(
   ('size', 'B', 'want'),
-  [(1, 2, None), (2, 2, (sharding.ROWS, None, None)), (4, 2, ((), None, None))],
+  [
+    (1, 2, None),
+    (2, 2, (sharding.ROWS, None, None, None)),
+    (4, 2, ((), None, None, None)),
+  ],
 )
 def test_how_a_mesh_splits_it(size, B, want):
   with chip('TPU v5 lite', size):
